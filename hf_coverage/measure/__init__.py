@@ -1,0 +1,1 @@
+"""Measure coverage: reference corpora, scoring, score tables, profiles and the Trainer callback."""
