@@ -1,0 +1,76 @@
+"""Measure whether a language model still covers the good responses: the coverage profile Cov_N for `transformers`.
+
+The public names are loaded on first use, so that `import hf_coverage` imports neither torch nor transformers.
+"""
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .measure.answers import score_answers
+    from .measure.builders import sample_corpus, single_answer_corpus, teacher_scored_corpus, windows_corpus
+    from .measure.callback import CoverageCallback
+    from .measure.profile import CoverageProfile
+    from .measure.score_table import ScoreTable
+    from .measure.scoring import score_responses
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CoverageCallback": "measure.callback",
+    "CoverageProfile": "measure.profile",
+    "ScoreTable": "measure.score_table",
+    "sample_corpus": "measure.builders",
+    "score_answers": "measure.answers",
+    "score_responses": "measure.scoring",
+    "single_answer_corpus": "measure.builders",
+    "teacher_scored_corpus": "measure.builders",
+    "windows_corpus": "measure.builders",
+}
+
+__all__ = [
+    "CoverageCallback",
+    "CoverageProfile",
+    "ScoreTable",
+    "evaluate_module",
+    "sample_corpus",
+    "score_answers",
+    "score_responses",
+    "single_answer_corpus",
+    "teacher_scored_corpus",
+    "windows_corpus",
+]
+
+
+def evaluate_module(name: str) -> str:
+    """Folder of an `evaluate` module of this package, for `evaluate.load`.
+
+    Args:
+        name: `"coverage"` (a metric) or `"coverage_comparison"` (a comparison of two models).
+
+    Returns:
+        The folder's path.
+
+    Raises:
+        ValueError: if there is no module of that name.
+
+    Example:
+        >>> Path(evaluate_module("coverage")).name
+        'coverage'
+    """
+    modules = Path(__file__).parent / "evaluate_modules"
+    names = sorted(folder.name for folder in modules.iterdir() if (folder / f"{folder.name}.py").is_file())
+    if name not in names:
+        raise ValueError(f"`name` must be one of {', '.join(names)}, but is {name!r}.")
+    return str(modules / name)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
