@@ -7,29 +7,23 @@ or both lists of token ids, and, where it is known, `reference_logprob = log D(y
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset
 
-from hf_coverage.measure.encoding import encode_chat_pairs, encode_text_pairs, eos_token_id, prefix_token_id
+from .columns import read_pairs, read_reference, require_dataset
+from .encoding import encode_chat_pairs, encode_text_pairs, eos_token_id, prefix_token_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from hf_coverage.functional.coverage import ReferenceKind
+    from ..functional.checks import ReferenceKind
 
 __all__ = ["EncodedCorpus", "encode_corpus", "reference_kind", "validate_corpus"]
-
-# A density can exceed 1 by rounding only: a sum of float32 log-softmax terms of a near-certain response does so.
-_POSITIVE_ROUNDING = 1e-6
-
-_KINDS = "text, a list of chat messages, or a list of token ids"
 
 
 @dataclass(frozen=True)
@@ -101,8 +95,8 @@ def validate_corpus(corpus: Dataset) -> None:
             ...
         ValueError: Row 0, column `reference_logprob`: expected log D(y|x) <= 0 (nats), got 0.5; ...
     """
-    _read_pairs(corpus)
-    _read_reference(corpus)
+    read_pairs(corpus)
+    read_reference(corpus)
 
 
 def reference_kind(corpus: Dataset) -> ReferenceKind:
@@ -133,10 +127,10 @@ def reference_kind(corpus: Dataset) -> ReferenceKind:
     References:
         arXiv 2510.15020, Section 2 (Remark 2.2) and Section 7.1.
     """
-    _require_dataset(corpus)
+    require_dataset(corpus)
     if "answer_logprob" in corpus.column_names:
         return "answer"
-    reference = _read_reference(corpus)
+    reference = read_reference(corpus)
     if reference is None:
         return "samples"
     return "density" if reference.any() else "single_answer"
@@ -178,8 +172,8 @@ def encode_corpus(
         >>> encode_corpus(corpus, tokenizer=None, vocab_size=8).completions
         [[5, 0], [6, 7, 0]]
     """
-    kind, prompts, completions = _read_pairs(corpus)
-    _read_reference(corpus)
+    kind, prompts, completions = read_pairs(corpus)
+    read_reference(corpus)
     if append_eos and kind != "text":
         ends = "the chat template ends them" if kind == "chat messages" else "they are final"
         raise ValueError(f"`append_eos=True` is for text only, got {kind}: {ends}.")
@@ -200,127 +194,23 @@ def encode_corpus(
     return EncodedCorpus(prompt_ids, completion_ids)
 
 
-def _require_dataset(corpus: Any) -> None:
-    if isinstance(corpus, IterableDataset | IterableDatasetDict):
-        raise TypeError(
-            "`corpus` must be a `datasets.Dataset`, got a streaming one, whose rows cannot be counted; "
-            "keep the rows you want with `Dataset.from_list(list(corpus.take(1000)))`."
-        )
-    if isinstance(corpus, DatasetDict):
-        raise TypeError(f"`corpus` must be one split of the `DatasetDict`: choose one of {list(corpus)}.")
-    if not isinstance(corpus, Dataset):
-        raise TypeError(
-            f"`corpus` must be a `datasets.Dataset`, got {type(corpus).__name__}; make one with `Dataset.from_list`."
-        )
-    if len(corpus) == 0:
-        raise ValueError("`corpus` must have at least one row, got an empty dataset.")
-
-
-def _require_columns(corpus: Dataset, columns: Iterable[str]) -> None:
-    missing = [column for column in columns if column not in corpus.column_names]
-    if missing:
-        raise ValueError(
-            f"`corpus` must have a column `{missing[0]}`, got {corpus.column_names}; "
-            f"rename one with `corpus.rename_column(old, '{missing[0]}')`."
-        )
-
-
-def _read_column(corpus: Dataset, column: str) -> list[Any]:
-    # Without its format: a corpus that somebody set to "torch" would give tensors.
-    return corpus.with_format(None)[column][:]
-
-
-def _read_pairs(corpus: Dataset) -> tuple[str, list[Any], list[Any]]:
-    """The kind of a corpus ("text", "chat messages" or "token ids"), and its checked columns."""
-    _require_dataset(corpus)
-    _require_columns(corpus, ("prompt", "completion"))
-    prompts, completions = _read_column(corpus, "prompt"), _read_column(corpus, "completion")
-    prompt_kind, completion_kind = _column_kind(prompts, "prompt"), _column_kind(completions, "completion")
-    # A column of empty lists alone could be either kind of list.
-    kind = prompt_kind if completion_kind == "empty" else completion_kind
-    if prompt_kind not in (kind, "empty") or (prompt_kind == "empty" and kind == "text"):
-        raise ValueError(
-            f"The columns `prompt` and `completion` must be of one kind, got {prompt_kind} and {completion_kind}."
-        )
-    if kind == "chat messages" and "tools" in corpus.column_names:
-        raise ValueError("A column `tools` is not rendered; apply the chat template yourself and give token ids.")
-    for column, rows in (("prompt", prompts), ("completion", completions)):
-        if kind == "chat messages":
-            _check_messages(rows, column)
-        elif kind == "token ids":
-            _check_token_ids(rows, column)
-    return kind, prompts, completions
-
-
-def _value_kind(value: Any) -> str | None:
-    if isinstance(value, str):
-        return "text"
-    if not isinstance(value, list):
-        return None
-    if not value:
-        return "empty"
-    if isinstance(value[0], dict):
-        return "chat messages"
-    return "token ids" if _is_int(value[0]) else None
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _column_kind(rows: list[Any], column: str) -> str:
-    kind = "empty"
-    for row, value in enumerate(rows):
-        found = _value_kind(value)
-        if found is None:
-            shown = type(value).__name__ if not isinstance(value, list) else f"list of {type(value[0]).__name__}"
-            problem = "got a missing value; drop the row" if value is None else f"got {shown}"
-            raise TypeError(f"Row {row}, column `{column}`: expected {_KINDS}, {problem}.")
-        if "empty" not in (kind, found) and found != kind:
-            raise ValueError(f"Row {row}, column `{column}`: expected {kind} as in the rows before, got {found}.")
-        kind = found if kind == "empty" else kind
-    return kind
-
-
-def _check_messages(rows: list[list[dict[str, Any]]], column: str) -> None:
-    for row, messages in enumerate(rows):
-        if not messages:
-            raise ValueError(f"Row {row}, column `{column}`: expected at least one chat message, got none.")
-        for message in messages:
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-                raise TypeError(
-                    f"Row {row}, column `{column}`: expected messages such as "
-                    f"{{'role': 'user', 'content': '...'}}, got {message!r}."
-                )
-
-
-def _check_token_ids(rows: list[list[int]], column: str) -> None:
-    # The columns of a Dataset are typed: a list that begins with an integer holds integers and, at worst, None.
-    for row, ids in enumerate(rows):
-        if None in ids:
-            raise TypeError(
-                f"Row {row}, column `{column}`: expected integer token ids, got a missing value among them."
-            )
-        if ids and min(ids) < 0:
-            raise ValueError(f"Row {row}, column `{column}`: expected token ids >= 0, got {min(ids)}.")
-
-
 def _require_range(
     prompts: list[list[int]],
     completions: list[list[int]],
     tokenizer: PreTrainedTokenizerBase | None,
     vocab_size: int | None,
 ) -> None:
-    if vocab_size is None and tokenizer is None:
-        return
-    limit = len(tokenizer) if vocab_size is None else vocab_size  # type: ignore[arg-type]
     owner = "the tokenizer" if vocab_size is None else "the model"
+    if vocab_size is None:
+        if tokenizer is None:
+            return
+        vocab_size = len(tokenizer)
     for column, rows in (("prompt", prompts), ("completion", completions)):
         for row, ids in enumerate(rows):
-            if ids and max(ids) >= limit:
+            if ids and max(ids) >= vocab_size:
                 raise ValueError(
                     f"Row {row}, column `{column}`: token id {max(ids)} is outside the vocabulary of {owner} "
-                    f"({limit} tokens); was the corpus made with another tokenizer?"
+                    f"({vocab_size} tokens); was the corpus made with another tokenizer?"
                 )
 
 
@@ -329,24 +219,5 @@ def _require_tokens(completions: list[list[int]]) -> None:
     if empty is not None:
         raise ValueError(
             f"Row {empty}, column `completion`: expected at least one token after the prompt, got none; drop the row, "
-            "or give text corpora `append_eos=True` if ending here is the response."
+            "or pass `append_eos=True` if ending here is the response."
         )
-
-
-def _read_reference(corpus: Dataset) -> np.ndarray | None:
-    """`reference_logprob` as (rows,) float64 in nats, checked; None where the corpus has none."""
-    _require_dataset(corpus)
-    if "reference_logprob" not in corpus.column_names:
-        return None
-    values = _read_column(corpus, "reference_logprob")
-    for row, value in enumerate(values):
-        where = f"Row {row}, column `reference_logprob`:"
-        if not isinstance(value, float) and not _is_int(value):
-            raise TypeError(f"{where} expected log D(y|x) in nats, got {value!r}; drop the row, or the whole column.")
-        if not math.isfinite(value):
-            raise ValueError(f"{where} expected a finite log D(y|x), got {value}; y was sampled, so D(y|x) > 0.")
-        if value > _POSITIVE_ROUNDING:
-            raise ValueError(
-                f"{where} expected log D(y|x) <= 0 (nats), got {value}; is it a probability, or a negated one?"
-            )
-    return np.asarray(values, dtype=np.float64)

@@ -1,0 +1,147 @@
+"""Reading the columns of a corpus, and refusing what would become a wrong number with the row and the column named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+__all__ = ["is_int", "read_column", "read_pairs", "read_reference", "require_columns", "require_dataset"]
+
+# A density can exceed 1 by rounding only: a sum of float32 log-softmax terms of a near-certain response does so.
+_POSITIVE_ROUNDING = 1e-6
+
+_KINDS = "text, a list of chat messages, or a list of token ids"
+
+
+def require_dataset(corpus: Any) -> None:
+    """Refuse what is not a `datasets.Dataset` with rows, with the way to make it one."""
+    if isinstance(corpus, IterableDataset | IterableDatasetDict):
+        raise TypeError(
+            "`corpus` must be a `datasets.Dataset`, got a streaming one, whose rows cannot be counted; "
+            "keep the rows you want with `Dataset.from_list(list(corpus.take(1000)))`."
+        )
+    if isinstance(corpus, DatasetDict):
+        raise TypeError(f"`corpus` must be one split of the `DatasetDict`: choose one of {list(corpus)}.")
+    if not isinstance(corpus, Dataset):
+        raise TypeError(
+            f"`corpus` must be a `datasets.Dataset`, got {type(corpus).__name__}; make one with `Dataset.from_list`."
+        )
+    if len(corpus) == 0:
+        raise ValueError("`corpus` must have at least one row, got an empty dataset.")
+
+
+def require_columns(corpus: Dataset, columns: Iterable[str]) -> None:
+    """Refuse a corpus that lacks one of these columns."""
+    missing = [column for column in columns if column not in corpus.column_names]
+    if missing:
+        raise ValueError(
+            f"`corpus` must have a column `{missing[0]}`, got {corpus.column_names}; "
+            f"rename one with `corpus.rename_column(old, '{missing[0]}')`."
+        )
+
+
+def read_column(corpus: Dataset, column: str) -> list[Any]:
+    """The values of a column as plain Python objects."""
+    # Without its format: a corpus that somebody set to "torch" would give tensors.
+    return corpus.with_format(None)[column][:]
+
+
+def read_pairs(corpus: Dataset) -> tuple[str, list[Any], list[Any]]:
+    """The kind of a corpus ("text", "chat messages" or "token ids"), and its checked columns."""
+    require_dataset(corpus)
+    require_columns(corpus, ("prompt", "completion"))
+    prompts, completions = read_column(corpus, "prompt"), read_column(corpus, "completion")
+    prompt_kind, completion_kind = _column_kind(prompts, "prompt"), _column_kind(completions, "completion")
+    # A prompt may be an empty list of token ids; a column of nothing else does not tell its kind.
+    if completion_kind != prompt_kind and (prompt_kind, completion_kind) != ("empty", "token ids"):
+        raise ValueError(
+            f"The columns `prompt` and `completion` must be of one kind, got {prompt_kind} and {completion_kind}."
+        )
+    kind = completion_kind
+    if kind == "chat messages" and "tools" in corpus.column_names:
+        raise ValueError("A column `tools` is not rendered; apply the chat template yourself and give token ids.")
+    for column, rows in (("prompt", prompts), ("completion", completions)):
+        if kind == "chat messages":
+            _check_messages(rows, column)
+        elif kind != "text":
+            _check_token_ids(rows, column)
+    return kind, prompts, completions
+
+
+def _value_kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "text"
+    if not isinstance(value, list):
+        return None
+    if not value:
+        return "empty"
+    if isinstance(value[0], dict):
+        return "chat messages"
+    return "token ids" if is_int(value[0]) else None
+
+
+def is_int(value: Any) -> bool:
+    """Tell whether a value is an integer and not a truth value."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _column_kind(rows: list[Any], column: str) -> str:
+    kind = "empty"
+    for row, value in enumerate(rows):
+        found = _value_kind(value)
+        if found is None:
+            shown = type(value).__name__ if not isinstance(value, list) else f"list of {type(value[0]).__name__}"
+            problem = "got a missing value; drop the row" if value is None else f"got {shown}"
+            raise TypeError(f"Row {row}, column `{column}`: expected {_KINDS}, {problem}.")
+        if "empty" not in (kind, found) and found != kind:
+            raise ValueError(f"Row {row}, column `{column}`: expected {kind} as in the rows before, got {found}.")
+        kind = found if kind == "empty" else kind
+    return kind
+
+
+def _check_messages(rows: list[list[dict[str, Any]]], column: str) -> None:
+    for row, messages in enumerate(rows):
+        if not messages:
+            raise ValueError(f"Row {row}, column `{column}`: expected at least one chat message, got none.")
+        for message in messages:
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+                raise TypeError(
+                    f"Row {row}, column `{column}`: expected messages such as "
+                    f"{{'role': 'user', 'content': '...'}}, got {message!r}."
+                )
+
+
+def _check_token_ids(rows: list[list[int]], column: str) -> None:
+    # The columns of a Dataset are typed: a list that begins with an integer holds integers and, at worst, None.
+    for row, ids in enumerate(rows):
+        if not ids and column == "completion":
+            raise ValueError(f"Row {row}, column `{column}`: expected at least one token id, got none; drop the row.")
+        if None in ids:
+            raise TypeError(
+                f"Row {row}, column `{column}`: expected integer token ids, got a missing value among them."
+            )
+        if ids and min(ids) < 0:
+            raise ValueError(f"Row {row}, column `{column}`: expected token ids >= 0, got {min(ids)}.")
+
+
+def read_reference(corpus: Dataset) -> np.ndarray | None:
+    """`reference_logprob` as (rows,) float64 in nats, checked; None where the corpus has none."""
+    require_dataset(corpus)
+    if "reference_logprob" not in corpus.column_names:
+        return None
+    values = read_column(corpus, "reference_logprob")
+    for row, value in enumerate(values):
+        where = f"Row {row}, column `reference_logprob`:"
+        if not isinstance(value, float) and not is_int(value):
+            raise TypeError(f"{where} expected log D(y|x) in nats, got {value!r}; drop the row, or the whole column.")
+        if not math.isfinite(value):
+            raise ValueError(f"{where} expected a finite log D(y|x), got {value}; y was sampled, so D(y|x) > 0.")
+        if value > _POSITIVE_ROUNDING:
+            raise ValueError(
+                f"{where} expected log D(y|x) <= 0 (nats), got {value}; is it a probability, or a negated one?"
+            )
+    return np.asarray(values, dtype=np.float64)
