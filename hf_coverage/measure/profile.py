@@ -1,0 +1,368 @@
+"""The coverage profile of one model on one reference corpus."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, get_args, overload
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+
+from ..functional.bounds import BestOfNBudget, best_of_n_budget
+from ..functional.checks import FloatArray, ReferenceKind, check_log_ratios, check_logprobs, metric_key
+from ..functional.coverage import coverage, coverage_interval, log_ratios, reached, smallest_n
+from ..functional.statistics import MeanEstimate, clustered_mean, group_codes, row_weights
+from ..plots import ProfileCurve, plot_profiles
+
+__all__ = ["CoverageProfile"]
+
+_FORMAT = 1
+_FIELDS = ("log_ratios", "logprobs", "groups", "weights", "kind", "name")
+_QUANTITY = {
+    "density": "Cov_N",
+    "single_answer": "Cov_N",
+    "samples": "upper bound on Cov_N",
+    "answer": "answer-level Cov_N",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class CoverageProfile:
+    """Cov_N of a model against a reference, for every N at once, with its uncertainty.
+
+    Make one with `from_logprobs` or `from_log_ratios`. The profile knows what is known of its reference: on a plain
+    corpus, whose density cannot be read, only an upper bound on Cov_N exists, and it is available under `cov_upper`
+    alone.
+
+    Attributes:
+        log_ratios: `(R,)` log D(y|x) - log p(y|x), nats; on a plain corpus its upper bound -log p(y|x).
+        logprobs: `(R,)` log p(y|x), nats, where known.
+        groups: `(R,)` code of each row's prompt; None takes the rows as independent.
+        weights: `(R,)` row weights; None weighs rows alike.
+        kind: what is known of the reference: `"density"`, `"single_answer"`, `"samples"` or `"answer"`.
+        name: the model's name in tables and plots.
+
+    Example:
+        >>> profile = CoverageProfile.from_logprobs([-1.0, -2.0, -9.0, -1.0], [-1.0, -1.0, -1.0, -1.0])
+        >>> profile.cov(2), profile.cov([2, 16]).tolist(), profile.kl
+        (0.5, [0.5, 0.25], 2.25)
+
+    References:
+        arXiv 2510.15020, Eq. (1) and (4), Remark 2.2.
+    """
+
+    log_ratios: FloatArray = field(repr=False)
+    logprobs: FloatArray | None = field(repr=False)
+    groups: NDArray[np.uint64] | None = field(repr=False)
+    weights: FloatArray | None = field(repr=False)
+    kind: ReferenceKind
+    name: str
+
+    @classmethod
+    def from_logprobs(
+        cls,
+        logprobs: ArrayLike,
+        reference_logprobs: ArrayLike | None = None,
+        *,
+        groups: Iterable[Any] | None = None,
+        weights: ArrayLike | None = None,
+        kind: ReferenceKind | None = None,
+        name: str = "model",
+    ) -> "CoverageProfile":
+        """Profile from sequence log-probabilities.
+
+        Args:
+            logprobs: `(R,)` log p(y|x) under the model, nats; -inf is legal.
+            reference_logprobs: `(R,)` log D(y|x), nats; 0 where y is the single right answer; None for a plain
+                corpus, which gives an upper bound.
+            groups: `(R,)` the prompt of each row, if prompts repeat: strings, messages, token ids or codes.
+            weights: `(R,)` non-negative row weights.
+            kind: what is known of the reference; None reads it off the reference log-probabilities. Give `"answer"`
+                for answer-level log-probabilities.
+            name: the model's name in tables and plots.
+
+        Raises:
+            ValueError: on NaN, positive or unequally many values; names the row.
+        """
+        model = check_logprobs(logprobs)
+        if reference_logprobs is None:
+            if kind not in (None, "samples"):
+                raise ValueError(f"`kind` {kind!r} needs `reference_logprobs`; without them only a bound is known.")
+            return cls._checked(-model, model, groups, weights, "samples", name)
+        ratios = log_ratios(reference_logprobs, model)
+        if kind is None:
+            kind = "density" if np.any(np.asarray(reference_logprobs)) else "single_answer"
+        if kind == "samples":
+            raise ValueError("`kind` 'samples' means that log D is unknown: leave `reference_logprobs` out.")
+        return cls._checked(ratios, model, groups, weights, kind, name)
+
+    @classmethod
+    def from_log_ratios(
+        cls,
+        log_ratios: ArrayLike,
+        *,
+        groups: Iterable[Any] | None = None,
+        weights: ArrayLike | None = None,
+        name: str = "model",
+    ) -> "CoverageProfile":
+        """Profile from log ratios log D(y|x) - log p(y|x), nats; +inf where the model gives probability 0."""
+        return cls._checked(check_log_ratios(log_ratios), None, groups, weights, "density", name)
+
+    @classmethod
+    def _checked(
+        cls,
+        ratios: FloatArray,
+        model: FloatArray | None,
+        groups: Iterable[Any] | None,
+        weights: ArrayLike | None,
+        kind: ReferenceKind,
+        name: str,
+    ) -> "CoverageProfile":
+        if kind not in get_args(ReferenceKind):
+            raise ValueError(f"`kind` must be one of {', '.join(get_args(ReferenceKind))}, but is {kind!r}.")
+        codes = None if groups is None else group_codes(groups)
+        if codes is not None and codes.size != ratios.size:
+            raise ValueError(f"`groups` must have one label a row, {ratios.size} in all, but has {codes.size}.")
+        return cls(ratios, model, codes, None if weights is None else row_weights(weights, ratios.size), kind, name)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of reference pairs."""
+        return self.log_ratios.size
+
+    @property
+    def num_groups(self) -> int:
+        """Number of distinct prompts, the unit that intervals resample; `num_rows` where none were given."""
+        return self.num_rows if self.groups is None else np.unique(self.groups).size
+
+    @property
+    def is_upper_bound(self) -> bool:
+        """Whether only an upper bound on Cov_N is known, because the reference has no density to read."""
+        return self.kind == "samples"
+
+    @property
+    def quantity(self) -> str:
+        """What `interval` and `plot` show, in words: Cov_N, an upper bound on it, or answer-level Cov_N."""
+        return _QUANTITY[self.kind]
+
+    @overload
+    def cov(self, n: float) -> float: ...
+    @overload
+    def cov(self, n: Sequence[float] | FloatArray) -> FloatArray: ...
+    def cov(self, n: float | Sequence[float] | FloatArray) -> float | FloatArray:
+        """Cov_N at one N or many; lower is better.
+
+        Raises:
+            ValueError: on a plain corpus, where Cov_N cannot be estimated: use `cov_upper`.
+        """
+        self._require_density("cov", "`cov_upper(n)` gives the upper bound that the corpus allows")
+        return coverage(self.log_ratios, n, weights=self.weights)
+
+    @overload
+    def cov_upper(self, n: float) -> float: ...
+    @overload
+    def cov_upper(self, n: Sequence[float] | FloatArray) -> FloatArray: ...
+    def cov_upper(self, n: float | Sequence[float] | FloatArray) -> float | FloatArray:
+        """Upper bound `mean_i 1[-log p(y_i|x_i) >= log N]` on Cov_N, which needs no density of the reference.
+
+        Raises:
+            ValueError: if the profile was made from log ratios, without the model's log-probabilities.
+        """
+        return coverage(-self._known_logprobs("cov_upper"), n, weights=self.weights)
+
+    def interval(self, n: float, confidence: float = 0.95) -> tuple[float, float]:
+        """Confidence interval of Cov_N (of its upper bound on a plain corpus), resampling prompts, not rows."""
+        return coverage_interval(self.log_ratios, n, groups=self.groups, weights=self.weights, confidence=confidence)
+
+    @property
+    def kl(self) -> float:
+        """Sequence-level `KL(D || p)`, nats; infinite if some reference response has probability 0.
+
+        Raises:
+            ValueError: on a plain corpus, where it is not known.
+        """
+        return self._kl.mean
+
+    @property
+    def kl_standard_error(self) -> float:
+        """Standard error of `kl`, over prompts."""
+        return self._kl.standard_error
+
+    @property
+    def _kl(self) -> MeanEstimate:
+        self._require_density("kl", "`cross_entropy` is its upper bound")
+        return clustered_mean(self.log_ratios, groups=self.groups, weights=self.weights)
+
+    @property
+    def cross_entropy(self) -> float:
+        """Sequence-level cross-entropy `E[-log p(y|x)]`, nats a response."""
+        return self._cross_entropy.mean
+
+    @property
+    def cross_entropy_standard_error(self) -> float:
+        """Standard error of `cross_entropy`, over prompts."""
+        return self._cross_entropy.standard_error
+
+    @property
+    def _cross_entropy(self) -> MeanEstimate:
+        return clustered_mean(-self._known_logprobs("cross_entropy"), groups=self.groups, weights=self.weights)
+
+    def n_for(self, eps: float) -> float:
+        """Least N with Cov_N <= eps; infinite where there is none. On a plain corpus an N that is large enough."""
+        return smallest_n(self.log_ratios, eps, weights=self.weights)
+
+    def best_of_n_budget(self, regret: float) -> BestOfNBudget:
+        """Least number of samples with which Best-of-N provably loses at most `regret` to the reference.
+
+        On a plain corpus the number is still enough, though fewer may be, and `necessary_n` says nothing and is 1.
+        """
+        budget = best_of_n_budget(self.log_ratios, regret, weights=self.weights)
+        return budget._replace(necessary_n=1.0) if self.is_upper_bound else budget
+
+    def metrics(self, n: Iterable[float] = (2, 4, 8, 16)) -> dict[str, float]:
+        """The profile as flat metrics with standard errors: `cov_<n>` (or `cov_upper_<n>`), `kl`, cross-entropy.
+
+        Args:
+            n: the N to report.
+
+        Returns:
+            `cov_<n>` and `cov_<n>_stderr` for each n (`cov_upper_<n>` on a plain corpus), `kl` and `kl_stderr` where
+            the reference has a density, `sequence_cross_entropy` and its `_stderr` where log p is known.
+        """
+        prefix = "cov_upper_" if self.is_upper_bound else "cov_"
+        estimates = {
+            prefix + metric_key(value): clustered_mean(
+                reached(self.log_ratios, value), groups=self.groups, weights=self.weights
+            )
+            for value in n
+        }
+        if not self.is_upper_bound:
+            estimates["kl"] = self._kl
+        if self.logprobs is not None:
+            estimates["sequence_cross_entropy"] = self._cross_entropy
+        flat = {}
+        for key, estimate in estimates.items():
+            flat[key], flat[f"{key}_stderr"] = estimate.mean, estimate.standard_error
+        return flat
+
+    def merge(self, other: "CoverageProfile") -> "CoverageProfile":
+        """The profile of both parts' rows together, exact and in any order; `+` does the same.
+
+        Raises:
+            ValueError: if the parts know different things of their reference or only one of them has groups.
+        """
+        for what, mine, theirs in (
+            ("`kind`", self.kind, other.kind),
+            ("whether log p is known", self.logprobs is None, other.logprobs is None),
+            ("whether rows have `groups`", self.groups is None, other.groups is None),
+        ):
+            if mine != theirs:
+                raise ValueError(f"profiles to merge must agree on {what}, but have {mine!r} and {theirs!r}.")
+        unweighted = self.weights is None and other.weights is None
+        weights = [row_weights(part.weights, part.num_rows) for part in (self, other)]
+        return CoverageProfile(
+            np.concatenate([self.log_ratios, other.log_ratios]),
+            _concatenate(self.logprobs, other.logprobs),
+            _concatenate(self.groups, other.groups),
+            None if unweighted else np.concatenate(weights),
+            self.kind,
+            self.name,
+        )
+
+    __add__ = merge
+
+    def curve(self, n: Iterable[float] | None = None, confidence: float = 0.95) -> ProfileCurve:
+        """Cov_N (or its upper bound) with its interval on a grid of N; by default up to where the profile ends."""
+        grid = np.asarray(self._grid() if n is None else list(n), dtype=np.float64)
+        bounds = np.asarray([self.interval(value, confidence) for value in grid])
+        return ProfileCurve(
+            self.name, grid, coverage(self.log_ratios, grid, weights=self.weights), bounds[:, 0], bounds[:, 1]
+        )
+
+    def plot(
+        self,
+        path: str | PathLike[str] | None = None,
+        *,
+        others: Sequence["CoverageProfile"] = (),
+        n: Iterable[float] | None = None,
+        title: str | None = None,
+    ) -> Figure:
+        """Draw the profile on a logarithmic N axis with its 95 % interval, other models' in the same picture.
+
+        Args:
+            path: file to write, its format given by the suffix; None only returns the figure.
+            others: further profiles; each is labelled by its name.
+            n: grid of N; by default from 1 to where all profiles have ended, at most 1,000,000.
+            title: title above the axes.
+
+        Raises:
+            ValueError: if the profiles do not all show the same quantity.
+        """
+        profiles = (self, *others)
+        quantities = sorted({profile.quantity for profile in profiles})
+        if len(quantities) > 1:
+            raise ValueError(f"`others` must show the same quantity as this profile, but there are {quantities}.")
+        grid = max((profile._grid() for profile in profiles), key=lambda values: values[-1]) if n is None else list(n)
+        ylabel = self.quantity.replace("Cov_N", "Cov$_N$") + " (lower is better)"
+        return plot_profiles([profile.curve(grid) for profile in profiles], path, ylabel=ylabel, title=title)
+
+    def to_json(self, path: str | PathLike[str] | None = None) -> str:
+        """The profile as JSON text, every number exact; also written to `path` where given."""
+        fields = {"format": _FORMAT} | {name: getattr(self, name) for name in _FIELDS}
+        text = json.dumps(fields, default=_encode)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | PathLike[str]) -> "CoverageProfile":
+        """Read what `to_json` gave: its text, or the path it wrote.
+
+        Raises:
+            ValueError: if the text is not a coverage profile of a known format.
+        """
+        text = source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text()
+        try:
+            data = json.loads(text)
+            if data["format"] != _FORMAT:
+                raise ValueError(f"format {data['format']} is not {_FORMAT}")
+            ratios, logprobs, groups, weights, kind, name = (data[name] for name in _FIELDS)
+            codes = None if groups is None else np.asarray(groups, dtype=np.uint64)
+            ratios = check_log_ratios(np.asarray(ratios, dtype=np.float64))
+            return cls._checked(ratios, _float_array(logprobs), codes, _float_array(weights), kind, name)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"`source` is not a coverage profile written by `to_json`: {error!r}.") from error
+
+    def _grid(self) -> FloatArray:
+        finite = self.log_ratios[np.isfinite(self.log_ratios)]
+        top = float(finite.max()) + 0.25 if finite.size else 0.0
+        return np.exp(np.linspace(0.0, min(max(top, math.log(16)), math.log(1e6)), 97))
+
+    def _require_density(self, what: str, instead: str) -> None:
+        if self.is_upper_bound:
+            raise ValueError(
+                f"`{what}` needs log D(y|x), and this profile's corpus has samples of D only; {instead}. "
+                "Give `reference_logprobs` where D is a known sampler or a teacher, or 0 where one answer is right."
+            )
+
+    def _known_logprobs(self, what: str) -> FloatArray:
+        if self.logprobs is None:
+            raise ValueError(f"`{what}` needs the model's log-probabilities: make the profile with `from_logprobs`.")
+        return self.logprobs
+
+
+def _concatenate(first: NDArray[Any] | None, second: NDArray[Any] | None) -> NDArray[Any] | None:
+    return None if first is None or second is None else np.concatenate([first, second])
+
+
+def _encode(array: NDArray[Any]) -> list[Any]:
+    """An array for JSON, which has no infinities: they become "inf" and "-inf", which numpy reads back."""
+    return [str(value) if value in (math.inf, -math.inf) else value for value in array.tolist()]
+
+
+def _float_array(values: list[float | str] | None) -> FloatArray | None:
+    return None if values is None else np.asarray(values, dtype=np.float64)
