@@ -1,0 +1,134 @@
+"""Has coverage worsened while cross-entropy improved? A sequential paired test over the evaluations of one run.
+
+Every evaluation scores the same rows, so two evaluations are compared row by row, not as two noisy points. The best
+one so far is remembered by the rows it reaches log N on, one bit each: enough for the test, and small enough to live
+in `trainer_state.json`.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from hf_coverage.functional.coverage import PairedDifference, coverage, paired_coverage_difference, reached
+
+__all__ = ["BestEvaluation", "WatchState", "Worsening", "update_watch"]
+
+
+@dataclass(frozen=True)
+class BestEvaluation:
+    """The evaluation with the lowest Cov_N so far; of equals, the one with the lowest cross-entropy.
+
+    Args:
+        step: the training step.
+        coverage: Cov_N.
+        cross_entropy: mean of -log p, nats a response.
+        reached: one bit a row, `r >= log N`, packed and written in hexadecimal.
+    """
+
+    step: int
+    coverage: float
+    cross_entropy: float
+    reached: str
+
+
+@dataclass(frozen=True)
+class WatchState:
+    """What the watch remembers between evaluations; `asdict` and `from_dict` take it through JSON.
+
+    Args:
+        evaluations: how many evaluations it has seen.
+        best: the best of them.
+        warned: whether a worsening was reported; it is reported once.
+    """
+
+    evaluations: int = 0
+    best: BestEvaluation | None = None
+    warned: bool = False
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> "WatchState":
+        """Undo `dataclasses.asdict`."""
+        best = state["best"]
+        return cls(state["evaluations"], None if best is None else BestEvaluation(**best), state["warned"])
+
+
+class Worsening(NamedTuple):
+    """Coverage significantly above its best while cross-entropy is below what it was then.
+
+    Args:
+        best: the evaluation with the best coverage.
+        coverage: Cov_N now.
+        cross_entropy: cross-entropy now, nats a response.
+        test: Cov_N now minus Cov_N then on the same rows.
+    """
+
+    best: BestEvaluation
+    coverage: float
+    cross_entropy: float
+    test: PairedDifference
+
+
+def update_watch(
+    state: WatchState,
+    *,
+    step: int,
+    log_ratios: ArrayLike,
+    cross_entropy: float,
+    n: float,
+    groups: Iterable[Any] | None = None,
+    alpha: float = 0.05,
+) -> tuple[WatchState, Worsening | None]:
+    """Show the watch one more evaluation of the same rows.
+
+    A worsening is reported once: when cross-entropy is lower than at the evaluation with the best Cov_N, Cov_N is
+    higher, and the paired test has `p < alpha / (m (m + 1))` after m earlier evaluations. These levels sum to alpha,
+    however long the run, so that looking at every evaluation does not turn noise into an alarm.
+
+    Args:
+        state: what the watch remembers; `WatchState()` at first.
+        step: the training step.
+        log_ratios: `(R,)` log D - log p, nats.
+        cross_entropy: mean of -log p over the same rows, nats a response.
+        n: the N of Cov_N.
+        groups: `(R,)` the prompt of each row; None if no prompt repeats.
+        alpha: chance of a false alarm that the whole run may have.
+
+    Returns:
+        The new state, and the worsening if it is to be reported now.
+
+    Raises:
+        ValueError: if the number of rows changed.
+
+    Example:
+        >>> falling_then_rising = [np.where(np.arange(200) < covered, 3.0, 0.0) for covered in (60, 20, 70)]
+        >>> state = WatchState()
+        >>> for step, ratios in enumerate(falling_then_rising):
+        ...     state, worsening = update_watch(state, step=step, log_ratios=ratios, cross_entropy=9.0 - step, n=8)
+        >>> worsening.best.step, worsening.best.coverage, worsening.coverage
+        (1, 0.1, 0.35)
+    """
+    ratios = np.asarray(log_ratios, dtype=np.float64)
+    now = BestEvaluation(step, coverage(ratios, n), cross_entropy, np.packbits(reached(ratios, n)).tobytes().hex())
+    best, seen = state.best, state.evaluations
+    if best is None or (now.coverage, now.cross_entropy) < (best.coverage, best.cross_entropy):
+        return replace(state, evaluations=seen + 1, best=now), None
+    if len(best.reached) != len(now.reached):
+        raise ValueError(f"`log_ratios` must describe the same rows at every evaluation, but now has {ratios.size}.")
+    state = replace(state, evaluations=seen + 1)
+    # Cov_N is at least the best here, so a difference that is significant at all is a worsening.
+    if state.warned or not now.cross_entropy < best.cross_entropy:
+        return state, None
+    test = paired_coverage_difference(ratios, _as_ratios(best.reached, ratios.size, n), n, groups=groups)
+    if not test.p_value < alpha / (seen * (seen + 1)):
+        return state, None
+    return replace(state, warned=True), Worsening(best, now.coverage, cross_entropy, test)
+
+
+def _as_ratios(packed: str, num_rows: int, n: float) -> np.ndarray:
+    """Log ratios that reach log N on just the rows whose bit is set, for the test that takes ratios."""
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(packed), dtype=np.uint8), count=num_rows)
+    return np.where(bits == 1, math.inf, math.log(n) - 1.0)

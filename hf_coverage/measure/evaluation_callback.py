@@ -1,0 +1,247 @@
+"""Callbacks whose numbers are part of the Trainer's evaluation, as if `compute_metrics` had returned them.
+
+The Trainer logs an evaluation, then tells its callbacks, then decides on the best model, all with one dict. A value
+added to that dict by the first callback of the list in `on_log` therefore reaches every reporter, the history, early
+stopping and the choice of the best checkpoint. Callbacks that users pass come last in the list, after the reporters;
+so a callback of this kind moves itself to the front.
+"""
+
+import inspect
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+
+__all__ = ["CoverageWarning", "EvaluationCallback", "evaluation_prefix"]
+
+
+class CoverageWarning(UserWarning):
+    """Something about the coverage of a training run that its owner should know."""
+
+
+class EvaluationCallback(TrainerCallback, ABC):
+    """Base of the callbacks that add metrics to an evaluation; lower is better for all of them.
+
+    Args:
+        every_n_evals: report at the first evaluation of the training and at every n-th after it.
+        every_n_steps: instead, report at the training steps that n divides, whether or not an evaluation falls there.
+        name: put between prefix and metric, `eval_<name>_<metric>`, to tell several callbacks of a run apart.
+
+    Raises:
+        ValueError: if an interval is below 1, or both are set.
+    """
+
+    def __init__(self, *, every_n_evals: int = 1, every_n_steps: int | None = None, name: str | None = None) -> None:
+        for argument, value in (("every_n_evals", every_n_evals), ("every_n_steps", every_n_steps)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{argument}` must be a whole number >= 1, but is {value!r}.")
+        if every_n_steps is not None and every_n_evals != 1:
+            raise ValueError("`every_n_evals` and `every_n_steps` are two ways to say when: give only one of them.")
+        if name is not None and (not name or not name.replace("_", "").replace("-", "").isalnum()):
+            raise ValueError(f"`name` becomes part of metric names: use letters, digits, `_` and `-`, not {name!r}.")
+        self.every_n_evals = every_n_evals
+        self.every_n_steps = every_n_steps
+        self.name = name
+        self.evaluations = 0
+        self.last_step: int | None = None
+        self._training = False
+        self._computed: tuple[tuple[Any, ...], dict[str, float]] | None = None
+        self._reported: dict[str, float] = {}
+
+    @abstractmethod
+    def metric_names(self) -> list[str]:
+        """The names of the metrics, without prefix."""
+
+    @abstractmethod
+    def compute_metrics(
+        self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module, processing_class: Any
+    ) -> dict[str, float]:
+        """The metrics of the model as it is now, the same Python floats on every process."""
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Come before the reporters."""
+        _move_to_front(self)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Come before the reporters, also where a resumed run has just put its callbacks in another order."""
+        _move_to_front(self)
+        self._training = True
+        self._check_best_metric(args, state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """From here on every evaluation is one that somebody asked for, and is answered in full."""
+        self._training = False
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Come before the reporters when `trainer.add_callback` was followed by `trainer.evaluate`."""
+        _move_to_front(self)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for a log entry at the callback's own steps."""
+        if self.every_n_steps is not None and state.global_step % self.every_n_steps == 0:
+            control.should_log = True
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        model: torch.nn.Module | None = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the metrics to what is being logged."""
+        self._reported = {}
+        prefix = evaluation_prefix(logs or {})
+        due = self._due_at_evaluation(state) if prefix else self._due_at_own_step(state, control)
+        if logs is None or model is None or not due:
+            return
+        prefix = (prefix or "eval_") + (f"{self.name}_" if self.name else "")
+        metrics = self._current_metrics(args, state, model, processing_class)
+        self._reported = {prefix + key: value for key, value in metrics.items()}
+        taken = sorted(self._reported.keys() & logs.keys())
+        if taken:
+            raise ValueError(
+                f"`{taken[0]}` is already among the values of this evaluation; give this {type(self).__name__} a "
+                "`name` of its own."
+            )
+        logs.update(self._reported)
+        # The history's entry is a copy that the Trainer made just before this event.
+        state.log_history[-1].update(self._reported)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the metrics for early stopping and the best model where a Trainer logs a copy of its metrics."""
+        if metrics is not None:
+            metrics.update(self._reported)
+        self._reported = {}
+
+    def _due_at_evaluation(self, state: TrainerState) -> bool:
+        if not self._training:
+            return True
+        if self.every_n_steps is not None:
+            return state.global_step % self.every_n_steps == 0
+        # A dict of evaluation datasets logs once for each of them: that is one evaluation.
+        if state.global_step != self.last_step:
+            self.evaluations += 1
+            self.last_step = state.global_step
+        return (self.evaluations - 1) % self.every_n_evals == 0
+
+    def _due_at_own_step(self, state: TrainerState, control: TrainerControl) -> bool:
+        # Where an evaluation is about to follow, the values belong to its log entry.
+        return (
+            self._training
+            and self.every_n_steps is not None
+            and state.global_step % self.every_n_steps == 0
+            and not control.should_evaluate
+        )
+
+    def _current_metrics(
+        self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module, processing_class: Any
+    ) -> dict[str, float]:
+        """The metrics, computed once for unchanged weights at one step: a dict of datasets asks several times."""
+        stamp = (state.global_step, *_weight_sums(model.parameters()))
+        unchanged = self._computed is not None and self._computed[0] == stamp
+        if _on_all_processes(unchanged) and self._computed is not None:
+            return self._computed[1]
+        metrics = self.compute_metrics(args, state, model, processing_class)
+        self._computed = (stamp, metrics)
+        return metrics
+
+    def _check_best_metric(self, args: TrainingArguments, state: TrainerState) -> None:
+        metric = args.metric_for_best_model
+        names = [f"{self.name}_{name}" if self.name else name for name in self.metric_names()]
+        if metric is None or not any(f"_{metric}".endswith(f"_{name}") for name in names):
+            return
+        if self.every_n_steps is not None or self.every_n_evals != 1:
+            raise ValueError(
+                f'`metric_for_best_model="{metric}"` is read at every evaluation, but this {type(self).__name__} '
+                "reports it at some only; leave `every_n_evals` and `every_n_steps` at their defaults."
+            )
+        if args.greater_is_better and state.is_world_process_zero:
+            warnings.warn(
+                f'`metric_for_best_model="{metric}"` is better when it is lower, but `greater_is_better` is True '
+                "(the default of TrainingArguments for names that do not end in `loss`): the run would keep its worst "
+                "checkpoint. Set `greater_is_better=False`.",
+                CoverageWarning,
+                stacklevel=2,
+            )
+
+
+def evaluation_prefix(logs: dict[str, Any]) -> str | None:
+    """The prefix of an evaluation's log entry; None for any other entry.
+
+    Every evaluation reports its runtime: `eval_runtime`, `test_runtime`, `eval_<dataset>_runtime`. `train_runtime` is
+    the end of a training.
+
+    Example:
+        >>> evaluation_prefix({"eval_code_loss": 1.0, "eval_code_runtime": 0.5}), evaluation_prefix({"loss": 1.0})
+        ('eval_code_', None)
+    """
+    # A metric of the user's own may end in `_runtime` too, behind the same prefix.
+    prefixes = sorted((key.removesuffix("runtime") for key in logs if key.endswith("_runtime")), key=len)
+    return prefixes[0] if prefixes and prefixes[0] != "train_" else None
+
+
+def _move_to_front(callback: EvaluationCallback) -> None:
+    """Move a callback before all of other kinds in the list of the handler that is calling it.
+
+    Events carry no reference to the handler, and the Trainer offers no way to place a callback, so the handler is
+    found where it is certain to be: among the callers of the event. Moving an element that a loop over the list has
+    reached forwards makes the loop neither skip nor repeat another one.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and any(item is callback for item in handler.callbacks):
+            break
+        frame = frame.f_back
+    else:
+        raise RuntimeError(
+            f"{type(callback).__name__} must be called by the `CallbackHandler` of a Trainer that holds it: pass it "
+            "in `callbacks=[...]` or to `trainer.add_callback`, not inside another callback."
+        )
+    callbacks = handler.callbacks
+    position = next(index for index, item in enumerate(callbacks) if item is callback)
+    front = next((i for i, item in enumerate(callbacks) if not isinstance(item, EvaluationCallback)), position)
+    if front < position:
+        callbacks.insert(front, callbacks.pop(position))
+
+
+def _weight_sums(parameters: Iterable[torch.nn.Parameter]) -> list[float]:
+    """One number for each parameter (of this process's shard) that changes when the parameter does."""
+    with torch.no_grad():
+        local = (p.to_local() if isinstance(p, DTensor) else p for p in parameters)
+        return [float(p.float().sum()) for p in local]
+
+
+def _on_all_processes(condition: bool) -> bool:
+    """Whether a condition holds on every process of the job, which all of them must ask."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return condition
+    answers: list[bool] = [condition] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(answers, condition)
+    return all(answers)
