@@ -66,7 +66,7 @@ def coverage_bound_from_kl(kl: float, n: float) -> float:
     References:
         arXiv 2510.15020, Proposition D.1.
     """
-    _check_at_least_zero(kl, "kl")
+    kl = _at_least_zero(kl, "kl")
     slope = math.log(check_n(n)) - 1 + 1 / n
     return min(1.0, kl / slope) if slope > 0 else 1.0
 
@@ -103,7 +103,7 @@ def coverage_bound_from_hellinger(hellinger: float, n: float) -> float:
     References:
         arXiv 2510.15020, Proposition D.4.
     """
-    _check_at_least_zero(hellinger, "hellinger")
+    hellinger = _at_least_zero(hellinger, "hellinger")
     root = math.sqrt(check_n(n))
     return min(1.0, 2 * n / (root - 1) ** 2 * hellinger) if root > 1 else 1.0
 
@@ -125,7 +125,7 @@ def coverage_bound_from_stopped_kl(stopped_kl: float, n: float) -> float:
     References:
         arXiv 2510.15020, Proposition D.10.
     """
-    _check_at_least_zero(stopped_kl, "stopped_kl")
+    stopped_kl = _at_least_zero(stopped_kl, "stopped_kl")
     if not math.e < n < math.inf:
         raise ValueError(f"`n` must be above e = 2.718... for the stopped-KL bound, but is {n}.")
     return min(1.0, 2 / (math.log(n) - 1) * stopped_kl)
@@ -304,6 +304,8 @@ def exact_pass_at_n(logprobs: ArrayLike, n: float, *, weights: ArrayLike | None 
 _LOG_MAX = math.log(np.finfo(np.float64).max) - 1
 
 
-def _check_at_least_zero(value: float, name: str) -> None:
-    if not value >= 0:
+def _at_least_zero(value: float, name: str) -> float:
+    """`value`, with the rounding of a sum that is exactly 0 taken off."""
+    if not value >= -TIE_TOLERANCE:
         raise ValueError(f"`{name}` must be >= 0, but is {value}.")
+    return max(0.0, value)

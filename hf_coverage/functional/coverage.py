@@ -1,4 +1,4 @@
-"""From log-probabilities to the coverage profile: log ratios, Cov_N, its quantile and paired comparison.
+"""From log-probabilities to the coverage profile: log ratios, Cov_N, its interval and its quantile.
 
 `r_i = log D(y_i|x_i) - log p(y_i|x_i)` for references `y_i ~ D(.|x_i)`; `Cov_N = P[r >= log N]`; `KL = E[r]`.
 Everything is in nats and float64. Lower coverage is better: Cov_N is the share of good responses that are so unlikely
@@ -7,34 +7,22 @@ under the model that about N samples will not find them.
 
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
 
-from .checks import ROUNDING, TIE_TOLERANCE, FloatArray, check_confidence, check_log_ratios, check_logprobs, check_n
-from .statistics import clustered_mean, group_codes, proportion_interval, row_weights
+from .checks import ROUNDING, TIE_TOLERANCE, FloatArray, check_log_ratios, check_logprobs, check_n
+from .statistics import proportion_interval, row_weights
 
 __all__ = [
-    "PairedDifference",
     "coverage",
     "coverage_interval",
     "log_ratios",
-    "paired_coverage_difference",
     "reached",
     "smallest_n",
     "stopped_kl",
 ]
-
-
-class PairedDifference(NamedTuple):
-    """Coverage of a minus coverage of b on the same rows, with its interval and two-sided p-value."""
-
-    difference: float
-    low: float
-    high: float
-    p_value: float
 
 
 def log_ratios(reference_logprobs: ArrayLike, logprobs: ArrayLike) -> FloatArray:
@@ -136,66 +124,6 @@ def coverage_interval(
     """
     hits = reached(check_log_ratios(log_ratios), n)
     return proportion_interval(hits, groups=groups, weights=weights, confidence=confidence)
-
-
-def paired_coverage_difference(
-    log_ratios_a: ArrayLike,
-    log_ratios_b: ArrayLike,
-    n: float,
-    *,
-    groups: Iterable[Any] | None = None,
-    weights: ArrayLike | None = None,
-    confidence: float = 0.95,
-) -> PairedDifference:
-    """Cov_N of a minus Cov_N of b on the same rows; positive means a covers less.
-
-    The interval is Bonett and Price's adjusted Wald interval for paired proportions, extended to groups: one pseudo
-    group for each direction of disagreement is added before the clustered mean is taken, so that no disagreement at
-    all still leaves uncertainty. The p-value is the two-sided one of the same statistic.
-
-    Args:
-        log_ratios_a: `(R,)` nats, of model a.
-        log_ratios_b: `(R,)` nats, of model b, row by row the same responses.
-        n: a real number >= 1.
-        groups: `(R,)` the prompt of each row; None if no prompt repeats.
-        weights: `(R,)` non-negative row weights.
-        confidence: two-sided level.
-
-    Returns:
-        The plain difference of the two coverages, the interval and the p-value.
-
-    Raises:
-        ValueError: if the two describe different numbers of rows.
-
-    Example:
-        >>> paired_coverage_difference([0.0, 3.0, 3.0, 0.0], [0.0, 3.0, 0.0, 0.0], n=8).difference
-        0.25
-
-    References:
-        Bonett and Price (2012), "Adjusted Wald confidence interval for a difference of binomial proportions based on
-        paired data".
-    """
-    check_confidence(confidence)
-    hits_a, hits_b = (reached(check_log_ratios(ratios), n) for ratios in (log_ratios_a, log_ratios_b))
-    if hits_a.shape != hits_b.shape:
-        raise ValueError(
-            f"`log_ratios_a` and `log_ratios_b` must describe the same rows, but have {hits_a.size} and {hits_b.size}."
-        )
-    change = hits_a.astype(np.float64) - hits_b
-    codes = np.arange(change.size, dtype=np.uint64) if groups is None else group_codes(groups)
-    weight = row_weights(weights, change.size)
-    labels, inverse = np.unique(codes, return_inverse=True)
-    pseudo = weight.sum() / labels.size
-    error = clustered_mean(
-        np.append(change, [1.0, -1.0]),
-        groups=np.append(inverse, [labels.size, labels.size + 1]).astype(np.uint64),
-        weights=np.append(weight, [pseudo, pseudo]),
-    )
-    freedom = error.num_groups - 1
-    margin = error.standard_error * stats.t.ppf((1 + confidence) / 2, freedom)
-    p_value = 2 * stats.t.sf(abs(error.mean) / error.standard_error, freedom)
-    difference = float(weight @ change / weight.sum())
-    return PairedDifference(difference, max(-1.0, error.mean - margin), min(1.0, error.mean + margin), float(p_value))
 
 
 def smallest_n(log_ratios: ArrayLike, eps: float, *, weights: ArrayLike | None = None) -> float:

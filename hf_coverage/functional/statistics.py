@@ -60,10 +60,10 @@ def group_codes(groups: Iterable[Any]) -> NDArray[np.uint64]:
     codes: dict[str, int] = {}
     rows = []
     for label in groups:
-        text = label if isinstance(label, str) else json.dumps(label, sort_keys=True, default=str)
+        # JSON keeps apart what merely prints alike: 1 and "1", [12] and [1, 2]
+        text = json.dumps(label, sort_keys=True)
         if text not in codes:
-            digest = hashlib.blake2b(f"{type(label).__name__}:{text}".encode(), digest_size=8).digest()
-            codes[text] = int.from_bytes(digest, "little")
+            codes[text] = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
         rows.append(codes[text])
     return np.asarray(rows, dtype=np.uint64)
 
