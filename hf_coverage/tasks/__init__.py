@@ -1,0 +1,1 @@
+"""Tasks whose data distribution has a known density."""
