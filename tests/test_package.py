@@ -1,0 +1,69 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_coverage
+
+PACKAGE = Path(hf_coverage.__file__).parent
+FLOORS = {"functional": 0, "plots": 1, "measure": 2, "select": 3, "decode": 3, "optim": 3, "tasks": 3, "report": 4}
+FLOORS["__version__"] = -1  # the one thing that the package's front door itself defines for all
+TOP = 5  # the command line and the front door
+
+
+def test_importing_the_package_is_light():
+    check = "import sys, hf_coverage; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", check], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", hf_coverage.__all__)
+def test_every_public_name_is_there_and_documented(name):
+    assert getattr(hf_coverage, name).__doc__
+    assert name in dir(hf_coverage)
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no attribute 'Coverage'"):
+        _ = hf_coverage.Coverage
+
+
+def modules():
+    # evaluate's modules are scripts that users load, not parts of the house
+    return [path for path in PACKAGE.rglob("*.py") if "evaluate_modules" not in path.parts]
+
+
+def imported(path):
+    """Modules of the package that a file imports, as their parts below `hf_coverage`."""
+    inside = path.relative_to(PACKAGE).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = inside[: len(inside) - node.level + 1]
+            module = tuple(node.module.split(".")) if node.module else ()
+            yield from ([base + module] if module else [(*base, alias.name) for alias in node.names])
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "hf_coverage":
+            yield tuple(node.module.split(".")[1:])
+        elif isinstance(node, ast.Import):
+            yield from (tuple(a.name.split(".")[1:]) for a in node.names if a.name.split(".")[0] == "hf_coverage")
+
+
+def room(parts):
+    return parts[0].removesuffix(".py") if parts else "__init__"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_point_down_only(path):
+    own = room(path.relative_to(PACKAGE).parts)
+    for target in imported(path):
+        other = room(target)
+        if other != own:
+            assert FLOORS.get(other, TOP) < FLOORS.get(own, TOP + 1), f"{path.name} of {own} imports {other}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_user_input_is_never_checked_by_assert(path):
+    assert not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(path.read_text())))
