@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-__all__ = ["is_int", "read_column", "read_pairs", "read_reference", "require_columns", "require_dataset"]
+__all__ = [
+    "check_values",
+    "is_int",
+    "read_column",
+    "read_pairs",
+    "read_reference",
+    "require_columns",
+    "require_dataset",
+]
 
 # A density can exceed 1 by rounding only: a sum of float32 log-softmax terms of a near-certain response does so.
 _POSITIVE_ROUNDING = 1e-6
@@ -55,7 +63,7 @@ def read_pairs(corpus: Dataset) -> tuple[str, list[Any], list[Any]]:
     require_dataset(corpus)
     require_columns(corpus, ("prompt", "completion"))
     prompts, completions = read_column(corpus, "prompt"), read_column(corpus, "completion")
-    prompt_kind, completion_kind = _column_kind(prompts, "prompt"), _column_kind(completions, "completion")
+    prompt_kind, completion_kind = check_values(prompts, "prompt"), check_values(completions, "completion")
     # A prompt may be an empty list of token ids; a column of nothing else does not tell its kind.
     if completion_kind != prompt_kind and (prompt_kind, completion_kind) != ("empty", "token ids"):
         raise ValueError(
@@ -64,12 +72,17 @@ def read_pairs(corpus: Dataset) -> tuple[str, list[Any], list[Any]]:
     kind = completion_kind
     if kind == "chat messages" and "tools" in corpus.column_names:
         raise ValueError("A column `tools` is not rendered; apply the chat template yourself and give token ids.")
-    for column, rows in (("prompt", prompts), ("completion", completions)):
-        if kind == "chat messages":
-            _check_messages(rows, column)
-        elif kind != "text":
-            _check_token_ids(rows, column)
     return kind, prompts, completions
+
+
+def check_values(rows: list[Any], column: str) -> str:
+    """The kind of a column: "text", "chat messages", "token ids" or "empty" (lists without entries), all checked."""
+    kind = _column_kind(rows, column)
+    if kind == "chat messages":
+        _check_messages(rows, column)
+    elif kind != "text":
+        _check_token_ids(rows, column)
+    return kind
 
 
 def _value_kind(value: Any) -> str | None:
@@ -81,11 +94,10 @@ def _value_kind(value: Any) -> str | None:
         return "empty"
     if isinstance(value[0], dict):
         return "chat messages"
-    return "token ids" if is_int(value[0]) else None
+    return "token ids" if _is_int(value[0]) else None
 
 
-def is_int(value: Any) -> bool:
-    """Tell whether a value is an integer and not a truth value."""
+def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -116,32 +128,31 @@ def _check_messages(rows: list[list[dict[str, Any]]], column: str) -> None:
 
 
 def _check_token_ids(rows: list[list[int]], column: str) -> None:
-    # The columns of a Dataset are typed: a list that begins with an integer holds integers and, at worst, None.
     for row, ids in enumerate(rows):
-        if not ids and column == "completion":
-            raise ValueError(f"Row {row}, column `{column}`: expected at least one token id, got none; drop the row.")
-        if None in ids:
-            raise TypeError(
-                f"Row {row}, column `{column}`: expected integer token ids, got a missing value among them."
-            )
+        where = f"Row {row}, column `{column}`:"
+        if not ids and column != "prompt":
+            raise ValueError(f"{where} expected at least one token id, got none; drop the row.")
+        if set(map(type, ids)) - {int}:
+            wrong = next(value for value in ids if not _is_int(value))
+            raise TypeError(f"{where} expected integer token ids, got {wrong!r} among them.")
         if ids and min(ids) < 0:
-            raise ValueError(f"Row {row}, column `{column}`: expected token ids >= 0, got {min(ids)}.")
+            raise ValueError(f"{where} expected token ids >= 0, got {min(ids)}.")
 
 
-def read_reference(corpus: Dataset) -> np.ndarray | None:
-    """`reference_logprob` as (rows,) float64 in nats, checked; None where the corpus has none."""
+def read_logprobs(corpus: Dataset, column: str) -> np.ndarray | None:
+    """A column of log D as (rows,) float64 in nats, checked; None where the corpus has no such column."""
     require_dataset(corpus)
-    if "reference_logprob" not in corpus.column_names:
+    if column not in corpus.column_names:
         return None
-    values = read_column(corpus, "reference_logprob")
+    values = read_column(corpus, column)
     for row, value in enumerate(values):
-        where = f"Row {row}, column `reference_logprob`:"
-        if not isinstance(value, float) and not is_int(value):
-            raise TypeError(f"{where} expected log D(y|x) in nats, got {value!r}; drop the row, or the whole column.")
+        where = f"Row {row}, column `{column}`:"
+        if not isinstance(value, float) and not _is_int(value):
+            raise TypeError(f"{where} expected log D in nats, got {value!r}; drop the row, or the whole column.")
         if not math.isfinite(value):
-            raise ValueError(f"{where} expected a finite log D(y|x), got {value}; y was sampled, so D(y|x) > 0.")
+            raise ValueError(f"{where} expected a finite log D, got {value}; what was sampled from D has D > 0.")
         if value > _POSITIVE_ROUNDING:
             raise ValueError(
-                f"{where} expected log D(y|x) <= 0 (nats), got {value}; is it a probability, or a negated one?"
+                f"{where} expected log D <= 0 (nats), got {value}; is it a probability, or a negated one?"
             )
     return np.asarray(values, dtype=np.float64)

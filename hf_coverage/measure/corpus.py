@@ -7,23 +7,32 @@ or both lists of token ids, and, where it is known, `reference_logprob = log D(y
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
 
-from .columns import read_pairs, read_reference, require_dataset
-from .encoding import encode_chat_pairs, encode_text_pairs, eos_token_id, prefix_token_id
+from .columns import check_values, read_logprobs, read_pairs, require_dataset
+from .encoding import (
+    encode_chat_pairs,
+    encode_chat_prompts,
+    encode_text_pairs,
+    encode_texts,
+    eos_token_id,
+    prefix_token_id,
+    special_prefix,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..functional.checks import ReferenceKind
 
-__all__ = ["EncodedCorpus", "encode_corpus", "reference_kind", "validate_corpus"]
+__all__ = ["EncodedCorpus", "encode_corpus", "encode_prompts", "reference_kind", "validate_corpus"]
 
 
 @dataclass(frozen=True)
@@ -93,10 +102,10 @@ def validate_corpus(corpus: Dataset) -> None:
         >>> validate_corpus(Dataset.from_dict({"prompt": ["1+1="], "completion": ["2"], "reference_logprob": [0.5]}))
         Traceback (most recent call last):
             ...
-        ValueError: Row 0, column `reference_logprob`: expected log D(y|x) <= 0 (nats), got 0.5; ...
+        ValueError: Row 0, column `reference_logprob`: expected log D <= 0 (nats), got 0.5; ...
     """
     read_pairs(corpus)
-    read_reference(corpus)
+    read_logprobs(corpus, "reference_logprob")
 
 
 def reference_kind(corpus: Dataset) -> ReferenceKind:
@@ -130,7 +139,7 @@ def reference_kind(corpus: Dataset) -> ReferenceKind:
     require_dataset(corpus)
     if "answer_logprob" in corpus.column_names:
         return "answer"
-    reference = read_reference(corpus)
+    reference = read_logprobs(corpus, "reference_logprob")
     if reference is None:
         return "samples"
     return "density" if reference.any() else "single_answer"
@@ -154,10 +163,11 @@ def encode_corpus(
 
     Args:
         corpus: A reference corpus, see `validate_corpus`.
-        tokenizer: The tokenizer of the model; may be None for token ids whose prompts are never empty.
+        tokenizer: The tokenizer of the model; may be None for token ids if no prompt is empty.
         append_eos: End every completion with the EOS token. Only for text, and it must be the same for the reference
             and for every model: log D(y|x) and log p(y|x) have to speak of the same event.
-        vocab_size: One more than the largest token id that the model takes; None: the length of the tokenizer.
+        vocab_size: One more than the largest token id that the model takes; None: not checked here. (The length of the
+            tokenizer is no such limit: embeddings are often padded, and a padding row can be sampled.)
 
     Returns:
         The ids of prompts and completions, in the order of the rows.
@@ -173,13 +183,15 @@ def encode_corpus(
         [[5, 0], [6, 7, 0]]
     """
     kind, prompts, completions = read_pairs(corpus)
-    read_reference(corpus)
+    read_logprobs(corpus, "reference_logprob")
     if append_eos and kind != "text":
         ends = "the chat template ends them" if kind == "chat messages" else "they are final"
         raise ValueError(f"`append_eos=True` is for text only, got {kind}: {ends}.")
     if kind == "token ids":
         prompt_ids, completion_ids = prompts, completions
-        _require_range(prompt_ids, completion_ids, tokenizer, vocab_size)
+        if vocab_size is not None:
+            _require_range(prompt_ids, "prompt", vocab_size)
+            _require_range(completion_ids, "completion", vocab_size)
     elif tokenizer is None:
         raise ValueError(f"`tokenizer` must be given for a corpus of {kind}, got None.")
     elif kind == "chat messages":
@@ -188,30 +200,58 @@ def encode_corpus(
         end = eos_token_id(tokenizer) if append_eos else None
         prompt_ids, completion_ids = encode_text_pairs(prompts, completions, tokenizer, end=end)
     _require_tokens(completion_ids)
-    if not all(prompt_ids):
-        prefix = [prefix_token_id(tokenizer)]
-        prompt_ids = [ids or prefix for ids in prompt_ids]
-    return EncodedCorpus(prompt_ids, completion_ids)
+    return EncodedCorpus(_with_prefix(prompt_ids, tokenizer), completion_ids)
 
 
-def _require_range(
-    prompts: list[list[int]],
-    completions: list[list[int]],
-    tokenizer: PreTrainedTokenizerBase | None,
-    vocab_size: int | None,
-) -> None:
-    owner = "the tokenizer" if vocab_size is None else "the model"
-    if vocab_size is None:
-        if tokenizer is None:
-            return
-        vocab_size = len(tokenizer)
-    for column, rows in (("prompt", prompts), ("completion", completions)):
-        for row, ids in enumerate(rows):
-            if ids and max(ids) >= vocab_size:
-                raise ValueError(
-                    f"Row {row}, column `{column}`: token id {max(ids)} is outside the vocabulary of {owner} "
-                    f"({vocab_size} tokens); was the corpus made with another tokenizer?"
-                )
+def encode_prompts(prompts: Iterable[Any], tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
+    """Turn prompts alone into the token ids that a model continues.
+
+    Args:
+        prompts: Text, which is kept to its last space, or lists of chat messages, or lists of token ids.
+        tokenizer: The tokenizer of the model; may be None for token ids if no prompt is empty.
+
+    Returns:
+        One list of token ids per prompt, never empty; BOS, or else EOS, stands for a prompt without tokens.
+
+    Raises:
+        TypeError: If `prompts` is one string, or a prompt has the wrong type.
+        ValueError: If there are no prompts, their kinds are mixed, or the tokenizer cannot encode them.
+
+    Example:
+        >>> encode_prompts([[3, 4], [3]], tokenizer=None)
+        [[3, 4], [3]]
+    """
+    if isinstance(prompts, str):
+        raise TypeError("`prompts` must be a list of prompts, got one string; pass `[prompt]`.")
+    rows = list(prompts)
+    if not rows:
+        raise ValueError("`prompts` must have at least one prompt, got none.")
+    kind = check_values(rows, "prompt")
+    if kind in ("token ids", "empty"):
+        return _with_prefix(rows, tokenizer)
+    if tokenizer is None:
+        raise ValueError(f"`tokenizer` must be given for prompts of {kind}, got None.")
+    if kind == "chat messages":
+        return encode_chat_prompts(rows, tokenizer)
+    special_prefix(tokenizer)
+    return _with_prefix(encode_texts(rows, tokenizer), tokenizer)
+
+
+def _with_prefix(prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
+    """No prompt may be empty: there would be nothing to predict the first token from."""
+    if all(prompts):
+        return prompts
+    prefix = prefix_token_id(tokenizer)
+    return [ids or [prefix] for ids in prompts]
+
+
+def _require_range(rows: list[list[int]], column: str, vocab_size: int) -> None:
+    for row, ids in enumerate(rows):
+        if ids and max(ids) >= vocab_size:
+            raise ValueError(
+                f"Row {row}, column `{column}`: token id {max(ids)} is outside the model's vocabulary of {vocab_size} "
+                "tokens; was the corpus made with another tokenizer?"
+            )
 
 
 def _require_tokens(completions: list[list[int]]) -> None:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["encode_chat_pairs", "encode_text_pairs", "eos_token_id", "prefix_token_id", "tokenize"]
+__all__ = [
+    "encode_chat_pairs",
+    "encode_chat_prompts",
+    "encode_text_pairs",
+    "encode_texts",
+    "eos_token_id",
+    "prefix_token_id",
+    "special_prefix",
+    "tokenize",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +41,27 @@ def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id
 
 
+def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before every text by itself: its BOS token, or nothing."""
+    (plain,) = tokenize(["a"], tokenizer, add_special_tokens=False)
+    (full,) = tokenize(["a"], tokenizer, add_special_tokens=True)
+    length = len(full) - len(plain)
+    if full[length:] != plain:
+        raise ValueError(
+            f"`tokenizer` ends every text with special tokens, prompts too: {tokenizer.decode(full)!r}; load it with "
+            "`add_eos_token=False`, and pass `append_eos=True` where the response ends."
+        )
+    return full[:length]
+
+
 def encode_text_pairs(
     prompts: list[str], completions: list[str], tokenizer: PreTrainedTokenizerBase, *, end: int | None = None
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids of text pairs, split where lm-evaluation-harness splits them; an empty list is a prompt of none."""
+    special_prefix(tokenizer)
     heads = [prompt.rstrip() for prompt in prompts]
-    head_ids = _tokenize(heads, tokenizer)
-    whole_ids = _tokenize([prompt + completion for prompt, completion in zip(prompts, completions)], tokenizer)
+    head_ids = encode_texts(heads, tokenizer)
+    whole_ids = encode_texts([prompt + completion for prompt, completion in zip(prompts, completions)], tokenizer)
     bare = [row for row, prompt in enumerate(prompts) if not prompt]
     bare_ids = iter(tokenize([completions[row] for row in bare], tokenizer, add_special_tokens=False))
     for row in bare:
@@ -62,7 +85,7 @@ def _split_bare(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[lis
     return [prefix], ids if ids[:1] == [prefix] else [prefix, *ids]
 
 
-def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Ids of texts with the tokenizer's own special tokens, but no second BOS before one that is spelled out."""
     marks = [token_id for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token_id is not None]
     mark = str(tokenizer.decode(marks[0])) if marks else None
@@ -104,19 +127,24 @@ def _report_merges(head_ids: list[list[int]], whole_ids: list[list[int]]) -> Non
         )
 
 
-def encode_chat_pairs(
-    prompts: list[list[dict[str, Any]]], completions: list[list[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of chat pairs: the prompt with its generation prompt, the completion as the template ends it."""
+def encode_chat_prompts(prompts: list[list[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of conversations that the model is to continue."""
     if not tokenizer.chat_template:
         raise ValueError(
             "`tokenizer` has no chat template, and the corpus holds chat messages; set `tokenizer.chat_template`, or "
             "give text or token ids."
         )
     prompts = [_without_missing_keys(messages) for messages in prompts]
-    completions = [_without_missing_keys(messages) for messages in completions]
-    wholes = [prompt + completion for prompt, completion in zip(prompts, completions)]
-    prompt_ids: Any = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=False)
+    ids: Any = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=False)
+    return ids
+
+
+def encode_chat_pairs(
+    prompts: list[list[dict[str, Any]]], completions: list[list[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of chat pairs: the prompt with its generation prompt, the completion as the template ends it."""
+    prompt_ids = encode_chat_prompts(prompts, tokenizer)
+    wholes = [_without_missing_keys(prompt + completion) for prompt, completion in zip(prompts, completions)]
     whole_ids: Any = tokenizer.apply_chat_template(wholes, return_dict=False)
     for row, (head, whole) in enumerate(zip(prompt_ids, whole_ids)):
         if whole[: len(head)] != head:
