@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .measure.answers import score_answers
-    from .measure.builders import sample_corpus, single_answer_corpus, teacher_scored_corpus, windows_corpus
-    from .measure.callback import CoverageCallback
-    from .measure.profile import CoverageProfile
-    from .measure.score_table import ScoreTable
-    from .measure.scoring import score_responses
+    from hf_coverage.measure.answers import score_answers
+    from hf_coverage.measure.builders import sample_corpus, single_answer_corpus, teacher_scored_corpus, windows_corpus
+    from hf_coverage.measure.callback import CoverageCallback
+    from hf_coverage.measure.profile import CoverageProfile
+    from hf_coverage.measure.score_table import ScoreTable
+    from hf_coverage.measure.scoring import score_responses
 
 __version__ = "0.1.0"
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .checks import TIE_TOLERANCE, check_log_ratios, check_logprobs, check_n
-from .coverage import coverage, smallest_n
-from .statistics import row_weights
+from hf_coverage.functional.checks import TIE_TOLERANCE, check_log_ratios, check_logprobs, check_n
+from hf_coverage.functional.coverage import coverage, smallest_n
+from hf_coverage.functional.statistics import row_weights
 
 __all__ = [
     "BestOfNBudget",

@@ -12,8 +12,15 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .checks import ROUNDING, TIE_TOLERANCE, FloatArray, check_log_ratios, check_logprobs, check_n
-from .statistics import proportion_interval, row_weights
+from hf_coverage.functional.checks import (
+    ROUNDING,
+    TIE_TOLERANCE,
+    FloatArray,
+    check_log_ratios,
+    check_logprobs,
+    check_n,
+)
+from hf_coverage.functional.statistics import proportion_interval, row_weights
 
 __all__ = [
     "coverage",

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from .checks import FloatArray, check_confidence
+from hf_coverage.functional.checks import FloatArray, check_confidence
 
 __all__ = [
     "MeanEstimate",

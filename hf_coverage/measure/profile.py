@@ -12,11 +12,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-from ..functional.bounds import BestOfNBudget, best_of_n_budget
-from ..functional.checks import FloatArray, ReferenceKind, check_log_ratios, check_logprobs, metric_key
-from ..functional.coverage import coverage, coverage_interval, log_ratios, reached, smallest_n
-from ..functional.statistics import MeanEstimate, clustered_mean, group_codes, row_weights
-from ..plots import ProfileCurve, plot_profiles
+from hf_coverage.functional.bounds import BestOfNBudget, best_of_n_budget
+from hf_coverage.functional.checks import FloatArray, ReferenceKind, check_log_ratios, check_logprobs, metric_key
+from hf_coverage.functional.coverage import coverage, coverage_interval, log_ratios, reached, smallest_n
+from hf_coverage.functional.statistics import MeanEstimate, clustered_mean, group_codes, row_weights
+from hf_coverage.plots import ProfileCurve, plot_profiles
 
 __all__ = ["CoverageProfile"]
 
