@@ -1,7 +1,7 @@
 """Drawings of arrays. Knows no models, and no files but the one it writes.
 
-Figures are matplotlib `Figure` objects made without pyplot, so nothing is shown and no global state is touched. Colours
-are the Okabe-Ito palette, which colour-blind readers can tell apart.
+Figures are matplotlib `Figure` objects made without pyplot, so nothing is shown and no global state is touched.
+Colours are the Okabe-Ito palette, which colour-blind readers can tell apart.
 """
 
 from collections.abc import Sequence
