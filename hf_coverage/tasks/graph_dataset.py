@@ -45,11 +45,12 @@ class GraphSearchDataset:
         weights: Sequence[float],
         num_rows: int,
         *,
-        seed: int,
+        seed: int | Sequence[int],
         block_rows: int = 4096,
         cached_blocks: int | None = None,
     ) -> None:
-        self._task, self._weights, self._num_rows, self._seed = task, tuple(weights), num_rows, seed
+        self._task, self._weights, self._num_rows = task, tuple(weights), num_rows
+        self._seed = (seed,) if isinstance(seed, int) else tuple(seed)
         self._block_rows, self._cached_blocks = block_rows, cached_blocks
         self._blocks: OrderedDict[int, list[_Row]] = OrderedDict()
 
@@ -64,7 +65,7 @@ class GraphSearchDataset:
 
     def _block(self, block: int) -> list[_Row]:
         if block not in self._blocks:
-            rows = self._task.sample(self._block_rows, self._weights, seed=(self._seed, block))
+            rows = self._task.sample(self._block_rows, self._weights, seed=(*self._seed, block))
             self._blocks[block] = [_as_row(prompt, path) for prompt, path in zip(rows.prompts, rows.paths)]
             if self._cached_blocks is not None and len(self._blocks) > self._cached_blocks:
                 self._blocks.popitem(last=False)

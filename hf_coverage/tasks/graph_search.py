@@ -151,6 +151,19 @@ class GraphSearch:
         )
         return cls(classes, horizon, nodes_per_layer, num_names, prompt_format)
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest prompt with its path: what a model of the task needs as positions."""
+        wide, width = max(c.num_wide_layers for c in self.classes), self.nodes_per_layer
+        path = self.num_layers + 2
+        if self.prompt_format == "aligned":
+            edges = width + 2 * width * (self.num_layers - 1) + 2
+            return 2 * edges + self.num_layers + 4 + path
+        # a wide last layer adds one edge, any other one adds as many as a layer has nodes
+        inner = min(wide, self.num_layers - 1)
+        edges = width + width * (self.num_layers - 1 + inner) + 1 + (wide - inner)
+        return 3 * edges - 1 + 4 + path
+
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Build the tokenizer of the prompts and paths."""
         return graph_tokenizer(self.num_names)

@@ -262,6 +262,12 @@ def test_corpus_columns_and_text():
         assert tokenizer(b["prompt"] + b["completion"])["input_ids"] == a["prompt"] + a["completion"]
 
 
+@pytest.mark.parametrize(("task", "weights"), TASKS.values(), ids=TASKS)
+def test_max_tokens_is_the_longest_row(task, weights):
+    rows = task.sample(600, [1 / 3] * 3, seed=16)
+    assert max(map(len, rows.prompts)) + task.num_layers + 2 == task.max_tokens
+
+
 def test_rows_depend_on_the_seed_alone():
     a, b, c = (PAPER.sample(50, EQUAL, seed=seed) for seed in (13, 13, 14))
     assert np.array_equal(a.paths, b.paths)
