@@ -8,11 +8,20 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-__all__ = ["COLORS", "ProfileCurve", "new_axes", "plot_profiles", "save_figure"]
+__all__ = [
+    "COLORS",
+    "ProfileCurve",
+    "new_axes",
+    "plot_predictiveness",
+    "plot_profiles",
+    "plot_training_curves",
+    "save_figure",
+]
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
@@ -89,4 +98,114 @@ def plot_profiles(
     ax.legend(frameon=False)
     if title:
         ax.set_title(title)
+    return save_figure(figure, path)
+
+
+def plot_training_curves(
+    steps: ArrayLike,
+    kl: ArrayLike,
+    coverage: Sequence[tuple[str, ArrayLike]],
+    path: str | PathLike[str] | None = None,
+    *,
+    title: str | None = None,
+) -> Figure:
+    """Draw KL and coverage over the steps of a training run, the best checkpoint of each curve marked.
+
+    Args:
+        steps: `(K,)` training steps.
+        kl: `(K,)` sequence-level KL, nats.
+        coverage: label and `(K,)` values of each coverage curve, at most six.
+        path: file to write, its format given by the suffix; None only returns the figure.
+        title: title above the axes.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: with no coverage curve, or more than there are distinguishable colours.
+
+    Example:
+        >>> figure = plot_training_curves([0, 10, 20], [1.2, 0.9, 0.8], [("Cov$_4$", [0.3, 0.1, 0.2])])
+        >>> [ax.get_ylabel() for ax in figure.axes]
+        ['KL in nats (lower is better)', 'Cov$_N$ (lower is better)']
+
+    References:
+        arXiv 2510.15020, Figure 1 (left).
+    """
+    if not 1 <= len(coverage) < len(COLORS):
+        raise ValueError(f"`coverage` must hold 1 to {len(COLORS) - 1} curves, but holds {len(coverage)}.")
+    figure, axes = new_axes(2, width=5.2)
+    labels = ("KL in nats (lower is better)", "Cov$_N$ (lower is better)")
+    curves = ([("KL", kl)], coverage)
+    colors = iter(COLORS)
+    for ax, label, lines in zip(axes, labels, curves):
+        for name, values in lines:
+            array, color = np.asarray(values, dtype=float), next(colors)
+            ax.plot(steps, array, color=color, linewidth=1.8, label=name)
+            best = int(array.argmin())
+            ax.plot(np.asarray(steps)[best], array[best], "o", color=color, markersize=7, markeredgecolor="white")
+        ax.set_xlabel("training step")
+        ax.set_ylabel(label)
+        ax.set_ylim(bottom=0)
+    axes[1].plot([], [], "o", color="#777777", markeredgecolor="white", label="best checkpoint")
+    axes[1].legend(frameon=False)
+    if title:
+        figure.suptitle(title)
+    return save_figure(figure, path)
+
+
+def plot_predictiveness(
+    passes: Sequence[tuple[str, ArrayLike]],
+    kl: ArrayLike,
+    coverage: Sequence[tuple[str, ArrayLike]],
+    path: str | PathLike[str] | None = None,
+    *,
+    title: str | None = None,
+) -> Figure:
+    """Draw Pass@N of checkpoints against their coverage (lower axis) and their KL (upper axis), a panel for each N.
+
+    Checkpoints are joined in the order they come in, the first one drawn hollow: a good predictor gives a curve that
+    only falls, one that misleads turns back on itself.
+
+    Args:
+        passes: label and `(K,)` values of Pass@N, one a panel.
+        kl: `(K,)` sequence-level KL, nats.
+        coverage: label and `(K,)` values of the coverage to set against each panel's Pass@N.
+        path: file to write, its format given by the suffix; None only returns the figure.
+        title: title above the axes.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: if there is no panel, or not one coverage for each.
+
+    Example:
+        >>> figure = plot_predictiveness(
+        ...     [("Pass@8", [0.8, 0.9, 0.85])], [1.2, 0.9, 0.8], [("Cov$_4$", [0.3, 0.1, 0.2])]
+        ... )
+        >>> [ax.get_xlabel() for ax in figure.axes]
+        ['Cov$_4$ (lower is better)', 'KL in nats (lower is better)']
+
+    References:
+        arXiv 2510.15020, Figure 1 (right).
+    """
+    if not passes or len(passes) != len(coverage):
+        raise ValueError(
+            f"`passes` and `coverage` must go in pairs, at least one, but have {len(passes)} and {len(coverage)} entries."
+        )
+    figure, axes = new_axes(len(passes), width=3.8)
+    for ax, (pass_label, pass_values), (cov_label, cov_values) in zip(axes, passes, coverage):
+        upper = ax.twiny()
+        upper.spines["right"].set_visible(False)
+        predictors = ((ax, cov_label, cov_values, "o", COLORS[0]), (upper, "KL in nats", kl, "^", COLORS[1]))
+        for side, label, values, marker, color in predictors:
+            side.plot(values, pass_values, marker=marker, color=color, markersize=5, linewidth=0.8, alpha=0.8)
+            first = np.asarray(values)[0], np.asarray(pass_values)[0]
+            side.plot(*first, marker=marker, color=color, markersize=7, markerfacecolor="white")
+            side.set_xlabel(f"{label} (lower is better)", color=color)
+            side.tick_params(axis="x", colors=color)
+        ax.set_ylabel(f"{pass_label} (higher is better)")
+    if title:
+        figure.suptitle(title)
     return save_figure(figure, path)
