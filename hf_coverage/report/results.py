@@ -1,0 +1,112 @@
+"""Results as JSON in the shape that users of lm-evaluation-harness know.
+
+One entry a model under `results`, every metric as a pair `<metric>,none` and `<metric>_stderr,none`, and beside them
+`config`, `versions`, `n-samples`, `higher_is_better`, `date` and `git_hash` under the same names.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..functional.checks import metric_key
+from ..measure.profile import CoverageProfile
+from .provenance import git_hash, versions
+
+__all__ = ["METRIC_VERSION", "coverage_results", "write_results"]
+
+METRIC_VERSION = 1
+"""Raised when the same log-probabilities would give another number."""
+
+
+def coverage_results(
+    profiles: Sequence[CoverageProfile],
+    n: Sequence[float],
+    *,
+    config: Mapping[str, Any] | None = None,
+    confidence: float = 0.95,
+) -> dict[str, Any]:
+    """Metrics of models as a dictionary that `write_results` can write.
+
+    Args:
+        profiles: one a model, under different names.
+        n: the N to report.
+        config: what was run: models, corpus, seeds; kept as it is.
+        confidence: level of the intervals.
+
+    Returns:
+        The results. Beyond lm-evaluation-harness, `intervals` holds `[low, high]` for every coverage.
+
+    Raises:
+        ValueError: if two profiles have one name.
+
+    Example:
+        >>> profile = CoverageProfile.from_logprobs([-1.0, -9.0], [-1.0, -1.0], name="a")
+        >>> coverage_results([profile], [16])["results"]["a"]["cov_16,none"]
+        0.5
+    """
+    names = [profile.name for profile in profiles]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"`profiles` must have different names, but two are called {twice!r}; give each its `name`.")
+    metrics = {profile.name: profile.metrics(n) for profile in profiles}
+    return {
+        "results": {name: _paired(name, values) for name, values in metrics.items()},
+        "intervals": {profile.name: _intervals(profile, n, confidence) for profile in profiles},
+        "confidence": confidence,
+        "group_subtasks": {name: [] for name in names},
+        "configs": {
+            profile.name: {"reference": profile.kind, "num_rows": profile.num_rows, "num_prompts": profile.num_groups}
+            for profile in profiles
+        },
+        "versions": dict.fromkeys(names, METRIC_VERSION),
+        "n-shot": dict.fromkeys(names, 0),
+        "higher_is_better": {
+            name: {key: False for key in values if not key.endswith("_stderr")} for name, values in metrics.items()
+        },
+        "n-samples": {
+            profile.name: {"original": profile.num_rows, "effective": profile.num_rows} for profile in profiles
+        },
+        "config": dict(config or {}),
+        "git_hash": git_hash(),
+        "date": datetime.now().timestamp(),
+    } | {f"{name}_version": version for name, version in versions().items()}
+
+
+def write_results(folder: str | PathLike[str], results: Mapping[str, Any]) -> Path:
+    """Write results as `results_<date>.json` into a folder, which is made where it does not exist.
+
+    The file is strict JSON: an infinite number is the text "inf" and one that is not known "N/A".
+
+    Returns:
+        The file's path.
+    """
+    target = Path(folder) / f"results_{re.sub(':', '-', datetime.now().isoformat())}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_strict(results), indent=2, ensure_ascii=False, allow_nan=False)
+    target.write_text(text + "\n", encoding="utf-8")
+    return target
+
+
+def _paired(name: str, metrics: Mapping[str, float]) -> dict[str, Any]:
+    return {"alias": name} | {f"{key},none": value for key, value in metrics.items()}
+
+
+def _intervals(profile: CoverageProfile, n: Sequence[float], confidence: float) -> dict[str, list[float]]:
+    prefix = "cov_upper_" if profile.is_upper_bound else "cov_"
+    return {f"{prefix}{metric_key(value)},none": list(profile.interval(value, confidence)) for value in n}
+
+
+def _strict(value: Any) -> Any:
+    """The same value without the numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "N/A" if math.isnan(value) else str(value)
+    return value

@@ -1,0 +1,214 @@
+"""What coverage profiles say, as tables and in plain sentences."""
+
+import math
+from collections.abc import Sequence
+
+from ..functional.checks import metric_key
+from ..functional.coverage import coverage
+from ..functional.paired import PairedDifference, paired_coverage_difference
+from ..functional.statistics import MeanEstimate, mean_interval
+from ..measure.profile import CoverageProfile
+from .table import Cell, Column, Interval, Table, format_number
+
+__all__ = ["comparison_table", "paired_differences", "profile_table", "summarize_profiles"]
+
+
+def profile_table(profiles: Sequence[CoverageProfile], n: Sequence[float], *, regret: float = 0.1) -> Table:
+    """Coverage, KL, cross-entropy and Best-of-N budget of models, one row each, with 95 % intervals.
+
+    Args:
+        profiles: all on references of which the same is known.
+        n: the N to show.
+        regret: the loss of expected reward, in (0, 1), that the Best-of-N budget allows.
+
+    Raises:
+        ValueError: if `profiles` is empty or mixes Cov_N with its upper bound.
+    """
+    quantity = shared_quantity(profiles)
+    columns: list[Column | str] = ["model", "rows", "prompts"]
+    columns += [Column(quantity.replace("Cov_N", f"Cov_{metric_key(value)}"), "lower") for value in n]
+    bound = profiles[0].is_upper_bound
+    columns += [] if bound else [Column("KL (nats)", "lower")]
+    columns += [Column("cross-entropy (nats)", "lower"), f"Best-of-N budget (regret {regret:g})"]
+    rows: list[list[Cell]] = []
+    for profile in profiles:
+        cells: list[Cell] = [profile.name, profile.num_rows, profile.num_groups]
+        cells += [coverage_cell(profile, value) for value in n]
+        cells += [] if bound else [_mean_cell(profile.kl, profile.kl_standard_error, profile.num_groups)]
+        cells.append(_cross_entropy_cell(profile))
+        rows.append([*cells, _samples(profile.best_of_n_budget(regret).n)])
+    return Table(columns, rows, f"{_capital(quantity)}, lower is better, with 95 % confidence intervals.")
+
+
+def paired_differences(
+    baseline: CoverageProfile, other: CoverageProfile, n: Sequence[float], *, confidence: float = 0.95
+) -> list[PairedDifference]:
+    """Cov_N of `other` minus Cov_N of `baseline` on the same rows, at each N; positive: `other` covers less.
+
+    Raises:
+        ValueError: if the two profiles show different quantities or have different rows.
+    """
+    shared_quantity([baseline, other])
+    return [
+        paired_coverage_difference(
+            other.log_ratios,
+            baseline.log_ratios,
+            value,
+            groups=baseline.groups,
+            weights=baseline.weights,
+            confidence=confidence,
+        )
+        for value in n
+    ]
+
+
+def comparison_table(baseline: CoverageProfile, others: Sequence[CoverageProfile], n: Sequence[float]) -> Table:
+    """Paired differences of models to a baseline on the same rows, one row for each model and N.
+
+    Args:
+        baseline: what the others are compared with.
+        others: profiles of the same rows, in the same order.
+        n: the N to show.
+    """
+    quantity = shared_quantity([baseline, *others])
+    rows: list[list[Cell]] = []
+    for other in others:
+        for value, difference in zip(n, paired_differences(baseline, other, n)):
+            rows.append(
+                [
+                    other.name,
+                    quantity.replace("Cov_N", f"Cov_{metric_key(value)}"),
+                    _value(other, value),
+                    _value(baseline, value),
+                    Interval(difference.difference, difference.low, difference.high),
+                    difference.p_value,
+                    verdict(difference),
+                ]
+            )
+    columns: list[Column | str] = ["model", "quantity", "value", baseline.name, "difference", "p-value", "verdict"]
+    caption = (
+        f"Paired differences to {baseline.name} on the same rows, with 95 % confidence intervals: "
+        "below zero the model covers more than the baseline."
+    )
+    return Table(columns, rows, caption)
+
+
+def summarize_profiles(
+    profiles: Sequence[CoverageProfile], n: Sequence[float], *, regret: float = 0.1, baseline: bool = False
+) -> list[str]:
+    """What the numbers say in plain sentences: coverage at the largest N, the comparison, the samples needed.
+
+    Args:
+        profiles: one a model.
+        n: the N that are reported; the sentences speak of the largest.
+        regret: the loss of expected reward, in (0, 1), that the Best-of-N budget allows.
+        baseline: whether the first profile is compared with the others, all of the same rows.
+
+    Example:
+        >>> profile = CoverageProfile.from_logprobs([-1.0] * 9 + [-9.0], [-1.0] * 10, name="small")
+        >>> first, second = summarize_profiles([profile], [2, 16], regret=0.2)
+        >>> first
+        "10.0 % of the reference's responses (95 % interval 1.8 % to 40.4 %) are at least 16 times less likely ..."
+        >>> second.split(": ")[1]
+        'Best-of-N with 5 samples is guaranteed to lose at most 0.2 of expected reward against the reference, ...'
+    """
+    shared_quantity(profiles)
+    at = max(n)
+    ordered = sorted(profiles, key=lambda profile: _value(profile, at))
+    sentences = [_coverage_sentence(profiles[0], at)] if len(profiles) == 1 else [_ranking_sentence(ordered, at)]
+    if baseline:
+        sentences += [_difference_sentence(profiles[0], other, at) for other in profiles[1:]]
+    return sentences + [_budget_sentence(profile, regret) for profile in profiles]
+
+
+def shared_quantity(profiles: Sequence[CoverageProfile]) -> str:
+    """What all the profiles show, in words; ValueError where they do not show the same."""
+    if not profiles:
+        raise ValueError("`profiles` must hold at least one coverage profile.")
+    quantities = sorted({profile.quantity for profile in profiles})
+    if len(quantities) > 1:
+        raise ValueError(f"`profiles` must all show the same quantity, but there are {', '.join(quantities)}.")
+    return quantities[0]
+
+
+def coverage_cell(profile: CoverageProfile, n: float) -> Interval:
+    """Cov_N (its upper bound on a plain corpus) with its 95 % interval."""
+    return Interval(_value(profile, n), *profile.interval(n))
+
+
+def verdict(difference: PairedDifference) -> str:
+    """A paired difference in one word or two."""
+    if difference.low > 0:
+        return "worse"
+    return "better" if difference.high < 0 else "no clear difference"
+
+
+def _value(profile: CoverageProfile, n: float) -> float:
+    return coverage(profile.log_ratios, n, weights=profile.weights)
+
+
+def _mean_cell(mean: float, standard_error: float, num_groups: int) -> Interval:
+    return Interval(mean, *mean_interval(MeanEstimate(mean, standard_error, num_groups)))
+
+
+def _cross_entropy_cell(profile: CoverageProfile) -> Interval | None:
+    if profile.logprobs is None:
+        return None
+    return _mean_cell(profile.cross_entropy, profile.cross_entropy_standard_error, profile.num_groups)
+
+
+def _coverage_sentence(profile: CoverageProfile, n: float) -> str:
+    value, low, high = coverage_cell(profile, n)
+    quantity = profile.quantity.replace("Cov_N", f"Cov_{metric_key(n)}")
+    share = f"{_percent(value)} of the reference's responses (95 % interval {_percent(low)} to {_percent(high)})"
+    if profile.is_upper_bound:
+        return (
+            f"At most {share} are at least {metric_key(n)} times less likely under {profile.name} than under the "
+            f"reference: the {quantity} is {format_number(value)}. Lower is better."
+        )
+    return (
+        f"{share} are at least {metric_key(n)} times less likely under {profile.name} than under the reference: "
+        f"{quantity} = {format_number(value)}. Lower is better."
+    )
+
+
+def _ranking_sentence(ordered: Sequence[CoverageProfile], n: float) -> str:
+    quantity = ordered[0].quantity.replace("Cov_N", f"Cov_{metric_key(n)}")
+    ranking = ", ".join(f"{profile.name} {format_number(_value(profile, n))}" for profile in ordered)
+    return f"{_capital(quantity)} from best to worst: {ranking}. Lower is better."
+
+
+def _difference_sentence(baseline: CoverageProfile, other: CoverageProfile, n: float) -> str:
+    (difference,) = paired_differences(baseline, other, [n])
+    words = {"worse": "covers less than", "better": "covers more than"}
+    relation = words.get(verdict(difference), "does not clearly differ in coverage from")
+    ends = f"95 % interval {format_number(difference.low)} to {format_number(difference.high)}"
+    return (
+        f"At N = {metric_key(n)}, {other.name} {relation} {baseline.name} on the same rows: the difference is "
+        f"{format_number(difference.difference)} ({ends})."
+    )
+
+
+def _budget_sentence(profile: CoverageProfile, regret: float) -> str:
+    budget = profile.best_of_n_budget(regret)
+    loss = f"lose at most {regret:g} of expected reward against the reference"
+    if math.isinf(budget.n):
+        return f"{profile.name}: no number of samples is guaranteed to make Best-of-N {loss}."
+    necessary = math.ceil(budget.necessary_n)
+    floor = f"; fewer than {necessary:,} cannot guarantee it" if necessary >= 2 else ""
+    return (
+        f"{profile.name}: Best-of-N with {_samples(budget.n)} samples is guaranteed to {loss}, whatever the reward in "
+        f"[0, 1]{floor}."
+    )
+
+
+def _samples(n: float) -> str:
+    return "none is enough" if math.isinf(n) else f"{math.ceil(n):,}" if n < 1e9 else f"{n:.3g}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]

@@ -1,0 +1,142 @@
+"""Tables of results, written once and shown in a terminal, on a page or in a model card."""
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+__all__ = ["Cell", "Column", "Interval", "Table", "format_cell", "format_number"]
+
+
+class Interval(NamedTuple):
+    """A number with the two ends of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+Cell = str | int | float | Interval | None
+"""What a table can hold; None is shown as a dash."""
+
+
+class Column(NamedTuple):
+    """The title of a column, and which of its values is the best one, where one is."""
+
+    title: str
+    better: Literal["lower", "higher"] | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under titled columns.
+
+    Attributes:
+        columns: one `Column` each, or only its title.
+        rows: one cell for each column.
+        caption: a sentence that says what is shown.
+
+    Raises:
+        ValueError: if a row has another number of cells than there are columns.
+
+    Example:
+        >>> table = Table(["model", Column("Cov_16", "lower")], [["a", Interval(0.25, 0.2, 0.3)], ["b", 0.125]])
+        >>> table.best(1)
+        1
+        >>> print(table.to_markdown())
+        | model | Cov_16 ↓ |
+        | --- | ---: |
+        | a | 0.250 [0.200, 0.300] |
+        | b | **0.125** |
+    """
+
+    columns: Sequence[Column | str]
+    rows: Sequence[Sequence[Cell]]
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        for row, cells in enumerate(self.rows):
+            if len(cells) != len(self.columns):
+                raise ValueError(
+                    f"`rows` must have {len(self.columns)} cells each, one a column, but row {row} has {len(cells)}."
+                )
+
+    @property
+    def headers(self) -> list[Column]:
+        """The columns, a bare title as a column whose values are not ranked."""
+        return [column if isinstance(column, Column) else Column(column) for column in self.columns]
+
+    def best(self, column: int) -> int | None:
+        """The row with the best value of a column; None where the column is not ranked or has no single best."""
+        better = self.headers[column].better
+        values = {row: _number(cells[column]) for row, cells in enumerate(self.rows)}
+        known = {row: value for row, value in values.items() if not math.isnan(value)}
+        if better is None or len(known) < 2:
+            return None
+        best = min(known.values()) if better == "lower" else max(known.values())
+        rows = [row for row, value in known.items() if value == best]
+        return rows[0] if len(rows) == 1 else None
+
+    def is_numeric(self, column: int) -> bool:
+        """Whether a column holds numbers, which are set flush right."""
+        return all(not isinstance(cells[column], str) for cells in self.rows)
+
+    def to_markdown(self) -> str:
+        """The table in GitHub's Markdown, the best of a ranked column in bold, ranked titles with an arrow."""
+        titles = [_markdown(title(column)) for column in self.headers]
+        rules = ["---:" if self.is_numeric(index) else "---" for index in range(len(self.columns))]
+        best = [self.best(index) for index in range(len(self.columns))]
+        lines = [titles, rules]
+        for row, cells in enumerate(self.rows):
+            texts = [_markdown(format_cell(cell)) for cell in cells]
+            lines.append([f"**{text}**" if row == best[index] else text for index, text in enumerate(texts)])
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def title(column: Column) -> str:
+    """A column's title with an arrow towards its better values."""
+    arrows = {"lower": " ↓", "higher": " ↑", None: ""}
+    return column.title + arrows[column.better]
+
+
+def format_number(value: float) -> str:
+    """A number as tables show it: four significant digits, three decimals below one, no exponent below a million.
+
+    Example:
+        >>> [format_number(value) for value in (0, 0.04678, 5.7, 1234.5, 3e-5, float("inf"), float("nan"))]
+        ['0', '0.047', '5.7', '1,234', '3e-05', '∞', '–']
+    """
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    size = abs(value)
+    if isinstance(value, int) or value == 0:
+        return f"{value:,}" if isinstance(value, int) else "0"
+    if size >= 1e6 or size < 5e-4:
+        return f"{value:.3g}"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if size < 1 else f"{value:.4g}"
+
+
+def format_cell(cell: Cell) -> str:
+    """A cell as text: numbers through `format_number`, an interval in brackets after its value, None as a dash."""
+    if cell is None:
+        return "–"
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, Interval):
+        value, low, high = (format_number(part) for part in cell)
+        return f"{value} [{low}, {high}]"
+    return format_number(cell)
+
+
+def _number(cell: Cell) -> float:
+    value = cell.value if isinstance(cell, Interval) else cell
+    return math.nan if value is None or isinstance(value, str) else float(value)
+
+
+def _markdown(text: str) -> str:
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
