@@ -142,22 +142,22 @@ class EvaluationCallback(TrainerCallback, ABC):
     def _due_at_evaluation(self, state: TrainerState) -> bool:
         if not self._training:
             return True
-        if self.every_n_steps is not None:
-            return state.global_step % self.every_n_steps == 0
         # A dict of evaluation datasets logs once for each of them: that is one evaluation.
         if state.global_step != self.last_step:
             self.evaluations += 1
             self.last_step = state.global_step
+        if self.every_n_steps is not None:
+            return state.global_step % self.every_n_steps == 0
         return (self.evaluations - 1) % self.every_n_evals == 0
 
     def _due_at_own_step(self, state: TrainerState, control: TrainerControl) -> bool:
-        # Where an evaluation is about to follow, the values belong to its log entry.
-        return (
-            self._training
-            and self.every_n_steps is not None
-            and state.global_step % self.every_n_steps == 0
-            and not control.should_evaluate
-        )
+        if not self._training or self.every_n_steps is None or state.global_step % self.every_n_steps:
+            return False
+        # Where an evaluation has just been, or is about to follow, the values belong to its log entry.
+        if control.should_evaluate or state.global_step == self.last_step:
+            return False
+        self.last_step = state.global_step
+        return True
 
     def _current_metrics(
         self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module, processing_class: Any

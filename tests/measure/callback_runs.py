@@ -16,7 +16,14 @@ def tiny_model(seed: int = 0, dropout: float = 0.1) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
     dropouts = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
     config = GPT2Config(
-        n_layer=2, n_embd=16, n_head=2, vocab_size=VOCABULARY, n_positions=16, bos_token_id=0, eos_token_id=1, **dropouts
+        n_layer=2,
+        n_embd=16,
+        n_head=2,
+        vocab_size=VOCABULARY,
+        n_positions=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        **dropouts,
     )
     return GPT2LMHeadModel(config)
 

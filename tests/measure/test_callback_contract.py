@@ -1,0 +1,227 @@
+"""What every callback that adds metrics to an evaluation owes its Trainer; a new one joins by a line in FACTORIES."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from hf_coverage.measure.callback import CoverageCallback
+from tests.measure.callback_runs import coverage_history, make_trainer, reference_corpus, tiny_model, token_rows
+
+N = (2, 4)
+
+FACTORIES = {
+    "coverage": lambda **options: CoverageCallback(reference_corpus(), N, **options),
+    "coverage, plain corpus": lambda **options: CoverageCallback(reference_corpus("samples"), N, **options),
+}
+
+
+@pytest.fixture(params=FACTORIES.values(), ids=FACTORIES.keys())
+def make_callback(request):
+    return request.param
+
+
+class Recorder(TrainerCallback):
+    """Stands for a reporter: remembers the keys that were there when its turn came."""
+
+    def __init__(self):
+        self.logged, self.evaluated = [], []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logged.append(dict(logs))
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.evaluated.append(dict(metrics))
+
+
+def is_evaluation(logs):
+    return any(key.endswith("_runtime") and not key.startswith("train") for key in logs)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_values_reach_history_reporters_and_other_callbacks(tmp_path, make_callback, ours_first):
+    callback, recorder = make_callback(), Recorder()
+    order = (callback, recorder) if ours_first else (recorder, callback)
+    trainer = make_trainer(tmp_path, *order)
+    trainer.train()
+    wanted = {f"eval_{name}" for name in callback.metric_names()}
+    evaluations = [entry for entry in trainer.state.log_history if is_evaluation(entry)]
+    logged = [logs for logs in recorder.logged if is_evaluation(logs)]
+    assert [entry["step"] for entry in evaluations] == [2, 4, 6, 8]
+    for entry, logs, metrics in zip(evaluations, logged, recorder.evaluated, strict=True):
+        assert wanted <= entry.keys()
+        assert {key: entry[key] for key in wanted} == {key: logs[key] for key in wanted}
+        assert {key: entry[key] for key in wanted} == {key: metrics[key] for key in wanted}
+        assert all(type(entry[key]) is float for key in wanted)
+    assert not any(key in logs for key in wanted for logs in recorder.logged if not is_evaluation(logs))
+
+
+# Its new name, `activation_checkpointing_enable`, is not yet in all versions of transformers that are supported.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_training_is_not_changed(tmp_path, make_callback):
+    def checkpointed():
+        model = tiny_model()
+        model.gradient_checkpointing_enable()
+        return model
+
+    plain = make_trainer(tmp_path / "plain", model=checkpointed(), gradient_accumulation_steps=2)
+    plain.train()
+    ours = (make_callback(), make_callback(every_n_steps=1, name="own"))
+    watched = make_trainer(tmp_path / "watched", *ours, model=checkpointed(), gradient_accumulation_steps=2)
+    watched.train()
+    untrained = tiny_model().state_dict()
+    for name, weight in plain.model.state_dict().items():
+        assert torch.equal(weight, watched.model.state_dict()[name]), name
+    assert not torch.equal(untrained["transformer.wte.weight"], plain.model.state_dict()["transformer.wte.weight"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_model_and_generators_are_left_as_they_were(tmp_path, make_callback, training):
+    trainer = make_trainer(tmp_path, callback := make_callback())
+    model = trainer.model.train(training)
+    model.transformer.h[0].train(not training)
+    before = [module.training for module in model.modules()]
+    generator, config = torch.get_rng_state(), model.config.to_dict()
+    callback.compute_metrics(trainer.args, trainer.state, model, None)
+    assert before == [module.training for module in model.modules()]
+    assert torch.equal(generator, torch.get_rng_state())
+    assert config == model.config.to_dict()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_best_model_is_the_one_with_the_lowest_value(tmp_path, make_callback):
+    metric = make_callback().metric_names()[-1]
+    trainer = make_trainer(
+        tmp_path,
+        make_callback(),
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+        greater_is_better=False,
+        learning_rate=0.3,
+    )
+    trainer.train()
+    history = {entry["step"]: entry[f"eval_{metric}"] for entry in coverage_history(trainer, f"eval_{metric}")}
+    assert trainer.state.best_metric == min(history.values()) < max(history.values())
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{min(history, key=history.get)}")
+    assert trainer.evaluate()[f"eval_{metric}"] == trainer.state.best_metric
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_early_stopping_sees_the_metric(tmp_path, make_callback, ours_first):
+    ours, stopping = make_callback(), EarlyStoppingCallback(early_stopping_patience=1)
+    trainer = make_trainer(
+        tmp_path,
+        *((ours, stopping) if ours_first else (stopping, ours)),
+        load_best_model_at_end=True,
+        metric_for_best_model=ours.metric_names()[0],
+        greater_is_better=False,
+        learning_rate=0.0,
+    )
+    trainer.train()
+    # With a rate of zero the second evaluation cannot be better than the first.
+    assert trainer.state.global_step == 4
+
+
+def test_evaluation_without_training(tmp_path, make_callback):
+    recorder = Recorder()
+    trainer = make_trainer(tmp_path, recorder)
+    trainer.add_callback(callback := make_callback())
+    metrics = trainer.evaluate(metric_key_prefix="test")
+    wanted = {f"test_{name}" for name in callback.metric_names()}
+    assert wanted <= metrics.keys()
+    assert wanted <= recorder.logged[0].keys()
+    assert wanted <= trainer.state.log_history[-1].keys()
+    assert not wanted & trainer.predict(token_rows(4)).metrics.keys()
+
+
+def test_dict_of_datasets(tmp_path, make_callback):
+    callback = make_callback()
+    metric = callback.metric_names()[0]
+    trainer = make_trainer(
+        tmp_path,
+        callback,
+        eval_dataset={"code": token_rows(4, seed=6), "prose": token_rows(4, seed=7)},
+        load_best_model_at_end=True,
+        metric_for_best_model=f"eval_code_{metric}",
+        greater_is_better=False,
+    )
+    calls = []
+    compute = callback.compute_metrics
+    callback.compute_metrics = lambda args, state, *rest: (
+        calls.append(state.global_step) or compute(args, state, *rest)
+    )
+    trainer.train()
+    assert calls == [2, 4, 6, 8]  # the corpus is scored once, not once a dataset
+    for dataset in ("code", "prose"):
+        assert len(coverage_history(trainer, f"eval_{dataset}_{metric}")) == 4
+    assert trainer.state.best_metric is not None
+
+
+def test_the_order_of_several_is_settled_once(tmp_path, make_callback):
+    first, second = make_callback(), make_callback(name="second")
+    trainer = make_trainer(tmp_path, Recorder(), first, second)
+    assert trainer.callback_handler.callbacks[:2] == [first, second]
+    trainer.train()
+    assert trainer.callback_handler.callbacks[:2] == [first, second]
+    name = first.metric_names()[0]
+    assert all(
+        entry[f"eval_second_{name}"] == entry[f"eval_{name}"] for entry in coverage_history(trainer, f"eval_{name}")
+    )
+
+
+def test_equal_names_are_refused(tmp_path, make_callback):
+    trainer = make_trainer(tmp_path, make_callback(), make_callback())
+    with pytest.raises(ValueError, match=r"is already among the values of this evaluation; give this .* a `name`"):
+        trainer.evaluate()
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path, make_callback, restore):
+    settings = {"eval_steps": 1, "save_steps": 1, "restore_callback_states_from_checkpoint": restore}
+    whole = make_trainer(tmp_path / "whole", make_callback(every_n_evals=3), **settings)
+    whole.train()
+    folder = tmp_path / "parts"
+    # Stop after evaluation 5, which an uncounted restart would take for the first one.
+    make_trainer(folder, make_callback(every_n_evals=3), StopAt(5), **settings).train()
+    moved = folder.rename(tmp_path / "moved")
+    resumed = make_trainer(moved, Recorder(), make_callback(every_n_evals=3), **settings)
+    resumed.train(resume_from_checkpoint=str(moved / "checkpoint-5"))
+    key = f"eval_{make_callback().metric_names()[0]}"
+    assert [entry["step"] for entry in coverage_history(whole, key)] == [1, 4, 7]
+    assert without_times(coverage_history(whole, key)) == without_times(coverage_history(resumed, key))
+    ours = type(make_callback())
+    assert isinstance(resumed.callback_handler.callbacks[0], ours)
+    assert saved_state(tmp_path / "whole", ours) == saved_state(moved, ours)
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_a_run_begun_without_the_callback_goes_on_with_it(tmp_path, make_callback, restore):
+    make_trainer(tmp_path, StopAt(2)).train()
+    trainer = make_trainer(tmp_path, make_callback(), restore_callback_states_from_checkpoint=restore)
+    trainer.train(resume_from_checkpoint=True)
+    key = f"eval_{make_callback().metric_names()[0]}"
+    assert [entry["step"] for entry in coverage_history(trainer, key)] == [4, 6, 8]
+    assert saved_state(tmp_path, type(make_callback()))["attributes"]
+
+
+class StopAt(TrainerCallback):
+    """Ends a run early, as a time limit would: after the step was evaluated and saved."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+        return control
+
+
+def saved_state(folder: Path, callback_class: type) -> dict:
+    state = json.loads((folder / "checkpoint-8" / "trainer_state.json").read_text())
+    return state["stateful_callbacks"][callback_class.__name__]
+
+
+def without_times(history):
+    timed = ("_runtime", "_per_second", "_preparation_time")
+    return [{key: value for key, value in entry.items() if not key.endswith(timed)} for entry in history]

@@ -1,0 +1,91 @@
+"""The watch on crafted scores: when it speaks, when it must not, and what it remembers."""
+
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from hf_coverage.measure.coverage_watch import WatchState, update_watch
+
+
+def ratios_with(covered: int, rows: int = 1000) -> np.ndarray:
+    """Log ratios with this many rows beyond N = 16."""
+    return np.where(np.arange(rows) < covered, 3.0, 0.0)
+
+
+def watch(evaluations, n=16, groups=None):
+    """Feed (rows beyond N, or log ratios; cross-entropy) in turn; the step of the warning and the warning."""
+    state, found = WatchState(), []
+    for step, (ratios, cross_entropy) in enumerate(evaluations):
+        ratios = ratios_with(ratios) if isinstance(ratios, int) else ratios
+        # Every state goes through JSON, as it does when a run is resumed from a checkpoint.
+        state = WatchState.from_dict(json.loads(json.dumps(asdict(state))))
+        state, worsening = update_watch(
+            state, step=step, log_ratios=ratios, cross_entropy=cross_entropy, n=n, groups=groups
+        )
+        if worsening is not None:
+            found.append((step, worsening))
+    return found
+
+
+def test_falling_then_rising_coverage_is_reported_once_with_its_best_step():
+    found = watch([(113, 1.3), (47, 1.2), (48, 1.1), (50, 1.0), (104, 0.9), (140, 0.8)])
+    assert [step for step, _ in found] == [4]
+    worsening = found[0][1]
+    assert (worsening.best.step, worsening.best.coverage, worsening.coverage) == (1, 0.047, 0.104)
+    assert (worsening.best.cross_entropy, worsening.cross_entropy) == (1.2, 0.9)
+    assert worsening.test.difference == pytest.approx(0.057)
+    assert worsening.test.p_value < 0.05 / 20
+
+
+@pytest.mark.parametrize(
+    "evaluations",
+    [
+        pytest.param([(113, 1.3), (90, 1.2), (47, 1.1), (20, 1.0)], id="coverage improves"),
+        pytest.param([(47, 1.0), (104, 1.1), (150, 1.2)], id="cross-entropy worsens too"),
+        pytest.param([(47, 1.0), (104, 1.0)], id="cross-entropy stays"),
+        pytest.param([(47, 1.3), (49, 1.2), (52, 1.1)], id="within the noise"),
+        pytest.param([(47, 1.3)], id="one evaluation"),
+        pytest.param([(47, math.inf), (104, math.inf)], id="infinite cross-entropy"),
+    ],
+)
+def test_silence(evaluations):
+    assert watch(evaluations) == []
+
+
+def test_pairing_sees_what_two_separate_points_would_not():
+    # 15 rows of 200 are lost and none is won: a certain change, though the two intervals overlap widely.
+    falls = [(ratios_with(40, 200), 1.2), (ratios_with(55, 200), 1.1)]
+    assert len(watch(falls)) == 1
+    moved = [(ratios_with(40, 200), 1.2), (np.roll(ratios_with(55, 200), 100), 1.1)]
+    assert watch(moved) == []
+
+
+def test_rows_of_one_prompt_count_once():
+    falls = [(ratios_with(40, 200), 1.2), (ratios_with(55, 200), 1.1)]
+    assert watch(falls, groups=np.arange(200) // 50) == []
+
+
+def test_false_alarms_stay_within_alpha_however_often_one_looks():
+    rng = np.random.default_rng(0)
+    runs, alarms = 300, 0
+    for _ in range(runs):
+        # Forty checkpoints of equal coverage whose rows go in and out of reach, half by luck of the checkpoint.
+        lasting = rng.normal(size=300)
+        scores = [math.sqrt(0.5) * (lasting + rng.normal(size=300)) for _ in range(40)]
+        hits = [np.where(score < norm.ppf(0.1), 3.0, 0.0) for score in scores]
+        alarms += bool(watch([(ratios, 2.0 - 0.01 * step) for step, ratios in enumerate(hits)]))
+    assert alarms / runs <= 0.05
+
+
+def test_of_equal_coverage_the_lower_cross_entropy_is_the_best():
+    found = watch([(47, 1.3), (47, 1.2), (150, 1.1)])
+    assert found[0][1].best.step == 1
+
+
+def test_changed_rows_are_refused():
+    with pytest.raises(ValueError, match="same rows at every evaluation, but now has 500"):
+        watch([(47, 1.3), (ratios_with(40, 500), 1.2)])
