@@ -75,9 +75,26 @@ def make_trainer(output_dir: Any, *callbacks: TrainerCallback, model: Any = None
     )
 
 
+class StopAt(TrainerCallback):
+    """Ends a run early, as a time limit would: after the step was evaluated and saved."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_training_stop = state.global_step >= self.step
+        return control
+
+
 def coverage_history(trainer: Trainer, key: str = "eval_kl") -> list[dict[str, Any]]:
     """The entries of the log history that hold a metric."""
     return [entry for entry in trainer.state.log_history if key in entry]
+
+
+def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Log entries without what differs between equal runs."""
+    timed = ("_runtime", "_per_second", "_preparation_time")
+    return [{key: value for key, value in entry.items() if not key.endswith(timed)} for entry in history]
 
 
 def metrics_by_definition(model: torch.nn.Module, corpus: Dataset, n: tuple[float, ...]) -> dict[str, float]:

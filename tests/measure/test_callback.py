@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
 
 from hf_coverage.measure import callback as callback_module
 from hf_coverage.measure.callback import CoverageCallback, CoverageWarning
 from hf_coverage.measure.scoring import Scores
 from tests.measure.callback_runs import (
+    StopAt,
     coverage_history,
     make_trainer,
     metrics_by_definition,
@@ -349,14 +349,3 @@ def word_tokenizer():
     words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3, "c": 4, "d": 5}, unk_token="<s>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="</s>")
-
-
-class StopAt(TrainerCallback):
-    """Ends a run early, as a time limit would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
-        return control

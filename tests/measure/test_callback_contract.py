@@ -8,7 +8,15 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_coverage.measure.callback import CoverageCallback
-from tests.measure.callback_runs import coverage_history, make_trainer, reference_corpus, tiny_model, token_rows
+from tests.measure.callback_runs import (
+    StopAt,
+    coverage_history,
+    make_trainer,
+    reference_corpus,
+    tiny_model,
+    token_rows,
+    without_times,
+)
 
 N = (2, 4)
 
@@ -206,22 +214,6 @@ def test_a_run_begun_without_the_callback_goes_on_with_it(tmp_path, make_callbac
     assert saved_state(tmp_path, type(make_callback()))["attributes"]
 
 
-class StopAt(TrainerCallback):
-    """Ends a run early, as a time limit would: after the step was evaluated and saved."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
-        return control
-
-
 def saved_state(folder: Path, callback_class: type) -> dict:
     state = json.loads((folder / "checkpoint-8" / "trainer_state.json").read_text())
     return state["stateful_callbacks"][callback_class.__name__]
-
-
-def without_times(history):
-    timed = ("_runtime", "_per_second", "_preparation_time")
-    return [{key: value for key, value in entry.items() if not key.endswith(timed)} for entry in history]
