@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hf_coverage.measure.corpus import EncodedCorpus
 
-__all__ = ["Batch", "Limits", "Step", "build_step", "plan_batches"]
+__all__ = ["Batch", "Limits", "Step", "build_step", "plan_batches", "tokens_read"]
 
 IntArray = NDArray[np.int64]
 
@@ -106,14 +106,15 @@ def plan_batches(
         >>> plan_batches(corpus, range(3), Limits(tokens=64, positions=64))
         [Batch(rows=(0, 1), cuts=(9, 10), waves=((0, 1),)), Batch(rows=(2,), cuts=(2,), waves=())]
     """
-    short, long = [], []
+    short: list[int] = []
+    long: list[int] = []
     for row in rows:
         (short if len(corpus.completions[row]) <= limits.positions else long).append(row)
     shared, single = _group_by_prompt(corpus, short) if share_prefixes else ([], short)
     return [
         *_shared_batches(corpus, shared, limits),
         *_plain_batches(corpus, single, limits),
-        *(_segmented_batch(corpus, row, limits) for row in sorted(long, key=lambda row: -_length(corpus, row))),
+        *(_segmented_batch(corpus, row, limits) for row in sorted(long, key=lambda row: -tokens_read(corpus, row))),
     ]
 
 
@@ -157,16 +158,24 @@ def build_step(
     )
 
 
+def tokens_read(corpus: EncodedCorpus, row: int) -> int:
+    """Count what a model reads to score a row: the last response token is only predicted.
+
+    Args:
+        corpus: Token ids of all rows.
+        row: Which row.
+
+    Returns:
+        Tokens of `prompt + completion[:-1]`.
+    """
+    return len(corpus.prompts[row]) + len(corpus.completions[row]) - 1
+
+
 def _predicted(corpus: EncodedCorpus, row: int, start: int, stop: int) -> tuple[int, int]:
     """Range of the row's response tokens that are predicted at positions `start` to `stop`."""
     before, length = len(corpus.prompts[row]) - 1, len(corpus.completions[row])
     first = min(max(0, start - before), length)
     return first, min(max(first, stop - before), length)
-
-
-def _length(corpus: EncodedCorpus, row: int) -> int:
-    """Tokens a model reads to score the row: the last response token is only predicted."""
-    return len(corpus.prompts[row]) + len(corpus.completions[row]) - 1
 
 
 def _group_by_prompt(corpus: EncodedCorpus, rows: Sequence[int]) -> tuple[list[list[int]], list[int]]:
@@ -176,7 +185,7 @@ def _group_by_prompt(corpus: EncodedCorpus, rows: Sequence[int]) -> tuple[list[l
         groups.setdefault(tuple(corpus.prompts[row]), []).append(row)
     shared, single = [], []
     for prompt, members in groups.items():
-        plain = sum(_length(corpus, row) for row in members)
+        plain = sum(tokens_read(corpus, row) for row in members)
         saved = (len(members) - 1) * len(prompt)
         if saved > _LEAST_SAVING * plain:
             shared.append(members)
@@ -200,7 +209,7 @@ def _prompts_fit(corpus: EncodedCorpus, groups: list[list[int]], limits: Limits)
     """Whether prompts, cut to the last and shortest, run in one pass without making their tails too expensive."""
     prefix = len(corpus.prompts[groups[-1][0]])
     tails = sum(len(group) * (len(corpus.prompts[group[0]]) - prefix) for group in groups)
-    suffixes = sum(_length(corpus, row) - prefix for group in groups for row in group)
+    suffixes = sum(tokens_read(corpus, row) - prefix for group in groups for row in group)
     return (
         len(groups) <= limits.positions
         and len(groups) * prefix + suffixes <= limits.tokens
@@ -210,22 +219,22 @@ def _prompts_fit(corpus: EncodedCorpus, groups: list[list[int]], limits: Limits)
 
 def _shared_batch(corpus: EncodedCorpus, groups: list[list[int]], limits: Limits) -> Batch:
     prefix = len(corpus.prompts[groups[-1][0]])
-    rows = sorted(chain.from_iterable(groups), key=lambda row: (-_length(corpus, row), row))
-    onward = [row for row in rows if _length(corpus, row) > prefix]
+    rows = sorted(chain.from_iterable(groups), key=lambda row: (-tokens_read(corpus, row), row))
+    onward = [row for row in rows if tokens_read(corpus, row) > prefix]
     if not onward:  # one-token responses: the last position of the prompt predicts them all
         return Batch(tuple(rows), cuts=(prefix,))
-    cuts = (prefix, _length(corpus, rows[0]))
+    cuts = (prefix, tokens_read(corpus, rows[0]))
     return Batch(tuple(rows), cuts, waves=tuple(_fill(corpus, onward, limits, cached=prefix)))
 
 
 def _plain_batches(corpus: EncodedCorpus, rows: list[int], limits: Limits) -> list[Batch]:
-    rows = sorted(rows, key=lambda row: (-_length(corpus, row), row))
-    return [Batch(run, cuts=(_length(corpus, run[0]),)) for run in _fill(corpus, rows, limits, cached=0)]
+    rows = sorted(rows, key=lambda row: (-tokens_read(corpus, row), row))
+    return [Batch(run, cuts=(tokens_read(corpus, run[0]),)) for run in _fill(corpus, rows, limits, cached=0)]
 
 
 def _segmented_batch(corpus: EncodedCorpus, row: int, limits: Limits) -> Batch:
     first = len(corpus.prompts[row]) - 1
-    length = _length(corpus, row)
+    length = tokens_read(corpus, row)
     cuts = (*range(first + limits.positions, length, limits.positions), length)
     return Batch((row,), cuts, waves=((row,),))
 
@@ -236,7 +245,7 @@ def _fill(corpus: EncodedCorpus, rows: list[int], limits: Limits, *, cached: int
     run: list[int] = []
     width = filled = positions = 0
     for row in rows:
-        tokens, responses = _length(corpus, row) - cached, len(corpus.completions[row])
+        tokens, responses = tokens_read(corpus, row) - cached, len(corpus.completions[row])
         area = (len(run) + 1) * width
         if run and (
             area > limits.tokens

@@ -175,7 +175,7 @@ def _select_before(head: nn.Module, positions: Tensor, shape: tuple[int, ...]) -
         handle.remove()
 
 
-def _is_repeatable(cache: Cache | None) -> bool:
+def _is_repeatable(cache: Any) -> bool:
     return (
         type(cache) is DynamicCache
         and not cache.offloading

@@ -6,112 +6,34 @@ float32 token log-probabilities; prompt tokens do not count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
-from typing import Any
+from dataclasses import asdict, fields
+from functools import partial
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
+import transformers
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, concatenate_datasets
 from huggingface_hub.utils import tqdm
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_coverage.functional.logprobs import collision_probability, logsumexp, token_kl
-from hf_coverage.measure.batching import Batch, Limits, Step, build_step, plan_batches
+import hf_coverage
+from hf_coverage.measure.batching import tokens_read
 from hf_coverage.measure.corpus import EncodedCorpus, encode_corpus
-from hf_coverage.measure.forward import HeadForward, HeadOutput, inference, select_lines
+from hf_coverage.measure.engine import ScoringEngine, ScoringOptions
+from hf_coverage.measure.fingerprint import config_fingerprint, tokenizer_fingerprint, weight_fingerprint
+from hf_coverage.measure.forward import inference, unwrap
+from hf_coverage.measure.score_table import ScoreTable
+from hf_coverage.measure.scores import Scores
 
-__all__ = ["Scores", "ScoringOptions", "score_encoded", "score_responses"]
+__all__ = ["Scores", "score_encoded", "score_responses"]
 
-_DUMMY = np.zeros((1, 1), dtype=np.int64)
-
-_PER_TOKEN = ("token_logprobs", "token_kl")
-_FEATURES = {
-    "logprob": Value("float64"),
-    "num_tokens": Value("int64"),
-    "token_logprobs": List(Value("float32")),
-    "token_kl": List(Value("float32")),
-    "hidden_norm": Value("float64"),
-    "inherent_variance": Value("float64"),
-}
-
-
-@dataclass(frozen=True)
-class ScoringOptions:
-    """What is computed, and how much memory it may take; part of a score table's identity.
-
-    Args:
-        batch_tokens: Token positions computed in one forward pass, padding included; a longer row runs alone.
-        logits_memory: Bytes for logits and one float32 copy of them, the teacher's included.
-        share_prefixes: Whether responses of one prompt continue from one run of it where the architecture allows it.
-        per_token: Whether the log-probability of each token is kept.
-        head_statistics: Whether the output head's norms and inherent variance are measured.
-
-    Raises:
-        ValueError: If a size is not positive.
-    """
-
-    batch_tokens: int = 4096
-    logits_memory: int = 2**27
-    share_prefixes: bool = True
-    per_token: bool = False
-    head_statistics: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("batch_tokens", "logits_memory"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of R responses, in the order of the corpus. All in nats.
-
-    Args:
-        logprob: log p(y|x) of each whole response `(R,)`, float64; `-inf` where the model excludes it.
-        num_tokens: Response tokens `(R,)`, int64.
-        token_logprobs: For each row its tokens' log-probabilities `(H_r,)`, float32.
-        token_kl: For each row KL(teacher || model) of the next-token distributions at its tokens `(H_r,)`, float32.
-        hidden_norm: Largest norm of the head's input over the response's positions `(R,)`, float64.
-        inherent_variance: `sum_t ||h_t||^2 (1 - sum_v q_v^2)` `(R,)`, float64.
-    """
-
-    logprob: NDArray[np.float64]
-    num_tokens: NDArray[np.int64]
-    token_logprobs: list[NDArray[np.float32]] | None = None
-    token_kl: list[NDArray[np.float32]] | None = None
-    hidden_norm: NDArray[np.float64] | None = None
-    inherent_variance: NDArray[np.float64] | None = None
-
-    def __len__(self) -> int:
-        return len(self.logprob)
-
-    def columns(self) -> dict[str, Any]:
-        """The columns that were computed, by name."""
-        return {name: column for name, column in vars(self).items() if column is not None}
-
-    def to_dataset(self) -> Dataset:
-        """The columns as a `datasets.Dataset`."""
-        features = {name: _FEATURES[name] for name in self.columns()}
-        return Dataset.from_dict(self.columns(), features=Features(features))
-
-    @staticmethod
-    def concatenate(parts: Sequence[Scores]) -> Scores:
-        """Join scores of consecutive rows."""
-        columns = [part.columns() for part in parts]
-        joined = {name: [column[name] for column in columns] for name in columns[0]}
-        return Scores(
-            **{
-                name: list(chain.from_iterable(column)) if name in _PER_TOKEN else np.concatenate(column)
-                for name, column in joined.items()
-            }
-        )
+_T = TypeVar("_T")
 
 
 def score_encoded(
@@ -157,7 +79,7 @@ def score_encoded(
     """
     options = ScoringOptions(batch_tokens, logits_memory, share_prefixes, per_token, head_statistics)
     with _engine(model, teacher, options) as engine, _progress_bar(encoded, progress) as bar:
-        return engine.score(encoded, range(len(encoded)), bar)
+        return engine.score(encoded, range(len(encoded)), bar.update)
 
 
 def score_responses(
@@ -172,185 +94,156 @@ def score_responses(
     per_token: bool = False,
     teacher: nn.Module | None = None,
     head_statistics: bool = False,
+    output_dir: str | os.PathLike[str] | None = None,
+    shard_rows: int = 1024,
     progress: bool = True,
 ) -> Dataset:
-    """Add to each row of a corpus the log-probability that a model gives to its response."""
+    """Add to each row of a corpus the log-probability that a model gives to its response.
+
+        log p(y|x) = sum_h log p(y_h | x, y_<h)
+
+    Response tokens alone count. The log-softmax runs in float32 whatever the dtype of the model, the sum in float64.
+    Call it on every process of a job (`torchrun`, `accelerate launch`): each row is scored on one of them and each
+    process gets all rows, the same bits as one process gets with the same number of threads. The model comes back as
+    it was: its mode, configuration, gradients and the global random state.
+
+    Args:
+        model: Any causal language model of transformers; may be wrapped by DDP or FSDP.
+        tokenizer: Its tokenizer; may be None for a corpus of token ids.
+        corpus: Dataset with `prompt` and `completion`: text, chat messages or token ids.
+        append_eos: Whether the end-of-sequence token is part of every response; for text only.
+        batch_tokens: Token positions computed in one forward pass, padding included; a longer row runs alone.
+        logits_memory: Bytes for logits, with one float32 copy of them and the teacher's; longer responses are scored
+            in segments.
+        share_prefixes: Whether responses of one prompt continue from one run of it, where the architecture's cache
+            can be shared; the result is equal, only faster.
+        per_token: Whether to add `token_logprobs`, one float32 per response token.
+        teacher: Causal language model of the same vocabulary; adds `token_kl`, for each response token
+            KL(teacher || model) of the two next-token distributions before it (for the stopped KL).
+        head_statistics: Whether to add, per row, `hidden_norm = max_t ||h_t||` and `inherent_variance = sum_t
+            ||h_t||^2 (1 - sum_v q_v^2)`, h_t the input of the output head. q is D's next-token distribution: the
+            teacher's where one is given. Without a teacher the model's own is put in for it, which measures the
+            inherent variance of the model's idea of the data, not of the data.
+        output_dir: Folder of a `ScoreTable` to write, or to go on with after an interruption.
+        shard_rows: Rows per shard of that table.
+        progress: Whether to show a progress bar, on the main process.
+
+    Returns:
+        The corpus with columns `logprob` (float64, nats), `num_tokens` and what else was asked for; same order.
+
+    Raises:
+        TypeError: If the corpus is no `datasets.Dataset`.
+        ValueError: If a row, a size or the teacher does not fit, the model returns NaN, or `output_dir` holds the
+            scores of something else.
+        RuntimeError: If the architecture has no single output head over its hidden states.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> _ = torch.manual_seed(0)
+        >>> config = GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=11, bos_token_id=0, eos_token_id=1)
+        >>> corpus = Dataset.from_dict({"prompt": [[1, 2], [1, 2]], "completion": [[3, 4, 5], [6]]})
+        >>> scored = score_responses(GPT2LMHeadModel(config), None, corpus, progress=False)
+        >>> scored["num_tokens"][:], [round(value, 1) for value in scored["logprob"]]
+        ([3, 1], [-7.1, -2.4])
+
+    References:
+        arXiv 2510.15020, Equation (1) for log p(y|x), (8) for the inherent variance, (50) for the stopped KL.
+    """
+    options = ScoringOptions(batch_tokens, logits_memory, share_prefixes, per_token, head_statistics)
+    if shard_rows < 1:
+        raise ValueError(f"`shard_rows` must be at least 1, got {shard_rows}.")
     encoded = encode_corpus(corpus, tokenizer, append_eos=append_eos)
-    scores = score_encoded(
-        model,
-        encoded,
-        batch_tokens=batch_tokens,
-        logits_memory=logits_memory,
-        share_prefixes=share_prefixes,
-        per_token=per_token,
-        teacher=teacher,
-        head_statistics=head_statistics,
-        progress=progress,
-    )
+    taken = sorted(set(corpus.column_names) & {field.name for field in fields(Scores)})
+    if taken:
+        raise ValueError(
+            f"`corpus` must not have the column `{taken[0]}` that scoring adds; remove or rename it, for example "
+            f"`corpus.remove_columns({taken})`."
+        )
+    with _engine(model, teacher, options) as engine, _progress_bar(encoded, progress) as bar:
+        if output_dir is None:
+            scores = engine.score(encoded, range(len(encoded)), bar.update)
+        else:
+            settings = {"shard_rows": shard_rows, "options": asdict(options) | {"append_eos": append_eos}}
+            metadata = _describe_run(model, teacher, tokenizer, encoded, settings)
+            table = _on_main_process(lambda: ScoreTable.begin(output_dir, metadata))
+            scores = _score_into_table(engine, encoded, table, bar)
     return concatenate_datasets([corpus.with_format(None), scores.to_dataset()], axis=1)
 
 
-class _Engine:
-    """Models ready to score: their limits are known, and whether responses can share a cache."""
-
-    def __init__(self, model: nn.Module, teacher: nn.Module | None, options: ScoringOptions) -> None:
-        self.options = options
-        self.state = PartialState()
-        self.forwards = [HeadForward(model)] if teacher is None else [HeadForward(model), HeadForward(teacher)]
-        probes = [forward.probe() for forward in self.forwards]
-        self.vocab_size = probes[0][0].shape[-1]
-        if probes[-1][0].shape[-1] != self.vocab_size:
-            raise ValueError(
-                f"`teacher` must have the vocabulary of `model`, {self.vocab_size} tokens, "
-                f"got {probes[-1][0].shape[-1]}; KL compares their distributions token by token."
-            )
-        # Next to the logits there is at most one float32 copy: models upcast, soft-cap or scale what the head returns.
-        position_bytes = sum(logits.shape[-1] * (logits.element_size() + 4) for logits, _ in probes)
-        if options.logits_memory < position_bytes:
-            raise ValueError(
-                f"`logits_memory` must hold the logits of one position, {position_bytes} bytes for this vocabulary, "
-                f"got {options.logits_memory}."
-            )
-        self.limits = Limits(options.batch_tokens, options.logits_memory // position_bytes)
-        self.cached = all(repeatable for _, repeatable in probes)
-        self.sharded = any(forward.sharded for forward in self.forwards)
-
-    def score(self, corpus: EncodedCorpus, rows: range, bar: tqdm) -> Scores:
-        """Score consecutive rows; each is scored on one process, and every process gets all of them."""
-        for forward in self.forwards:
-            _check_rows(corpus, rows, forward, self.vocab_size)
-        share = self.options.share_prefixes and self.cached
-        batches = plan_batches(corpus, rows, self.limits, share_prefixes=share)
-        world, rank = self.state.num_processes, self.state.process_index
-        parts = []
-        for start in range(0, len(batches), world):
-            together = batches[start : start + world]
-            if rank < len(together):
-                parts.append((together[rank].rows, self._score_batch(corpus, together[rank])))
-            if self.sharded:  # every process has to take part in every forward pass of the others
-                done = together[rank].num_forwards if rank < len(together) else 0
-                self._run_along(max(batch.num_forwards for batch in together) - done)
-            bar.update(sum(_num_tokens(corpus, row) for batch in together for row in batch.rows))
-        return _assemble(gather_object(parts), corpus, rows, self.options.per_token)
-
-    def _score_batch(self, corpus: EncodedCorpus, batch: Batch) -> dict[str, NDArray]:
-        """Per-token values of a batch, row after row in the order of `batch.rows`."""
-        lengths = [len(corpus.completions[row]) for row in batch.rows]
-        slots = dict(zip(batch.rows, accumulate(lengths, initial=0)))
-        values: dict[str, NDArray] = {}
-        for step, outputs in self._run(corpus, batch, slots):
-            for name, column in _token_values(outputs, step, self.options.head_statistics).items():
-                values.setdefault(name, np.empty(sum(lengths), dtype=np.float32))[step.slots] = column.cpu().numpy()
-        return values
-
-    def _run(
-        self, corpus: EncodedCorpus, batch: Batch, slots: dict[int, int]
-    ) -> Iterator[tuple[Step, list[HeadOutput]]]:
-        """The forward passes of a batch: the first segment once, then every wave's way on from it."""
-
-        def step_of(rows: Sequence[int], start: int, stop: int, context: int) -> Step:
-            return build_step(corpus, rows, np.array([slots[row] for row in rows]), start, stop, context=context)
-
-        first = step_of(batch.rows, 0, batch.cuts[0], 0)
-        keep = self.cached and len(batch.cuts) > 1
-        outputs = [forward(first.ids, first.positions, keep_cache=keep) for forward in self.forwards]
-        roots = [output.cache for output in outputs]
-        yield first, outputs
-        line_of = dict(zip(batch.rows, first.sequences))
-        for wave in batch.waves:
-            lines = np.array([line_of[row] for row in wave])
-            caches = [select_lines(root, lines) if keep and root is not None else None for root in roots]
-            for start, stop in pairwise(batch.cuts):
-                step = step_of(wave, start, stop, start if keep else 0)
-                yield (
-                    step,
-                    [forward(step.ids, step.positions, cache=cache) for forward, cache in zip(self.forwards, caches)],
-                )
-
-    def _run_along(self, num_forwards: int) -> None:
-        for _ in range(num_forwards):
-            for forward in self.forwards:
-                forward(_DUMMY, _DUMMY[0])
-
-
 @contextmanager
-def _engine(model: nn.Module, teacher: nn.Module | None, options: ScoringOptions) -> Iterator[_Engine]:
+def _engine(model: nn.Module, teacher: nn.Module | None, options: ScoringOptions) -> Iterator[ScoringEngine]:
     with inference(*(module for module in (model, teacher) if module is not None)):
-        yield _Engine(model, teacher, options)
+        yield ScoringEngine(model, teacher, options)
 
 
-def _token_values(outputs: list[HeadOutput], step: Step, head_statistics: bool) -> dict[str, Tensor]:
-    """Values of the response tokens that one pass predicts, by column."""
-    logits, hidden = outputs[0].logits, outputs[0].hidden
-    pick = torch.from_numpy(step.pick).to(logits.device)
-    labels = torch.from_numpy(step.labels).to(logits.device)
-    values = {"token_logprobs": logits[pick, labels].float() - logsumexp(logits)[pick]}
-    reference = outputs[-1].logits.to(logits.device)  # the teacher's, or else the model's own
-    if len(outputs) > 1:
-        values["token_kl"] = token_kl(reference, logits)[pick]
-    if head_statistics:
-        norm = hidden.float().norm(dim=-1).to(logits.device)
-        values["hidden_norm"] = norm[pick]
-        values["inherent_variance"] = (norm.square() * (1 - collision_probability(reference)))[pick]
-    return values
+def _score_into_table(engine: ScoringEngine, corpus: EncodedCorpus, table: ScoreTable, bar: tqdm) -> Scores:
+    """Score the shards that are missing, and read the others."""
+    missing = _on_main_process(table.missing)
+    parts = []
+    for index in range(table.num_shards):
+        rows = table.shard_rows(index)
+        if index in missing:
+            scores = engine.score(corpus, rows, bar.update)
+            _on_main_process(partial(table.write, index, scores))
+        else:
+            scores = _on_main_process(partial(table.read, index))
+            bar.update(sum(tokens_read(corpus, row) for row in rows))
+        parts.append(scores)
+    return Scores.concatenate(parts)
 
 
-def _assemble(
-    parts: list[tuple[tuple[int, ...], dict[str, NDArray]]], corpus: EncodedCorpus, rows: range, per_token: bool
-) -> Scores:
-    """Put the batches of all processes into the order of the rows, and sum up each row."""
-    tokens: dict[str, list[Any]] = {name: [None] * len(rows) for name in parts[0][1]}
-    for batch_rows, values in parts:
-        ends = list(accumulate(len(corpus.completions[row]) for row in batch_rows))
-        for name, column in values.items():
-            for row, line in zip(batch_rows, np.split(column, ends[:-1])):
-                tokens[name][row - rows.start] = line
-    logprob = _reduce(np.sum, tokens["token_logprobs"])
-    if np.isnan(logprob).any():
-        row = rows[int(np.isnan(logprob).argmax())]
-        raise ValueError(
-            f"`model` gave NaN for row {row}: its weights are damaged, or its logits overflow in this dtype; "
-            "load it in float32 or bfloat16."
-        )
-    statistics = "hidden_norm" in tokens
-    return Scores(
-        logprob=logprob,
-        num_tokens=np.array([len(corpus.completions[row]) for row in rows], dtype=np.int64),
-        token_logprobs=tokens["token_logprobs"] if per_token else None,
-        token_kl=tokens.get("token_kl"),
-        hidden_norm=_reduce(np.max, tokens["hidden_norm"]) if statistics else None,
-        inherent_variance=_reduce(np.sum, tokens["inherent_variance"]) if statistics else None,
-    )
+def _on_main_process(function: Callable[[], _T]) -> _T:
+    """Call a function on the main process, and return its value, or raise its error, on all of them."""
+    state = PartialState()
+    outcome: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            outcome[0] = function()
+        except Exception as error:  # raised below, on every process: the others would wait for ever
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
-def _reduce(function: Callable[..., Any], lines: list[NDArray]) -> NDArray[np.float64]:
-    return np.array([function(line.astype(np.float64)) for line in lines], dtype=np.float64)
+def _describe_run(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    corpus: EncodedCorpus,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """What decides the bytes of a score table, and where its model came from."""
+    return {
+        "rows": len(corpus),
+        **options,
+        "model": _describe_model(model),
+        "teacher": None if teacher is None else _describe_model(teacher),
+        "corpus": corpus.fingerprint,
+        "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        "versions": {
+            "hf_coverage": hf_coverage.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
 
 
-def _check_rows(corpus: EncodedCorpus, rows: range, forward: HeadForward, vocab_size: int) -> None:
-    # Recurrent and ALiBi models have no such number.
-    longest = getattr(forward.model.config.get_text_config(), "max_position_embeddings", None)
-    for row in rows:
-        prompt, completion = corpus.prompts[row], corpus.completions[row]
-        largest = max(max(prompt), max(completion))
-        if largest >= vocab_size or min(min(prompt), min(completion)) < 0:
-            raise ValueError(
-                f"Row {row} has token id {largest}, expected ids in [0, {vocab_size}); "
-                "encode the corpus with the tokenizer of this model."
-            )
-        if longest is not None and len(prompt) + len(completion) - 1 > longest:
-            raise ValueError(
-                f"Row {row} has {len(prompt)} prompt and {len(completion)} response tokens, but the model takes "
-                f"{longest} (`max_position_embeddings`); shorten the row or leave it out. Nothing is truncated "
-                "here, because log p(y|x) of a cut prompt is another number."
-            )
-
-
-def _num_tokens(corpus: EncodedCorpus, row: int) -> int:
-    return len(corpus.prompts[row]) + len(corpus.completions[row])
+def _describe_model(model: nn.Module) -> dict[str, Any]:
+    config = unwrap(model).config
+    parameter = next(model.parameters())
+    return {
+        "name": config._name_or_path,
+        "revision": getattr(config, "_commit_hash", None),
+        "weights": weight_fingerprint(model),
+        "config": config_fingerprint(model),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": parameter.device.type,
+    }
 
 
 def _progress_bar(corpus: EncodedCorpus, progress: bool) -> tqdm:
-    total = sum(_num_tokens(corpus, row) for row in range(len(corpus)))
+    total = sum(tokens_read(corpus, row) for row in range(len(corpus)))
     hidden = not (progress and PartialState().is_main_process)
     return tqdm(total=total, desc="Scoring", unit="tok", unit_scale=True, disable=hidden)

@@ -1,0 +1,225 @@
+"""The machine under scoring: batches on their way through one model, or a model and its teacher, on all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hf_coverage.functional.logprobs import collision_probability, logsumexp, token_kl
+from hf_coverage.measure.batching import Batch, Limits, Step, build_step, plan_batches, tokens_read
+from hf_coverage.measure.corpus import EncodedCorpus
+from hf_coverage.measure.forward import HeadForward, HeadOutput, select_lines
+from hf_coverage.measure.scores import Scores
+
+__all__ = ["ScoringEngine", "ScoringOptions"]
+
+_DUMMY = np.zeros((1, 1), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """What is computed, and how much memory it may take; part of a score table's identity.
+
+    Args:
+        batch_tokens: Token positions computed in one forward pass, padding included; a longer row runs alone.
+        logits_memory: Bytes for logits and one float32 copy of them, the teacher's included.
+        share_prefixes: Whether responses of one prompt continue from one run of it where the architecture allows it.
+        per_token: Whether the log-probability of each token is kept.
+        head_statistics: Whether the output head's norms and inherent variance are measured.
+
+    Raises:
+        ValueError: If a size is not positive.
+    """
+
+    batch_tokens: int = 4096
+    logits_memory: int = 2**27
+    share_prefixes: bool = True
+    per_token: bool = False
+    head_statistics: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_tokens", "logits_memory"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+
+
+class ScoringEngine:
+    """Models ready to score: their limits are known, and whether responses can share a cache.
+
+    Use it inside `inference(model, teacher)`.
+
+    Args:
+        model: The causal language model to score.
+        teacher: Another one of the same vocabulary, or None.
+        options: What to compute.
+
+    Raises:
+        ValueError: If a model has no output embeddings, the vocabularies differ or `logits_memory` is too small.
+    """
+
+    def __init__(self, model: nn.Module, teacher: nn.Module | None, options: ScoringOptions) -> None:
+        self.options = options
+        self.state = PartialState()
+        self.forwards = [HeadForward(model)] if teacher is None else [HeadForward(model), HeadForward(teacher)]
+        probes = [forward.probe() for forward in self.forwards]
+        self.vocab_size = probes[0][0].shape[-1]
+        if probes[-1][0].shape[-1] != self.vocab_size:
+            raise ValueError(
+                f"`teacher` must have the vocabulary of `model`, {self.vocab_size} tokens, "
+                f"got {probes[-1][0].shape[-1]}; KL compares their distributions token by token."
+            )
+        # Next to the logits there is at most one float32 copy: models upcast, soft-cap or scale what the head returns.
+        position_bytes = sum(logits.shape[-1] * (logits.element_size() + 4) for logits, _ in probes)
+        if options.logits_memory < position_bytes:
+            raise ValueError(
+                f"`logits_memory` must hold the logits of one position, {position_bytes} bytes for this vocabulary, "
+                f"got {options.logits_memory}."
+            )
+        self.limits = Limits(options.batch_tokens, options.logits_memory // position_bytes)
+        self.cached = all(repeatable for _, repeatable in probes)
+        self.sharded = any(forward.sharded for forward in self.forwards)
+
+    def score(self, corpus: EncodedCorpus, rows: range, advance: Callable[[int], Any]) -> Scores:
+        """Score consecutive rows: each of them on one process, the result on all.
+
+        Args:
+            corpus: Token ids of all rows.
+            rows: Which rows to score.
+            advance: Called after every round of batches with the number of tokens it took care of.
+
+        Returns:
+            Their scores.
+
+        Raises:
+            ValueError: If a token id or a row's length does not fit, or the model returns NaN.
+        """
+        for forward in self.forwards:
+            _check_rows(corpus, rows, forward, self.vocab_size)
+        share = self.options.share_prefixes and self.cached
+        batches = plan_batches(corpus, rows, self.limits, share_prefixes=share)
+        world, rank = self.state.num_processes, self.state.process_index
+        parts = []
+        for start in range(0, len(batches), world):
+            together = batches[start : start + world]
+            if rank < len(together):
+                parts.append((together[rank].rows, self._score_batch(corpus, together[rank])))
+            if self.sharded:  # every process has to take part in every forward pass of the others
+                done = together[rank].num_forwards if rank < len(together) else 0
+                self._run_along(max(batch.num_forwards for batch in together) - done)
+            advance(sum(tokens_read(corpus, row) for batch in together for row in batch.rows))
+        return _assemble(gather_object(parts), corpus, rows, self.options.per_token)
+
+    def _score_batch(self, corpus: EncodedCorpus, batch: Batch) -> dict[str, NDArray]:
+        """Per-token values of a batch, row after row in the order of `batch.rows`."""
+        lengths = [len(corpus.completions[row]) for row in batch.rows]
+        slots = dict(zip(batch.rows, accumulate(lengths, initial=0)))
+        values: dict[str, NDArray] = {}
+        for step, outputs in self._run(corpus, batch, slots):
+            for name, column in _token_values(outputs, step, self.options.head_statistics).items():
+                values.setdefault(name, np.empty(sum(lengths), dtype=np.float32))[step.slots] = column.cpu().numpy()
+        return values
+
+    def _run(
+        self, corpus: EncodedCorpus, batch: Batch, slots: dict[int, int]
+    ) -> Iterator[tuple[Step, list[HeadOutput]]]:
+        """The forward passes of a batch: the first segment once, then every wave's way on from it."""
+
+        def step_of(rows: Sequence[int], start: int, stop: int, context: int) -> Step:
+            return build_step(corpus, rows, np.array([slots[row] for row in rows]), start, stop, context=context)
+
+        first = step_of(batch.rows, 0, batch.cuts[0], 0)
+        keep = self.cached and len(batch.cuts) > 1
+        outputs = [forward(first.ids, first.positions, keep_cache=keep) for forward in self.forwards]
+        roots = [output.cache for output in outputs]
+        yield first, outputs
+        line_of = dict(zip(batch.rows, first.sequences))
+        for wave in batch.waves:
+            lines = np.array([line_of[row] for row in wave])
+            caches = [select_lines(root, lines) if keep and root is not None else None for root in roots]
+            for start, stop in pairwise(batch.cuts):
+                step = step_of(wave, start, stop, start if keep else 0)
+                yield (
+                    step,
+                    [forward(step.ids, step.positions, cache=cache) for forward, cache in zip(self.forwards, caches)],
+                )
+
+    def _run_along(self, num_forwards: int) -> None:
+        for _ in range(num_forwards):
+            for forward in self.forwards:
+                forward(_DUMMY, _DUMMY[0])
+
+
+def _token_values(outputs: list[HeadOutput], step: Step, head_statistics: bool) -> dict[str, Tensor]:
+    """Values of the response tokens that one pass predicts, by column."""
+    logits, hidden = outputs[0].logits, outputs[0].hidden
+    pick = torch.from_numpy(step.pick).to(logits.device)
+    labels = torch.from_numpy(step.labels).to(logits.device)
+    values = {"token_logprobs": logits[pick, labels].float() - logsumexp(logits)[pick]}
+    reference = outputs[-1].logits.to(logits.device)  # the teacher's, or else the model's own
+    if len(outputs) > 1:
+        values["token_kl"] = token_kl(reference, logits)[pick]
+    if head_statistics:
+        norm = hidden.float().norm(dim=-1).to(logits.device)
+        values["hidden_norm"] = norm[pick]
+        values["inherent_variance"] = (norm.square() * (1 - collision_probability(reference)))[pick]
+    return values
+
+
+def _assemble(
+    parts: list[tuple[tuple[int, ...], dict[str, NDArray]]], corpus: EncodedCorpus, rows: range, per_token: bool
+) -> Scores:
+    """Put the batches of all processes into the order of the rows, and sum up each row."""
+    tokens: dict[str, list[Any]] = {name: [None] * len(rows) for name in parts[0][1]}
+    for batch_rows, values in parts:
+        ends = list(accumulate(len(corpus.completions[row]) for row in batch_rows))
+        for name, column in values.items():
+            for row, line in zip(batch_rows, np.split(column, ends[:-1])):
+                tokens[name][row - rows.start] = line
+    logprob = _reduce(np.sum, tokens["token_logprobs"])
+    if np.isnan(logprob).any():
+        row = rows[int(np.isnan(logprob).argmax())]
+        raise ValueError(
+            f"`model` gave NaN for row {row}: its weights are damaged, or its logits overflow in this dtype; "
+            "load it in float32 or bfloat16."
+        )
+    statistics = "hidden_norm" in tokens
+    return Scores(
+        logprob=logprob,
+        num_tokens=np.array([len(corpus.completions[row]) for row in rows], dtype=np.int64),
+        token_logprobs=tokens["token_logprobs"] if per_token else None,
+        token_kl=tokens.get("token_kl"),
+        hidden_norm=_reduce(np.max, tokens["hidden_norm"]) if statistics else None,
+        inherent_variance=_reduce(np.sum, tokens["inherent_variance"]) if statistics else None,
+    )
+
+
+def _reduce(function: Callable[..., Any], lines: list[NDArray]) -> NDArray[np.float64]:
+    return np.array([function(line.astype(np.float64)) for line in lines], dtype=np.float64)
+
+
+def _check_rows(corpus: EncodedCorpus, rows: range, forward: HeadForward, vocab_size: int) -> None:
+    # Recurrent and ALiBi models have no such number.
+    longest = getattr(forward.model.config.get_text_config(), "max_position_embeddings", None)
+    for row in rows:
+        prompt, completion = corpus.prompts[row], corpus.completions[row]
+        largest = max(max(prompt), max(completion))
+        if largest >= vocab_size or min(min(prompt), min(completion)) < 0:
+            raise ValueError(
+                f"Row {row} has token id {largest}, expected ids in [0, {vocab_size}); "
+                "encode the corpus with the tokenizer of this model."
+            )
+        if longest is not None and tokens_read(corpus, row) > longest:
+            raise ValueError(
+                f"Row {row} has {len(prompt)} prompt and {len(completion)} response tokens, but the model takes "
+                f"{longest} (`max_position_embeddings`); shorten the row or leave it out. Nothing is truncated "
+                "here, because log p(y|x) of a cut prompt is another number."
+            )

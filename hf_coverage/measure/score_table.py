@@ -1,0 +1,269 @@
+"""Score tables: the scores of one model on one corpus, in a folder of safetensors shards.
+
+A shard holds consecutive rows and says in its header what it belongs to. It appears under its name complete or not at
+all, so whatever a killed run left behind is either right or missing, and the next run fills in what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from hf_coverage.measure.scores import PER_TOKEN_COLUMNS, Scores
+
+__all__ = ["ScoreTable"]
+
+_FORMAT = "hf-coverage scores"
+_FORMAT_VERSION = 1
+_METADATA = "metadata.json"
+# One header key: safetensors writes several in an order that changes from process to process.
+_HEADER = "hf_coverage"
+# A model may have moved since: these say where it was found, its fingerprints say what it is.
+_DESCRIPTIVE = ("model.name", "model.revision", "teacher.name", "teacher.revision")
+
+
+class ScoreTable:
+    """Scores on disk, `metadata.json` and `scores-00000.safetensors`, ...; get one with `open` or `begin`.
+
+    Args:
+        folder: Where the table is.
+        metadata: What it holds: `rows`, `shard_rows`, `model`, `corpus`, `tokenizer`, `options`, `versions`, ...
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> table = ScoreTable.begin(folder, {"rows": 3, "shard_rows": 2})
+        >>> table.write(0, Scores(np.array([-1.0, -2.0]), np.array([1, 2])))
+        >>> table.missing()
+        [1]
+        >>> table.write(1, Scores(np.array([-3.0]), np.array([1])))
+        >>> ScoreTable.open(folder).logprob
+        array([-1., -2., -3.])
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], metadata: dict[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.metadata = metadata
+
+    @classmethod
+    def begin(cls, folder: str | os.PathLike[str], metadata: dict[str, Any]) -> ScoreTable:
+        """Start a table, or go on with one that holds the same thing.
+
+        Args:
+            folder: Where the table is or will be; made if it does not exist.
+            metadata: What the table holds, JSON-serialisable, with `rows` and `shard_rows`.
+
+        Returns:
+            The table, some of whose shards may be there already.
+
+        Raises:
+            ValueError: If the folder holds a table of something else.
+        """
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **metadata}
+        # What is compared later is what JSON made of it.
+        metadata = json.loads(json.dumps(metadata))
+        if not (path / _METADATA).exists():
+            _write_atomically(path / _METADATA, (json.dumps(metadata, indent=2) + "\n").encode())
+            return cls(path, metadata)
+        existing = _read_metadata(path)
+        before, now = _identity(existing), _identity(metadata)
+        changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
+        if changed:
+            differences = "; ".join(f"{key} {before.get(key)!r}, now {now.get(key)!r}" for key in changed)
+            raise ValueError(
+                f"`output_dir` {path} holds the scores of something else ({differences}). "
+                "Score into a new folder, or remove this one if it is no longer needed."
+            )
+        return cls(path, existing)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> ScoreTable:
+        """Open a complete table, checking each of its shards.
+
+        Args:
+            folder: Where the table is.
+
+        Returns:
+            The table.
+
+        Raises:
+            FileNotFoundError: If there is no table.
+            ValueError: If the table is not complete, or a shard is damaged or does not belong to it.
+        """
+        table = cls(folder, _read_metadata(Path(folder)))
+        missing = table.missing()
+        if missing:
+            raise ValueError(
+                f"The score table {table.folder} lacks {len(missing)} of {table.num_shards} shards, the first is "
+                f"{table.shard_path(missing[0]).name}; run the same scoring again to finish it."
+            )
+        return table
+
+    @property
+    def num_shards(self) -> int:
+        """How many shards the complete table has."""
+        return -(-self.metadata["rows"] // self.metadata["shard_rows"])
+
+    def shard_path(self, index: int) -> Path:
+        """Where a shard is, or will be."""
+        return self.folder / f"scores-{index:05d}.safetensors"
+
+    def shard_rows(self, index: int) -> range:
+        """Rows of the corpus that a shard holds."""
+        size = self.metadata["shard_rows"]
+        return range(index * size, min((index + 1) * size, self.metadata["rows"]))
+
+    def missing(self) -> list[int]:
+        """Shards still to be scored, after checking those that are there.
+
+        Returns:
+            Their indices, ascending.
+
+        Raises:
+            ValueError: If a shard is damaged or does not belong to this table.
+        """
+        present = [index for index in range(self.num_shards) if self.shard_path(index).exists()]
+        for index in present:
+            self.read(index)
+        return sorted(set(range(self.num_shards)) - set(present))
+
+    def write(self, index: int, scores: Scores) -> None:
+        """Write a shard, whole or not at all.
+
+        Args:
+            index: Which shard.
+            scores: Scores of its rows.
+
+        Raises:
+            ValueError: If there are more or fewer rows than the shard has.
+        """
+        if len(scores) != len(self.shard_rows(index)):
+            raise ValueError(
+                f"`scores` must have {len(self.shard_rows(index))} rows for shard {index}, got {len(scores)}."
+            )
+        arrays = {
+            name: np.concatenate(column) if name in PER_TOKEN_COLUMNS else np.ascontiguousarray(column)
+            for name, column in scores.columns().items()
+        }
+        header = self._header(index) | {"checksum": _checksum(arrays)}
+        _write_atomically(self.shard_path(index), save(arrays, {_HEADER: json.dumps(header, sort_keys=True)}))
+
+    def read(self, index: int) -> Scores:
+        """Read a shard back.
+
+        Args:
+            index: Which shard.
+
+        Returns:
+            Scores of its rows.
+
+        Raises:
+            ValueError: If the shard is damaged or does not belong to this table.
+        """
+        path = self.shard_path(index)
+        remedy = "Move the file away and run the same scoring again; only its rows will be scored anew."
+        try:
+            with safe_open(path, framework="numpy") as file:
+                header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is truncated or is no safetensors file ({error}). {remedy}") from error
+        expected = self._header(index)
+        wrong = [name for name in expected if header.get(name) != expected[name]]
+        if wrong:
+            raise ValueError(
+                f"{path} does not belong to this table: its {wrong[0]} is {header.get(wrong[0])!r}, "
+                f"expected {expected[wrong[0]]!r}. {remedy}"
+            )
+        if header.get("checksum") != _checksum(arrays):
+            raise ValueError(f"{path} is damaged: its content does not match its checksum. {remedy}")
+        ends = np.cumsum(arrays["num_tokens"])[:-1]
+        columns: dict[str, Any] = {
+            name: np.split(array, ends) if name in PER_TOKEN_COLUMNS else array for name, array in arrays.items()
+        }
+        return Scores(**columns)
+
+    def iter_shards(self) -> Iterator[Scores]:
+        """Read shard after shard, in the order of the rows, holding one at a time."""
+        return map(self.read, range(self.num_shards))
+
+    @property
+    def logprob(self) -> NDArray[np.float64]:
+        """Log p(y|x) of all rows `(R,)`, nats."""
+        return np.concatenate([scores.logprob for scores in self.iter_shards()])
+
+    @property
+    def num_tokens(self) -> NDArray[np.int64]:
+        """Response tokens of all rows `(R,)`."""
+        return np.concatenate([scores.num_tokens for scores in self.iter_shards()])
+
+    def _header(self, index: int) -> dict[str, Any]:
+        """What a shard has to say of itself, the most telling first."""
+        identity = _identity(self.metadata)
+        rows = self.shard_rows(index)
+        return {
+            "corpus": identity.get("corpus"),
+            "weights": identity.get("model.weights"),
+            "rows": [rows.start, rows.stop],
+            "table": _checksum({"identity": np.frombuffer(json.dumps(identity, sort_keys=True).encode(), np.uint8)}),
+        }
+
+
+def _read_metadata(folder: Path) -> dict[str, Any]:
+    path = folder / _METADATA
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no score table: there is no {_METADATA} in it.")
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); score into a new folder.") from error
+    found = metadata.get("format"), metadata.get("format_version")
+    if found != (_FORMAT, _FORMAT_VERSION):
+        raise ValueError(f"{path} must be of format {_FORMAT!r}, version {_FORMAT_VERSION}, got {found}.")
+    return metadata
+
+
+def _identity(metadata: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Metadata as one flat dict with dotted keys, without what only describes."""
+    flat: dict[str, Any] = {}
+    for key, value in metadata.items():
+        if isinstance(value, dict):
+            flat |= _identity(value, f"{prefix}{key}.")
+        elif f"{prefix}{key}" not in _DESCRIPTIVE:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _checksum(arrays: dict[str, NDArray]) -> str:
+    state = blake2b(digest_size=16)
+    for name in sorted(arrays):
+        state.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        state.update(arrays[name].tobytes())
+    return state.hexdigest()
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Give `path` its content in one step that survives a crash of the machine."""
+    # Always the same name: what a killed run left half-written is overwritten by the next one, not left behind.
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
