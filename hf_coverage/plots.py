@@ -86,7 +86,6 @@ def plot_profiles(
         )
     figure, (ax,) = new_axes()
     for curve, color in zip(curves, COLORS):
-        # steps, since the empirical profile is a step function that jumps just after each ratio
         ax.plot(curve.n, curve.coverage, color=color, linewidth=1.8, label=curve.name)
         ax.fill_between(curve.n, curve.low, curve.high, color=color, alpha=0.18, linewidth=0)
     ax.set_xscale("log", base=2)
@@ -192,7 +191,7 @@ def plot_predictiveness(
     """
     if not passes or len(passes) != len(coverage):
         raise ValueError(
-            f"`passes` and `coverage` must go in pairs, at least one, but have {len(passes)} and {len(coverage)} entries."
+            f"`passes` and `coverage` must go in pairs, but have {len(passes)} and {len(coverage)} entries."
         )
     figure, axes = new_axes(len(passes), width=3.8)
     for ax, (pass_label, pass_values), (cov_label, cov_values) in zip(axes, passes, coverage):

@@ -264,7 +264,7 @@ def best_of_n_budget(log_ratios: ArrayLike, regret: float, *, weights: ArrayLike
     if not 0 < regret < 1:
         raise ValueError(f"`regret` must lie strictly between 0 and 1 (rewards are in [0, 1]), but is {regret}.")
     ratios = check_log_ratios(log_ratios)
-    necessary = smallest_n(ratios, min(1.0, 2 * regret), weights=weights) / 2
+    necessary = max(1.0, smallest_n(ratios, min(1.0, 2 * regret), weights=weights) / 2)
     # Cov_M only falls just above a ratio, so no other M can be the best one
     log_m = np.unique(np.maximum(ratios[ratios < _LOG_MAX] + 2 * TIE_TOLERANCE, 0.0))
     if not log_m.size:
