@@ -9,15 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-__all__ = [
-    "check_values",
-    "is_int",
-    "read_column",
-    "read_pairs",
-    "read_reference",
-    "require_columns",
-    "require_dataset",
-]
+__all__ = ["check_values", "read_column", "read_logprobs", "read_pairs", "require_columns", "require_dataset"]
 
 # A density can exceed 1 by rounding only: a sum of float32 log-softmax terms of a near-certain response does so.
 _POSITIVE_ROUNDING = 1e-6

@@ -1,0 +1,277 @@
+"""Sampling from a model through its own `generate`, with the exact density that every token was sampled from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from huggingface_hub.utils import tqdm
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .forward import inference, is_sharded, unwrap
+
+__all__ = ["Sampler", "Sampling"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The distribution D(.|x) that responses are drawn from, and nothing else: a model's own defaults do not count.
+
+    Args:
+        max_new_tokens: Most tokens H of a response.
+        temperature: What logits are divided by; 1 is the model itself.
+        top_k: Keep the k likeliest tokens of every step, renormalised; None: all.
+        top_p: Keep the likeliest tokens that together reach this mass, renormalised; None: all.
+        eos_token_ids: Tokens that end a response, as its last one; without any, all responses have H tokens.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}.")
+        if not self.temperature > 0:
+            raise ValueError(
+                f"`temperature` must be positive, got {self.temperature}; greedy decoding has one response of density "
+                "1: give that to `single_answer_corpus`."
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1, or None to keep all tokens, got {self.top_k}.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must be in (0, 1], or None to keep all tokens, got {self.top_p}.")
+
+    def processors(self) -> list[LogitsProcessor]:
+        """What turns a model's logits into those of the distribution, in the order of `generate`."""
+        steps: list[LogitsProcessor] = []
+        if self.temperature != 1:
+            steps.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k is not None:
+            steps.append(TopKLogitsWarper(self.top_k))
+        if self.top_p is not None:
+            steps.append(TopPLogitsWarper(self.top_p))
+        return steps
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled response.
+
+    Args:
+        ids: Its tokens, the end-of-sequence token included where it was sampled.
+        logprob: log D(ids|x) in nats, the float64 sum over its tokens; where it was cut at H tokens, of the event
+            that a response begins with them.
+        finished: Whether it ends with an end-of-sequence token.
+    """
+
+    ids: list[int]
+    logprob: float
+    finished: bool
+
+
+class Sampler:
+    """Draws responses on all processes of a job; the result depends on the seed and the batch size alone.
+
+    Args:
+        model: Any causal language model; may be wrapped by DDP, sharded by FSDP2, or compiled.
+        sampling: The distribution.
+        batch_size: Responses drawn at once.
+        seed: What all random numbers follow from; the global generators stay as they are.
+
+    Raises:
+        TypeError: If the model is wrapped by FSDP1.
+        ValueError: If `batch_size` is not positive.
+    """
+
+    def __init__(self, model: PreTrainedModel, sampling: Sampling, *, batch_size: int, seed: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        self.model: PreTrainedModel = unwrap(model)
+        if isinstance(self.model, FullyShardedDataParallel):
+            raise TypeError("The model is wrapped by FSDP1, through which `generate` does not run; shard it by FSDP2.")
+        self.sharded = is_sharded(self.model)
+        self.sampling = sampling
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def draw(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        stop: Callable[[list[int]], bool] | None = None,
+        progress: bool = False,
+    ) -> list[Sample]:
+        """Draw one response to each prompt.
+
+        Args:
+            prompts: Token ids, never empty; repeat a prompt for several responses.
+            stop: Tells from the tokens of a response so far whether it ends here; None: only EOS ends it early.
+            progress: Whether to show a progress bar on the main process.
+
+        Returns:
+            One sample per prompt, in their order, on every process.
+        """
+        _require_room(self.model, prompts, self.sampling.max_new_tokens)
+        state = PartialState()
+        # Prompts of like length share a batch, which pads little; a stable sort is the same on every process.
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        parts: list[tuple[int, Sample]] = []
+        hidden = not (progress and state.is_main_process)
+        with inference(self.model), tqdm(total=len(order), desc="Sampling", unit="response", disable=hidden) as bar:
+            for start in range(0, len(batches), state.num_processes):
+                index = start + state.process_index
+                if index < len(batches):
+                    rows = batches[index]
+                    parts += zip(rows, self._draw_batch([prompts[row] for row in rows], index, stop))
+                elif self.sharded:  # the others cannot run the model without this process
+                    self._draw_batch([prompts[order[0]]], index, stop)
+                bar.update(sum(map(len, batches[start : start + state.num_processes])))
+        samples = dict(gather_object(parts))
+        return [samples[row] for row in range(len(prompts))]
+
+    def _draw_batch(
+        self, prompts: list[list[int]], index: int, stop: Callable[[list[int]], bool] | None
+    ) -> list[Sample]:
+        device, eos = self.model.device, self.sampling.eos_token_ids
+        ids, mask = _pad_left(prompts)
+        recorder, stopper = _DensityRecorder(), _Stopper(ids.shape, stop)
+        config = GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=self.sampling.max_new_tokens,
+            eos_token_id=list(eos) or None,
+            pad_token_id=0,
+            use_cache=True,
+        )
+        with _own_config(self.model, config), _seeded(device, (self.seed, index)):
+            sequences = self.model.generate(
+                ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([*self.sampling.processors(), recorder]),
+                stopping_criteria=None if stop is None else StoppingCriteriaList([stopper]),
+                synced_gpus=self.sharded and PartialState().num_processes > 1,
+            )
+        logprobs = recorder.finish(sequences, start=ids.shape[1]).double().cpu()
+        responses = sequences[:, ids.shape[1] :].tolist()
+        samples = []
+        for response, terms, limit in zip(responses, logprobs, stopper.lengths):
+            length = next((at for at, token in enumerate(response[:limit], 1) if token in eos), limit or len(response))
+            samples.append(Sample(response[:length], float(terms[:length].sum()), response[length - 1] in eos))
+        return samples
+
+
+class _DensityRecorder(LogitsProcessor):
+    """The last processor: notes the log-probability of each token under the very scores it is sampled from."""
+
+    def __init__(self) -> None:
+        self._pending: Tensor | None = None
+        self._settled: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._settle(input_ids[:, -1])
+        self._pending = scores.float().log_softmax(dim=-1)
+        return scores
+
+    def _settle(self, tokens: Tensor) -> None:
+        # A step's token is known when the next step begins, so one (B, V) tensor is alive and not one per step.
+        if self._pending is not None:
+            self._settled.append(self._pending.gather(1, tokens[:, None]).squeeze(1))
+
+    def finish(self, sequences: Tensor, *, start: int) -> Tensor:
+        """Log-probabilities (B, T) of the tokens after `start`."""
+        steps = sequences.shape[1] - start
+        if len(self._settled) < steps:
+            self._settle(sequences[:, -1])
+        # On a GPU `generate` may run a step too many before it sees that all rows have ended.
+        return torch.stack(self._settled[:steps], dim=1)
+
+
+class _Stopper(StoppingCriteria):
+    """Ends each response where `stop` says so, and notes its length: a row that has ended goes on being filled."""
+
+    def __init__(self, shape: torch.Size, stop: Callable[[list[int]], bool] | None) -> None:
+        rows, self._start = shape
+        self._stop = stop
+        self.lengths: list[int | None] = [None] * rows
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+        if self._stop is not None:
+            for row, response in enumerate(input_ids[:, self._start :].tolist()):
+                if self.lengths[row] is None and self._stop(response):
+                    self.lengths[row] = len(response)
+        return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
+
+
+@contextmanager
+def _own_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Keep a model's generation defaults out of `generate`, which fills whatever is None with them."""
+    before = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+@contextmanager
+def _seeded(device: torch.device, entropy: tuple[int, ...]) -> Iterator[None]:
+    """Seed the generators that sampling on `device` draws from, and put them back."""
+    seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+    if device.type == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reach the accelerators as well
+            yield
+    else:
+        devices = range(torch.get_device_module(device).device_count())
+        with torch.random.fork_rng(devices=devices, device_type=device.type):
+            torch.manual_seed(seed)
+            yield
+
+
+def _pad_left(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids (B, L) and mask (B, L)."""
+    length = max(map(len, prompts))
+    ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
+
+
+def _require_room(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
+    room = getattr(
+        model.config.get_text_config(), "max_position_embeddings", None
+    )  # recurrent models have no such limit
+    if room is None:
+        return
+    for row, prompt in enumerate(prompts):
+        if len(prompt) + max_new_tokens > room:
+            raise ValueError(
+                f"Prompt {row} has {len(prompt)} tokens, and with `max_new_tokens={max_new_tokens}` it does not fit "
+                f"into the model's {room} positions; shorten either."
+            )
