@@ -1,5 +1,6 @@
 """Cov_N beside the loss: the coverage profile as part of every evaluation of a `transformers` Trainer."""
 
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -89,12 +90,12 @@ class CoverageCallback(EvaluationCallback, ExportableState):
         logits_memory: int = ScoringOptions.logits_memory,
     ) -> None:
         super().__init__(every_n_evals=every_n_evals, every_n_steps=every_n_steps, name=name)
-        self.n = tuple(n)
+        self.n = tuple(check_n(value) for value in n)
         if not self.n:
             raise ValueError("`n` must name at least one N to report, for example `n=(2, 4, 8, 16)`, but is empty.")
-        for value in self.n:
-            check_n(value)
-        self.watch_n = check_n(max(self.n) if watch_n is None else watch_n)
+        self.watch_n = max(self.n) if watch_n is None else watch_n
+        if not 1 <= self.watch_n < math.inf:
+            raise ValueError(f"`watch_n` must be a finite number >= 1, but is {watch_n}.")
         self.tokenizer = tokenizer
         self.append_eos = append_eos
         self.groups = groups
@@ -126,7 +127,7 @@ class CoverageCallback(EvaluationCallback, ExportableState):
         if self._training:
             self._report_worsening(args, state, self.profile)
         # A standard error is NaN where there is none (one prompt, infinite KL), and NaN is no measurement to plot.
-        return {key: value for key, value in self.profile.metrics(self.n).items() if value == value}
+        return {key: value for key, value in self.profile.metrics(self.n).items() if not math.isnan(value)}
 
     def on_init_end(
         self,

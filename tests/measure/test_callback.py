@@ -292,7 +292,7 @@ def test_trl_trainer(tmp_path):
     [
         ({"n": ()}, "`n` must name at least one N"),
         ({"n": (0.5,)}, "`n` must be a finite number >= 1"),
-        ({"watch_n": 0}, "`n` must be a finite number >= 1"),
+        ({"watch_n": 0}, "`watch_n` must be a finite number >= 1"),
         ({"every_n_evals": 0}, "`every_n_evals` must be a whole number >= 1"),
         ({"every_n_steps": 2.5}, "`every_n_steps` must be a whole number >= 1"),
         ({"every_n_evals": 2, "every_n_steps": 2}, "give only one of them"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from hf_coverage.measure.callback import CoverageCallback
+from hf_coverage.measure.callback import CoverageCallback, CoverageWarning
 from tests.measure.callback_runs import (
     StopAt,
     coverage_history,
@@ -116,6 +116,16 @@ def test_best_model_is_the_one_with_the_lowest_value(tmp_path, make_callback):
     assert trainer.evaluate()[f"eval_{metric}"] == trainer.state.best_metric
 
 
+def test_best_model_of_a_trainer_that_logs_a_copy_of_its_metrics(tmp_path, make_callback):
+    metric = make_callback().metric_names()[0]
+    best = {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": False}
+    trainer = make_trainer(tmp_path, make_callback(), **best)
+    log = trainer.log
+    trainer.log = lambda logs, *args: log({**logs, "extra": 1.0}, *args)
+    trainer.train()
+    assert trainer.state.best_metric == min(e[f"eval_{metric}"] for e in coverage_history(trainer, f"eval_{metric}"))
+
+
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_early_stopping_sees_the_metric(tmp_path, make_callback, ours_first):
     ours, stopping = make_callback(), EarlyStoppingCallback(early_stopping_patience=1)
@@ -179,10 +189,24 @@ def test_the_order_of_several_is_settled_once(tmp_path, make_callback):
     )
 
 
-def test_equal_names_are_refused(tmp_path, make_callback):
-    trainer = make_trainer(tmp_path, make_callback(), make_callback())
-    with pytest.raises(ValueError, match=r"is already among the values of this evaluation; give this .* a `name`"):
+def test_two_that_report_the_same_are_refused(tmp_path, make_callback):
+    with pytest.raises(ValueError, match=r"Two callbacks would both report .*: give one of them a `name`"):
+        make_trainer(tmp_path, make_callback(), make_callback())
+
+
+def test_a_metric_that_is_already_there_is_refused(tmp_path, make_callback):
+    callback = make_callback()
+    metric = callback.metric_names()[0]
+    trainer = make_trainer(tmp_path, callback)
+    trainer.compute_metrics = lambda predictions: {metric: 0.0}
+    with pytest.raises(ValueError, match=rf"`eval_{metric}` is already among the values of this evaluation"):
         trainer.evaluate()
+
+
+def test_a_training_without_evaluations_is_warned_of(tmp_path, make_callback):
+    trainer = make_trainer(tmp_path, make_callback(), eval_strategy="no", max_steps=1)
+    with pytest.warns(CoverageWarning, match="this training has none: set `eval_strategy`"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("restore", [False, True])
@@ -202,6 +226,23 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, make_callback, restor
     ours = type(make_callback())
     assert isinstance(resumed.callback_handler.callbacks[0], ours)
     assert saved_state(tmp_path / "whole", ours) == saved_state(moved, ours)
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_several_are_resumed_each_from_its_own_state(tmp_path, make_callback, restore):
+    settings = {"eval_steps": 1, "save_steps": 1, "restore_callback_states_from_checkpoint": restore}
+
+    def callbacks():
+        return make_callback(every_n_evals=3), make_callback(every_n_steps=2, name="own")
+
+    make_trainer(tmp_path, *callbacks(), StopAt(5), **settings).train()
+    resumed = make_trainer(tmp_path, *callbacks(), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    metric = make_callback().metric_names()[0]
+    assert [entry["step"] for entry in coverage_history(resumed, f"eval_{metric}")] == [1, 4, 7]
+    assert [entry["step"] for entry in coverage_history(resumed, f"eval_own_{metric}")] == [2, 4, 6, 8]
+    first, second = resumed.callback_handler.callbacks[:2]
+    assert (first.name, second.name) == (None, "own")
 
 
 @pytest.mark.parametrize("restore", [False, True])
