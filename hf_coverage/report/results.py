@@ -13,9 +13,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..functional.checks import metric_key
-from ..measure.profile import CoverageProfile
-from .provenance import git_hash, versions
+from hf_coverage.functional.checks import metric_key
+from hf_coverage.measure.profile import CoverageProfile
+from hf_coverage.report.provenance import git_hash, versions
 
 __all__ = ["METRIC_VERSION", "coverage_results", "write_results"]
 
