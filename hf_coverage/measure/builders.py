@@ -12,8 +12,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from .corpus import encode_prompts, validate_corpus
 from .encoding import eos_token_id, special_prefix, tokenize
-from .forward import unwrap
-from .generation import Sampler, Sampling
+from .generation import Sampler, Sampling, end_token_ids
 from .scoring import score_responses
 
 if TYPE_CHECKING:
@@ -166,7 +165,7 @@ def sample_corpus(
     if k < 1:
         raise ValueError(f"`k` must be at least 1, got {k}.")
     ids = encode_prompts(prompts, tokenizer)
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, _end_ids(eos_token_id, teacher, tokenizer))
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, end_token_ids(eos_token_id, teacher, tokenizer))
     sampler = Sampler(teacher, sampling, batch_size=batch_size, seed=seed)
     samples = sampler.draw([prompt for prompt in ids for _ in range(k)], progress=progress)
     corpus = _ids_dataset(
@@ -292,19 +291,6 @@ def _tokenize_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase
     documents = tokenize(rows, tokenizer, add_special_tokens=False)
     end = [eos_token_id(tokenizer)] if append_eos else []
     return [document + end for document in documents]
-
-
-def _end_ids(
-    chosen: int | Sequence[int] | None, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[int, ...]:
-    """The tokens that end a response: the caller's, or the model's, or the tokenizer's."""
-    if chosen is None:
-        chosen = unwrap(teacher).generation_config.eos_token_id
-    if chosen is None and tokenizer is not None:
-        chosen = tokenizer.eos_token_id
-    if chosen is None:
-        return ()
-    return (chosen,) if isinstance(chosen, int) else tuple(chosen)
 
 
 def _ids_dataset(prompts: list[list[int]], completions: list[list[int]], **columns: Any) -> Dataset:
