@@ -17,10 +17,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from ..functional.checks import check_n, metric_key
 from .corpus import reference_kind, validate_corpus
 from .coverage_watch import WatchState, Worsening, update_watch
+from .engine import ScoringEngine, ScoringOptions
 from .evaluation_callback import CoverageWarning, EvaluationCallback
+from .forward import inference
 from .profile import CoverageProfile
 from .run_corpus import RunCorpus
-from .scoring import ScoringOptions, score_encoded
+from .scoring import score_encoded
 
 __all__ = ["CoverageCallback", "CoverageWarning"]
 
@@ -147,12 +149,15 @@ class CoverageCallback(EvaluationCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: torch.nn.Module | None = None,
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
         """Begin anew, or go on where the checkpoint that is being resumed from was."""
         corpus = self._tokens(args, processing_class)
         super().on_train_begin(args, state, control, **kwargs)
+        if model is not None:
+            self._check_fit(model, corpus)
         if args.should_save and args.save_strategy != SaveStrategy.NO:
             corpus.save(self._kept_corpus(args))
         self.progress = self._progress_in(state)
@@ -205,6 +210,12 @@ class CoverageCallback(EvaluationCallback, ExportableState):
                     self._corpus, tokenizer, append_eos=self.append_eos, groups=self.groups
                 )
         return self._run_corpus
+
+    def _check_fit(self, model: torch.nn.Module, corpus: RunCorpus) -> None:
+        """Refuse before the training, not at its first evaluation, what the model cannot score."""
+        options = ScoringOptions(batch_tokens=self.batch_tokens, logits_memory=self.logits_memory)
+        with inference(model):
+            ScoringEngine(model, None, options).check(corpus.encoded, range(len(corpus.encoded)))
 
     def _kept_corpus(self, args: TrainingArguments) -> Path:
         return Path(args.output_dir or ".") / "coverage" / f"{self.name or 'corpus'}.parquet"

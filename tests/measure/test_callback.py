@@ -267,6 +267,21 @@ def test_corpus_none_without_a_kept_one(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": [2] * 10, "completion": [3] * 10}, r"Row 1 has 10 prompt and 10 response tokens.*takes 16"),
+        ({"prompt": [2], "completion": [12]}, r"Row 1 has token id 12, expected ids in \[0, 12\)"),
+    ],
+)
+def test_rows_that_the_model_cannot_take_are_refused_before_the_training(tmp_path, row, message):
+    corpus = Dataset.from_list([{"prompt": [2], "completion": [3]}, row])
+    trainer = make_trainer(tmp_path, CoverageCallback(corpus, N))
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 # TRL sets `gradient_checkpointing`, whose new name is not yet in all versions of transformers that it supports.
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 def test_trl_trainer(tmp_path):
