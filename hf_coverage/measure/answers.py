@@ -93,6 +93,8 @@ def score_answers(
     """
     if samples < 2:
         raise ValueError(f"`samples` must be at least 2, or there is no standard error, got {samples}.")
+    if max_reasoning_tokens < 1:
+        raise ValueError(f"`max_reasoning_tokens` must be at least 1, got {max_reasoning_tokens}.")
     prompts, answers, reference = _read_answers(corpus, tokenizer)
     end = [eos_token_id(_require_tokenizer(tokenizer, "`append_eos=True`"))] if append_eos else []
     sampling = Sampling(max_reasoning_tokens, eos_token_ids=end_token_ids(None, model, tokenizer))

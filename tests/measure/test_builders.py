@@ -330,7 +330,7 @@ class TestSingleAnswers:
     def test_errors(self):
         with pytest.raises(ValueError, match="must be as many, got 1 and 2"):
             single_answer_corpus(["a"], ["b", "c"])
-        with pytest.raises(ValueError, match="Row 2, column `completion`: .* another answer in row 0"):
+        with pytest.raises(ValueError, match=r"Row 2, column `completion`: .* another answer in row 0"):
             single_answer_corpus(["a", "b", "a"], ["1", "2", "3"])
         with pytest.raises(ValueError, match="got an empty dataset"):
             single_answer_corpus([], [])
