@@ -204,8 +204,8 @@ def collision_probability(logits: Tensor) -> Tensor:
 
 
 def _log_softmax(rows: Tensor) -> Tensor:
-    # Not `torch.log_softmax`: on a CPU its sum over a large vocabulary of peaked logits is off by up to 1e-5, always to
-    # the same side, which a long response adds up; `torch.logsumexp` sums pairwise.
+    # Not `torch.log_softmax`: on a CPU its sum over a large vocabulary of peaked logits is off by up to 1e-5, mostly
+    # to one side, which a long response adds up; `torch.logsumexp` sums pairwise.
     rows = rows.float()
     return rows - torch.logsumexp(rows, dim=-1, keepdim=True)
 

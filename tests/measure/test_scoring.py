@@ -193,7 +193,11 @@ def snapshot(model):
         "hooks": [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
         "checkpointing": [getattr(module, "gradient_checkpointing", None) for module in model.modules()],
         "grad_mode": torch.is_grad_enabled(),
-        "rng": (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()),
+        "rng": (
+            torch.get_rng_state(),
+            np.random.get_state()[1].tolist(),  # noqa: NPY002
+            random.getstate(),
+        ),
     }
 
 
