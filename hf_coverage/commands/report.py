@@ -96,7 +96,7 @@ def _write_page(
     caption = f"{profiles[0].quantity} over N, lower is better, with 95 % confidence bands."
     return write_html_report(
         path,
-        title=title or f"Coverage of {', '.join(profile.name for profile in profiles)}",
+        title=title or f"Coverage of {' and '.join(profile.name for profile in profiles)}",
         summary=summarize_profiles(profiles, n, regret=regret, baseline=paired),
         tables=tables,
         figures=[Picture(curve, caption[0].upper() + caption[1:])],

@@ -53,6 +53,9 @@ def score(
     ] = None,
     batch_tokens: BatchTokens = 4096,
     share_prefixes: Annotated[bool, typer.Option(help="Run the prompt of several responses once.")] = True,
+    shard_rows: Annotated[
+        int, typer.Option(help="Rows per file of the score folder: what an interruption costs.")
+    ] = 1024,
     per_token: Annotated[bool, typer.Option("--per-token", help="Keep every token's log-probability.")] = False,
     config: ConfigFile = None,
 ) -> None:
@@ -73,6 +76,7 @@ def score(
         append_eos=append_eos,
         batch_tokens=batch_tokens,
         share_prefixes=share_prefixes,
+        shard_rows=shard_rows,
         per_token=per_token,
     )
     say(f"Next: hf-coverage profile {output_dir}")

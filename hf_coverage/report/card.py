@@ -85,6 +85,7 @@ def write_model_card(
         summary=[escape_markdown(text) for text in summarize_profiles([profile, *others], n, regret=regret)],
         table=table.to_markdown(),
         caption=table.caption,
+        alt=f"{profile.quantity} over N, lower is better",
         picture=_PICTURE,
         tables=[_with_caption(extra) for extra in tables],
         reading=how_to_read([profile.kind]),

@@ -28,8 +28,8 @@ def profile_table(profiles: Sequence[CoverageProfile], n: Sequence[float], *, re
     columns: list[Column | str] = ["model", "rows", "prompts"]
     columns += [Column(quantity.replace("Cov_N", f"Cov_{metric_key(value)}"), "lower") for value in n]
     bound = profiles[0].is_upper_bound
-    columns += [] if bound else [Column("KL (nats)", "lower")]
-    columns += [Column("cross-entropy (nats)", "lower"), Column(f"Best-of-N budget (regret {regret:g})", "lower")]
+    columns += [] if bound else [Column("KL", "lower")]
+    columns += [Column("cross-entropy", "lower"), Column("Best-of-N budget", "lower")]
     rows: list[list[Cell]] = []
     for profile in profiles:
         cells: list[Cell] = [profile.name, profile.num_rows, profile.num_groups]
@@ -37,7 +37,12 @@ def profile_table(profiles: Sequence[CoverageProfile], n: Sequence[float], *, re
         cells += [] if bound else [_mean_cell(profile.kl, profile.kl_standard_error, profile.num_groups)]
         cells.append(_cross_entropy_cell(profile))
         rows.append([*cells, _whole(profile.best_of_n_budget(regret).n)])
-    return Table(columns, rows, f"{_capital(quantity)}, lower is better, with 95 % confidence intervals.")
+    units = "Cross-entropy is" if bound else "KL and cross-entropy are"
+    caption = (
+        f"{_capital(quantity)}, lower is better, with 95 % confidence intervals. {units} in nats a response; the "
+        f"Best-of-N budget allows a regret of {regret:g}."
+    )
+    return Table(columns, rows, caption)
 
 
 def paired_differences(
