@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -76,7 +77,7 @@ def _table(
     n: Sequence[float],
     passes: Mapping[int, Sequence[float]],
 ) -> Table:
-    columns = [Column("step"), Column("cross-entropy", "lower"), Column("KL", "lower")]
+    columns = [Column("step"), Column("cross entropy", "lower"), Column("KL", "lower")]
     columns += [Column(f"Cov_{metric_key(value)}", "lower") for value in n]
     columns += [Column(f"Pass@{value}", "higher") for value in passes]
     rows: list[list[Cell]] = [
@@ -89,7 +90,7 @@ def _table(
         ]
         for index, (step, profile) in enumerate(zip(steps, profiles))
     ]
-    return Table(columns, rows, caption="Checkpoints; cross-entropy and KL in nats a response, 95 % intervals.")
+    return Table(columns, rows, caption="Checkpoints; cross entropy and KL in nats a response, 95 % intervals.")
 
 
 def _findings(
@@ -146,8 +147,9 @@ def _pictures(
 
 def _show(table: Table, lines: Sequence[str]) -> None:
     console = Console()
-    console.width = max(console.width, 140)  # a pipe has no width of its own
-    shown = RichTable(title=table.caption)
+    if not console.is_terminal:
+        console.width = 140
+    shown = RichTable(title=table.caption, box=SIMPLE)
     for column in table.headers:
         shown.add_column(title(column), justify="right")
     for cells in table.rows:

@@ -67,7 +67,7 @@ def profiles(output: Path) -> dict[str, CoverageProfile]:
 def test_run_ends_with_table_figures_page_and_results(finished):
     output, printed = finished
     assert sorted(profiles(output)) == sorted(f"step-{step}" for step in range(0, 25, 4))
-    for title in ("step", "cross-entropy", "KL", "Cov_2", "Cov_5.7", "Pass@4"):
+    for title in ("step", "cross entropy", "KL", "Cov_2", "Cov_5.7", "Pass@4"):
         assert title in (output / "table.md").read_text()
     assert "Pass@4" in printed
     assert "Pass@4 is" in printed
