@@ -119,7 +119,7 @@ def test_sample_is_the_library_s_corpus(work):
 
 
 def test_profile_prints_and_writes_the_library_s_numbers(work):
-    output = invoke("profile scores/student scores/other --n 2,5.7 --output-dir out")
+    output = invoke("profile scores/student scores/other --n 2,5.7 --log-samples --output-dir out")
     found = results_in("out")
     for name in ("student", "other"):
         profile = library_profile(work, name)
@@ -128,6 +128,7 @@ def test_profile_prints_and_writes_the_library_s_numbers(work):
         low, high = profile.interval(5.7)
         assert f"{profile.cov(5.7):.3f} [{low:.3f}, {high:.3f}]" in output
     assert "Lower is better" in output
+    assert len(list(Path("out").glob("samples_*.jsonl"))) == 2
     assert (work / "out" / "profile.png").read_bytes().startswith(b"\x89PNG")
     assert found["config"]["models"]["student"]["corpus"] == "corpus"
 

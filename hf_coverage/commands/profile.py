@@ -50,6 +50,9 @@ def profile(
     ),
     n: Levels = None,
     regret: Regret = 0.1,
+    log_samples: Annotated[
+        bool, typer.Option("--log-samples", help="Also write every row's log ratio as JSON.")
+    ] = False,
     corpus: CorpusName = None,
     split: Split = None,
     tokenizer: TokenizerName = None,
@@ -63,7 +66,7 @@ def profile(
 
     Lower Cov_N is better. Prints a table with 95 % intervals, and writes profile.png and the results as JSON.
     """
-    from hf_coverage.report.results import coverage_results, write_results
+    from hf_coverage.report.results import coverage_results, write_results, write_samples
     from hf_coverage.report.summary import profile_table, summarize_profiles
 
     loading = {"dtype": dtype.value, "device": device, "gguf_file": gguf_file, "revision": None}
@@ -79,6 +82,8 @@ def profile(
     say(*summarize_profiles(profiles, levels, regret=regret))
     path = write_results(output_dir, results)
     say(f"Plot in {plot(profiles, output_dir)}, numbers in {path}.")
+    if log_samples:
+        say(*(f"Rows in {write_samples(path, one)}." for one in profiles))
 
 
 def collect(

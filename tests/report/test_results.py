@@ -9,7 +9,7 @@ from lm_eval.utils import make_table
 
 from hf_coverage import CoverageProfile
 from hf_coverage.report.provenance import git_hash, provenance, versions
-from hf_coverage.report.results import coverage_results, write_results
+from hf_coverage.report.results import coverage_results, write_results, write_samples
 
 PROFILE = CoverageProfile.from_logprobs([-1.0, -2.0, -9.0, -1.0], [-1.0] * 4, groups=list("aabb"), name="small")
 ZERO = CoverageProfile.from_logprobs([-1.0, -math.inf], [-1.0, -1.0], groups=list("aa"), name="zero")
@@ -51,6 +51,18 @@ def test_the_file_is_strict_json_with_a_date_in_its_name(tmp_path):
     assert metrics["kl,none"] == "inf"
     assert metrics["kl_stderr,none"] == "N/A"
     assert float(metrics["kl,none"]) == math.inf
+
+
+def test_samples_stand_beside_the_results_with_the_same_date(tmp_path):
+    results = write_results(tmp_path, coverage_results([ZERO], [16]))
+    samples = write_samples(results, ZERO)
+    assert samples.name == results.name.replace("results_", "samples_zero_").replace(".json", ".jsonl")
+    rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+    assert [row["doc_id"] for row in rows] == [0, 1]
+    assert [float(row["log_ratio"]) for row in rows] == ZERO.log_ratios.tolist()
+    assert [float(row["logprob"]) for row in rows] == ZERO.logprobs.tolist()
+    assert [row["group"] for row in rows] == ZERO.groups.tolist()
+    assert "weight" not in rows[0]
 
 
 def test_the_upper_bound_keeps_its_name():
