@@ -6,10 +6,11 @@ stopping and the choice of the best checkpoint. Callbacks that users pass come l
 so a callback of this kind moves itself to the front.
 """
 
-import inspect
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -238,7 +239,8 @@ def _calling_handler(callback: TrainerCallback) -> CallbackHandler:
     Events carry no reference to it, and the Trainer offers no way to place a callback in its list, so the handler is
     looked for where it is certain to be: among the callers of the event.
     """
-    frame = inspect.currentframe()
+    # From the caller on: a frame whose own locals were read refers to itself, and keeps the model alive with it.
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, CallbackHandler) and any(item is callback for item in caller.callbacks):

@@ -1,8 +1,10 @@
 """CoverageCallback in real Trainer runs of one process: its numbers, reporters, schedule, warnings and resumption."""
 
+import gc
 import json
 import math
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -143,6 +145,19 @@ def test_own_steps_report_under_the_evaluation_prefix(tmp_path):
     assert "loss" in at_three
     assert "eval_loss" not in at_three
     assert "eval_loss" in at_six
+
+
+def test_looking_for_the_handler_keeps_no_model_alive(tmp_path):
+    trainer = make_trainer(tmp_path, CoverageCallback(reference_corpus(), N))
+    gc.collect()
+    gc.disable()  # so that nothing but the count of references can free it
+    try:
+        trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control)
+        handler = weakref.ref(trainer.callback_handler)
+        del trainer.callback_handler
+        assert handler() is None
+    finally:
+        gc.enable()
 
 
 def test_evaluations_of_other_weights_at_one_step_are_told_apart(tmp_path):
