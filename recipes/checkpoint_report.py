@@ -1,6 +1,9 @@
-"""What the profiles of a run's checkpoints say: a table, the paper's Figure 1, results as JSON, and a page of it."""
+"""What the profiles of a run's checkpoints say: a table, the paper's Figure 1, results as JSON, a page and a card."""
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +15,35 @@ from rich.table import Table as RichTable
 from hf_coverage import CoverageProfile
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.plots import plot_predictiveness, plot_training_curves
+from hf_coverage.report.card import write_model_card
 from hf_coverage.report.html import Picture, write_html_report
 from hf_coverage.report.provenance import provenance
 from hf_coverage.report.results import coverage_results, write_results
-from hf_coverage.report.table import Cell, Column, Interval, Table, format_cell, title
+from hf_coverage.report.table import Cell, Column, Interval, Table, format_cell, format_number, title
 
 __all__ = ["pass_at_n", "report_checkpoints"]
 
 
 def report_checkpoints(
-    output: Path, *, n: Sequence[float], pass_at: Sequence[int], settings: Mapping[str, Any], name: str
+    output: Path,
+    *,
+    n: Sequence[float],
+    pass_at: Sequence[int],
+    settings: Mapping[str, Any],
+    name: str,
+    corpus: str,
+    corpus_fingerprint: str,
 ) -> None:
     """Report on `output/profiles/step-<step>.json`, the profiles on a corpus with one right answer a prompt.
 
     Args:
-        output: The run's folder; everything is written there.
-        n: The N of Cov_N, in rising order.
+        output: The run's folder; everything is written there, the last checkpoint's model card into `card/`.
+        n: The N of Cov_N.
         pass_at: The N of Pass@N.
         settings: What was run, kept in the results.
         name: What was run, in words.
+        corpus: The reference corpus, in words.
+        corpus_fingerprint: Hash of the corpus's token ids.
     """
     files = sorted((output / "profiles").glob("step-*.json"), key=lambda file: int(file.stem.removeprefix("step-")))
     profiles = [CoverageProfile.from_json(file) for file in files]
@@ -42,6 +55,8 @@ def report_checkpoints(
     table = _table(steps, profiles, n, passes)
     (output / "table.md").write_text(table.to_markdown() + "\n", encoding="utf-8")
     summary = _findings(steps, kl, coverage, passes)
+    command = shlex.join(["accelerate", "launch", *sys.argv])
+    origin = provenance(command, seed=settings["run"].get("seed", 0))
     page = write_html_report(
         output / "report.html",
         title=name,
@@ -49,13 +64,25 @@ def report_checkpoints(
         tables=[table],
         figures=_pictures(output, steps, profiles, kl, coverage, passes),
         kinds=[profile.kind for profile in profiles],
-        provenance=provenance(**settings),
+        provenance=origin | dict(settings),
+    )
+    card = write_model_card(
+        output / "card",
+        replace(profiles[-1], name=f"{name}, step {steps[-1]}"),
+        corpus=corpus,
+        provenance=origin,
+        n=n,
+        others=_notable(profiles, coverage)[:-1],
+        description="\n\n".join(summary),
+        tables=[table],
+        corpus_fingerprint=corpus_fingerprint,
+        metadata={"license": "apache-2.0"},
     )
     results = coverage_results(profiles, n, config=settings)
     for index, profile in enumerate(profiles):
         results["results"][profile.name] |= {f"pass@{value},none": passes[value][index] for value in pass_at}
         results["higher_is_better"][profile.name] |= {f"pass@{value}": True for value in pass_at}
-    _show(table, [*summary, f"Written: {page} and {write_results(output, results)}"])
+    _show(table, [*summary, f"Written: {page}, {card} and {write_results(output, results)}"])
 
 
 def pass_at_n(profile: CoverageProfile, n: int) -> float:
@@ -135,14 +162,19 @@ def _pictures(
         [labelled[n] for n in half],
         output / "figure_1_right.png",
     )
-    n = max(coverage)
-    first, *others = (profiles[index] for index in sorted({0, int(np.argmin(coverage[n])), len(profiles) - 1}))
-    least = f"the one with the least Cov_{metric_key(n)}"
+    first, *others = _notable(profiles, coverage)
+    least = f"the one with the least Cov_{metric_key(max(coverage))}"
     return [
         Picture(left, "KL and Cov_N over the training steps. Dots mark the best checkpoint of each curve."),
         Picture(right, "Pass@N of the checkpoints against Cov_N and KL. Hollow marks are the first checkpoint."),
         Picture(first.plot(others=others), f"Coverage profiles of the first checkpoint, the last one, and {least}."),
     ]
+
+
+def _notable(profiles: Sequence[CoverageProfile], coverage: Mapping[float, Sequence[float]]) -> list[CoverageProfile]:
+    """The first profile, the one with the least coverage at the largest N, and the last."""
+    least = int(np.argmin(coverage[max(coverage)]))
+    return [profiles[index] for index in sorted({0, least, len(profiles) - 1})]
 
 
 def _show(table: Table, lines: Sequence[str]) -> None:
@@ -153,7 +185,15 @@ def _show(table: Table, lines: Sequence[str]) -> None:
     for column in table.headers:
         shown.add_column(title(column), justify="right")
     for cells in table.rows:
-        shown.add_row(*(format_cell(cell).replace(" [", "\n[") for cell in cells))
+        shown.add_row(*map(_stacked, cells))
     console.print(shown)
     for line in lines:
         console.print(line, highlight=False)
+
+
+def _stacked(cell: Cell) -> str:
+    """A cell in which the interval stands below its value."""
+    if isinstance(cell, Interval):
+        value, low, high = map(format_number, cell)
+        return f"{value}\n{low}-{high}"
+    return format_cell(cell)

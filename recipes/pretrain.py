@@ -30,7 +30,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 from transformers.utils import logging
 
 from hf_coverage import CoverageCallback
-from hf_coverage.measure.corpus import reference_kind
+from hf_coverage.measure.corpus import encode_corpus, reference_kind
 from hf_coverage.tasks.graph_dataset import GraphSearchDataset, collate_rows
 from hf_coverage.tasks.graph_search import GraphSearch
 
@@ -128,8 +128,15 @@ def main() -> None:
     train(trainer)
 
     if trainer.is_world_process_zero():
-        name = "Graph search: coverage while fine-tuning"
-        report_checkpoints(output, n=measure.n, pass_at=measure.pass_at, settings=settings, name=name)
+        report_checkpoints(
+            output,
+            n=measure.n,
+            pass_at=measure.pass_at,
+            settings=settings,
+            name="GPT-2 fine-tuned on graph search",
+            corpus=f"graph search, classes mixed as {task_args.finetune_weights}",
+            corpus_fingerprint=encode_corpus(corpus, task.tokenizer()).fingerprint,
+        )
 
 
 def parse_settings(settings: Settings) -> list[Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
 
 from hf_coverage import CoverageProfile
@@ -77,6 +78,10 @@ def test_run_ends_with_table_figures_page_and_results(finished):
     page = (output / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
     assert not re.search(r"""(src|href)=["']?https?:""", page)
+
+    card = ModelCard.load(output / "card" / "README.md")
+    assert {entry.metric_type for entry in card.data.eval_results} >= {"cov_2", "cov_5.7", "kl"}
+    assert "Pass@4" in card.text
 
     (file,) = output.glob("results_*.json")
     results = json.loads(file.read_text())
