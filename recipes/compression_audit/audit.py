@@ -17,7 +17,7 @@ import shlex
 import shutil
 import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -25,14 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from compress import (
-    least_influential_layer,
-    prune_magnitude,
-    quantize_int8_dynamic,
-    quantize_weights,
-    remove_layer,
-    to_bfloat16,
-)
+from compress import compression
 from datasets import Dataset, load_from_disk
 from findings import Audit, audit_table, disagreement_table, draw_audit, explain, order_table
 from rich.console import Console
@@ -83,7 +76,8 @@ class AuditArguments:
     text_windows: int = field(default=48, metadata={"help": "Windows of real text, for the perplexity."})
     text_tokens: int = field(default=64, metadata={"help": "Tokens judged in a window, after half as many to read."})
     compressions: list[str] = field(
-        default_factory=lambda: ["bfloat16", "int8-dynamic", "int4-rtn-64"], metadata={"help": "See `compression`."}
+        default_factory=lambda: ["bfloat16", "int8-dynamic", "int4-rtn-64"],
+        metadata={"help": "See `compress.compression`."},
     )
     n: list[float] = field(default_factory=lambda: [2, 4, 16, 64], metadata={"help": "The N to report."})
     headline_n: float = field(default=16, metadata={"help": "The N by which models are ordered."})
@@ -98,12 +92,13 @@ def main() -> None:
     keep_settings(output, args)
     model, tokenizer = load_model(args.model)
     text = real_text(tokenizer, args)
+    calibration = torch.tensor([row["prompt"] + row["completion"] for row in text.take(16)])
     corpus = corpus_of(model, tokenizer, args, output / "corpus")
 
     scores, texts = {}, {}
     for index, name in enumerate([ORIGINAL, *args.compressions]):
         console.print(f"[{index + 1}/{len(args.compressions) + 1}] {name}", highlight=False, markup=False)
-        compress = (lambda original: original) if name == ORIGINAL else compression(name, calibration=text)
+        compress = (lambda original: original) if name == ORIGINAL else compression(name, calibration=calibration)
         judged = compress(model)
         score = partial(score_responses, judged, None, shard_rows=16 * args.responses)
         scores[name] = score(corpus, output_dir=output / "scores" / name)
@@ -157,44 +152,6 @@ def real_text(tokenizer: PreTrainedTokenizerBase, args: AuditArguments) -> Datas
         max_windows=args.text_windows,
         seed=args.seed,
     )
-
-
-def compression(name: str, *, calibration: Dataset) -> Callable[[PreTrainedModel], PreTrainedModel]:
-    """Find what a name of a compression stands for.
-
-    Args:
-        name: `bfloat16`, `int8-dynamic`, `int<bits>-rtn-<group size>`, `pruned-<percent>`, `without-layer-<index>` or
-            `without-least-layer`.
-        calibration: real text in windows, by which the least influential layer is found.
-
-    Raises:
-        ValueError: if the name stands for nothing.
-    """
-    match name.split("-"):
-        case ["bfloat16"]:
-            return to_bfloat16
-        case ["int8", "dynamic"]:
-            return quantize_int8_dynamic
-        case [("int2" | "int3" | "int4" | "int8") as width, "rtn", group_size] if group_size.isdecimal():
-            return partial(quantize_weights, bits=int(width[3:]), group_size=int(group_size))
-        case ["pruned", percent] if percent.isdecimal():
-            return partial(prune_magnitude, share=int(percent) / 100)
-        case ["without", "layer", index] if index.isdecimal():
-            return partial(remove_layer, index=int(index))
-        case ["without", "least", "layer"]:
-            return partial(remove_least_layer, calibration=calibration)
-    raise ValueError(
-        "`compressions` must be bfloat16, int8-dynamic, int4-rtn-64, pruned-30, without-layer-15, without-least-layer "
-        f"or such a name with other numbers, but one is {name!r}."
-    )
-
-
-def remove_least_layer(model: PreTrainedModel, *, calibration: Dataset) -> PreTrainedModel:
-    """Remove the layer that changes the hidden states of a real text least."""
-    ids = torch.tensor([row["prompt"] + row["completion"] for row in calibration.take(16)], device=model.device)
-    index = least_influential_layer(model, ids)
-    print(f"The least influential layer is {index} of {model.config.num_hidden_layers}, counted from 0.")
-    return remove_layer(model, index)
 
 
 def audit_of(scores: dict[str, Dataset], texts: dict[str, Dataset], args: AuditArguments) -> Audit:

@@ -7,6 +7,7 @@ what the name says.
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -17,14 +18,49 @@ from transformers import PreTrainedModel
 
 __all__ = [
     "DynamicInt8Linear",
+    "compression",
     "least_influential_layer",
     "prune_magnitude",
     "quantize_int8_dynamic",
     "quantize_weights",
     "remove_layer",
+    "remove_least_layer",
     "round_to_nearest",
     "to_bfloat16",
 ]
+
+
+def compression(name: str, *, calibration: Tensor) -> Callable[[PreTrainedModel], PreTrainedModel]:
+    """Find what a name of a compression stands for.
+
+    Args:
+        name: `bfloat16`, `int8-dynamic`, `int<bits>-rtn-<group size>`, `pruned-<percent>`, `without-layer-<index>` or
+            `without-least-layer`.
+        calibration: `(B, T)` tokens of real text, by which the least influential layer is found.
+
+    Returns:
+        A function that makes the compressed model from the original.
+
+    Raises:
+        ValueError: if the name stands for nothing.
+    """
+    match name.split("-"):
+        case ["bfloat16"]:
+            return to_bfloat16
+        case ["int8", "dynamic"]:
+            return quantize_int8_dynamic
+        case [("int2" | "int3" | "int4" | "int8") as width, "rtn", group_size] if group_size.isdecimal():
+            return partial(quantize_weights, bits=int(width[3:]), group_size=int(group_size))
+        case ["pruned", percent] if percent.isdecimal():
+            return partial(prune_magnitude, share=int(percent) / 100)
+        case ["without", "layer", index] if index.isdecimal():
+            return partial(remove_layer, index=int(index))
+        case ["without", "least", "layer"]:
+            return partial(remove_least_layer, calibration=calibration)
+    raise ValueError(
+        "`compressions` must be bfloat16, int8-dynamic, int4-rtn-64, pruned-30, without-layer-15, without-least-layer "
+        f"or such a name with other numbers, but one is {name!r}."
+    )
 
 
 def to_bfloat16(model: PreTrainedModel) -> PreTrainedModel:
@@ -126,6 +162,13 @@ def remove_layer(model: PreTrainedModel, index: int) -> PreTrainedModel:
         layer.self_attn.layer_idx = position  # its place in the key-value cache
     model.config.num_hidden_layers = count - 1
     return model
+
+
+def remove_least_layer(model: PreTrainedModel, *, calibration: Tensor) -> PreTrainedModel:
+    """Remove the `least_influential_layer`, and say which one it is."""
+    index = least_influential_layer(model, calibration.to(model.device))
+    print(f"The least influential layer is {index} of {model.config.num_hidden_layers}, counted from 0.")
+    return remove_layer(model, index)
 
 
 def least_influential_layer(model: PreTrainedModel, ids: Tensor) -> int:

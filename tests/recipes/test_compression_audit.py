@@ -25,6 +25,7 @@ import compress
 import findings
 
 RECIPE = Path(audit.__file__).parent
+CALIBRATION = torch.arange(2, 34).reshape(4, 8)
 NAMES = [
     "bfloat16",
     "int8-dynamic",
@@ -91,7 +92,7 @@ def settings(**changed):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_compression_changes_the_model_and_leaves_the_original_alone(tiny, corpus, name):
     before = weight_fingerprint(tiny)
-    compressed = audit.compression(name, calibration=text())(tiny)
+    compressed = compress.compression(name, calibration=CALIBRATION)(tiny)
     assert weight_fingerprint(tiny) == before
     assert weight_fingerprint(compressed) != before
     assert not compressed.training
@@ -121,7 +122,7 @@ def test_worse_compressions_of_one_kind_lose_more(tiny, corpus):
     reference = corpus["reference_logprob"][:]
 
     def kl(name):
-        compressed = audit.compression(name, calibration=text())(tiny)
+        compressed = compress.compression(name, calibration=CALIBRATION)(tiny)
         return CoverageProfile.from_logprobs(scored(compressed, corpus)["logprob"][:], reference).kl
 
     assert kl("int8-rtn-16") < kl("int4-rtn-16") < kl("int2-rtn-16")
@@ -219,7 +220,7 @@ def test_the_least_influential_layer_is_the_one_that_does_nothing(tiny, idle):
 @pytest.mark.parametrize("name", ["int4", "int4-rtn-many", "int5-rtn-8", "float8", "pruned-half", "without-layer-x"])
 def test_an_unknown_compression_is_refused(name):
     with pytest.raises(ValueError, match=f"`compressions` must be .*{name}"):
-        audit.compression(name, calibration=text())
+        compress.compression(name, calibration=CALIBRATION)
 
 
 def profiles(ratios, texts):
@@ -283,7 +284,7 @@ def test_the_committed_configuration_is_readable():
     assert args.card_for in args.compressions
     assert args.headline_n in args.n
     for name in args.compressions:
-        assert callable(audit.compression(name, calibration=text()))
+        assert callable(compress.compression(name, calibration=CALIBRATION))
 
 
 def test_the_prompts_are_of_eight_kinds_in_turn_and_none_is_twice():
