@@ -116,10 +116,17 @@ def test_training_learns_and_only_responses_count(finished):
         assert entry["eval_loss"] * 6 == pytest.approx(entry["eval_sequence_cross_entropy"], rel=0.02)
 
 
-def test_killed_at_any_point_the_same_command_goes_on(finished, tmp_path):
+@pytest.mark.parametrize(
+    "moments",
+    [
+        ["finetune/checkpoint-12/model.safetensors"],  # in the middle of writing a checkpoint
+        pytest.param(["pretrain/checkpoint-8", "pretrain/checkpoint-20", "finetune"], marks=pytest.mark.slow),
+    ],
+    ids=["once", "in both phases"],
+)
+def test_killed_at_any_point_the_same_command_goes_on(finished, tmp_path, moments):
     output = tmp_path / "run"
-    moments = (output / "pretrain" / "checkpoint-8", output / "finetune" / "checkpoint-12" / "model.safetensors")
-    for moment in moments:
+    for moment in (output / name for name in moments):
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen(command(output), env=environment(), **quiet)
         while process.poll() is None and not moment.exists():
