@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from .corpus import encode_prompts, validate_corpus
-from .encoding import eos_token_id, special_prefix, tokenize
-from .generation import Sampler, Sampling, end_token_ids
-from .scoring import score_responses
+from hf_coverage.measure.corpus import encode_prompts, validate_corpus
+from hf_coverage.measure.encoding import eos_token_id, special_prefix, tokenize
+from hf_coverage.measure.generation import Sampler, Sampling, end_token_ids
+from hf_coverage.measure.scoring import score_responses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -122,6 +122,8 @@ def sample_corpus(
     sampled. A response that was cut at `max_new_tokens` stands for the event that a response begins with its tokens.
 
     Truncation gives D a narrower support than the model's, so coverage of it says nothing on the responses cut away.
+    In half precision the density is that of decoding token by token; scoring the same teacher on whole responses
+    differs from it by rounding.
 
     Args:
         teacher: Any causal language model; all processes of a job have to call, and each samples its part.

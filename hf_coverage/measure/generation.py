@@ -26,7 +26,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .forward import inference, is_sharded, unwrap
+from hf_coverage.measure.forward import inference, is_sharded, unwrap
 
 __all__ = ["Sample", "Sampler", "Sampling", "end_token_ids", "require_room"]
 
@@ -210,7 +210,7 @@ class _DensityRecorder(LogitsProcessor):
         steps = sequences.shape[1] - start
         if len(self._settled) < steps:
             self._settle(sequences[:, -1])
-        # On a GPU `generate` may run a step too many before it sees that all rows have ended.
+        # `generate` may see one step late that all rows have ended, and take that step back.
         return torch.stack(self._settled[:steps], dim=1)
 
 

@@ -146,7 +146,7 @@ class TestAgainstEnumeration:
 def hashes() -> PreTrainedTokenizerFast:
     """Nine tokens, some of which reach across the separator "#"."""
     vocabulary = {token: index for index, token in enumerate(["</s>", "a", "b", "#", "Ġ", "#a", "ab", "b#", "#Ġ"])}
-    merges = [("#", "a"), ("a", "b"), ("b", "#"), ("#", "Ġ")]
+    merges = [("a", "b"), ("#", "a"), ("b", "#"), ("#", "Ġ")]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
