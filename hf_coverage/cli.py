@@ -6,10 +6,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from hf_coverage import __version__
 from hf_coverage.commands import compare, profile, report, sample, score
 from hf_coverage.commands.console import print_error
-
-from . import __version__
 
 __all__ = ["app"]
 

@@ -14,15 +14,15 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerControl
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from ..functional.checks import check_n, metric_key
-from .corpus import reference_kind, validate_corpus
-from .coverage_watch import WatchState, Worsening, update_watch
-from .engine import ScoringEngine, ScoringOptions
-from .evaluation_callback import CoverageWarning, EvaluationCallback
-from .forward import inference
-from .profile import CoverageProfile
-from .run_corpus import RunCorpus
-from .scoring import score_encoded
+from hf_coverage.functional.checks import check_n, metric_key
+from hf_coverage.measure.corpus import reference_kind, validate_corpus
+from hf_coverage.measure.coverage_watch import WatchState, Worsening, update_watch
+from hf_coverage.measure.engine import ScoringEngine, ScoringOptions
+from hf_coverage.measure.evaluation_callback import CoverageWarning, EvaluationCallback
+from hf_coverage.measure.forward import inference
+from hf_coverage.measure.profile import CoverageProfile
+from hf_coverage.measure.run_corpus import RunCorpus
+from hf_coverage.measure.scoring import score_encoded
 
 __all__ = ["CoverageCallback", "CoverageWarning"]
 

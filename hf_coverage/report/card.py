@@ -10,13 +10,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_coverage import __version__
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.report.summary import profile_table, summarize_profiles
 from hf_coverage.report.table import Table, escape_markdown
 from hf_coverage.report.wording import how_to_read, what_is_known
-
-from .. import __version__
 
 __all__ = ["TAG", "coverage_eval_results", "write_model_card"]
 
