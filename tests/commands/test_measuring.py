@@ -43,6 +43,17 @@ def test_profile_prints_and_writes_the_library_s_numbers(work):
     assert found["config"]["models"]["student"]["corpus"] == "corpus"
 
 
+def test_many_models_get_several_pictures(work):
+    scored = score_responses(*load(work, "student"), load_from_disk("corpus"), progress=False)
+    for index in range(9):
+        scored.to_parquet(f"model-{index}.parquet")
+    sources = " ".join(f"model-{index}.parquet" for index in range(9))
+    invoke(f"profile {sources} --n 2 --output-dir out")
+    assert sorted(path.name for path in Path("out").glob("*.png")) == ["profile-2.png", "profile.png"]
+    invoke(f"report {sources} --n 2 --output-dir out")
+    assert Path("out/report.html").read_text(encoding="utf-8").count("<img") == 2
+
+
 def test_compare_prints_and_writes_paired_differences(work):
     output = invoke("compare scores/student scores/other --n 4 --output-dir out")
     student, other = (library_profile(work, name) for name in ("student", "other"))
