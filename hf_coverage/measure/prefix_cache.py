@@ -28,6 +28,8 @@ class PrefixLayer(CacheLayerMixin):
     """
 
     is_croppable = False
+    keys: Tensor | None
+    values: Tensor | None
 
     def __init__(self, prefix: DynamicLayer, lines: Tensor, *, last: bool) -> None:
         super().__init__()
@@ -45,7 +47,7 @@ class PrefixLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take in new keys and values, and return all that the new tokens can see."""
         self._own_length += key_states.shape[-2]
-        if self.keys is not None:
+        if self.keys is not None and self.values is not None:
             key_states = torch.cat([self.keys, key_states], dim=-2)
             value_states = torch.cat([self.values, value_states], dim=-2)
         if not self._last:
