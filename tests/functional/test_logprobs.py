@@ -118,7 +118,7 @@ def test_rounding_does_not_add_up_over_a_large_vocabulary():
     assert abs((token_logprobs(logits, labels) - exact).mean().item()) < 5e-7
     uniform = torch.zeros_like(logits)
     exact_kl = logits.double().log_softmax(-1).mul(-1).mean(-1) - math.log(49152)
-    assert abs((token_kl(uniform, logits) - exact_kl).mean().item()) < 5e-6
+    assert abs((token_kl(uniform, logits) - exact_kl).mean().item()) < 2e-6
 
 
 def test_no_full_float32_copy_is_made():
