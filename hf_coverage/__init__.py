@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_coverage.measure.answers import score_answers
     from hf_coverage.measure.builders import sample_corpus, single_answer_corpus, teacher_scored_corpus, windows_corpus
-    from hf_coverage.measure.callback import CoverageCallback
+    from hf_coverage.measure.callback import CoverageCallback, CoverageWarning
     from hf_coverage.measure.profile import CoverageProfile
     from hf_coverage.measure.score_table import ScoreTable
     from hf_coverage.measure.scoring import score_responses
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CoverageCallback": "measure.callback",
     "CoverageProfile": "measure.profile",
+    "CoverageWarning": "measure.callback",
     "ScoreTable": "measure.score_table",
     "sample_corpus": "measure.builders",
     "score_answers": "measure.answers",
@@ -32,6 +33,7 @@ _HOMES = {
 __all__ = [
     "CoverageCallback",
     "CoverageProfile",
+    "CoverageWarning",
     "ScoreTable",
     "evaluate_module",
     "sample_corpus",

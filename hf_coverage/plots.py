@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import ArrayLike
 
 __all__ = [
@@ -110,6 +111,8 @@ def plot_training_curves(
 ) -> Figure:
     """Draw KL and coverage over the steps of a training run, the best checkpoint of each curve marked.
 
+    Coverage is on a logarithmic axis, unless some value is 0: what matters happens where it is small.
+
     Args:
         steps: `(K,)` training steps.
         kl: `(K,)` sequence-level KL, nats.
@@ -145,7 +148,12 @@ def plot_training_curves(
             ax.plot(np.asarray(steps)[best], array[best], "o", color=color, markersize=7, markeredgecolor="white")
         ax.set_xlabel("training step")
         ax.set_ylabel(label)
-        ax.set_ylim(bottom=0)
+    axes[0].set_ylim(bottom=0)
+    if all(np.min(values) > 0 for _, values in coverage):
+        axes[1].set_yscale("log")
+        axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes[1].yaxis.set_minor_formatter(NullFormatter())
     axes[1].plot([], [], "o", color="#777777", markeredgecolor="white", label="best checkpoint")
     axes[1].legend(frameon=False)
     if title:

@@ -39,13 +39,10 @@ def modules():
 
 def imported(path):
     """Modules of the package that a file imports, as their parts below `hf_coverage`."""
-    inside = path.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = inside[: len(inside) - node.level + 1]
-            module = tuple(node.module.split(".")) if node.module else ()
-            yield from ([base + module] if module else [(*base, alias.name) for alias in node.names])
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "hf_coverage":
+        if isinstance(node, ast.ImportFrom) and node.module == "hf_coverage":
+            yield from ((alias.name,) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_coverage."):
             yield tuple(node.module.split(".")[1:])
         elif isinstance(node, ast.Import):
             yield from (tuple(a.name.split(".")[1:]) for a in node.names if a.name.split(".")[0] == "hf_coverage")

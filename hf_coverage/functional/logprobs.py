@@ -168,8 +168,7 @@ def token_kl(teacher_logits: Tensor, logits: Tensor) -> Tensor:
     teacher_rows, rows = _vocabulary_rows(teacher_logits, "teacher_logits"), _vocabulary_rows(logits, "logits")
     result = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     for chunk in _chunks(rows, copies=4):
-        log_q = torch.log_softmax(teacher_rows[chunk].float(), dim=-1)
-        log_p = torch.log_softmax(rows[chunk].float(), dim=-1)
+        log_q, log_p = _log_softmax(teacher_rows[chunk]), _log_softmax(rows[chunk])
         q = log_q.exp()
         # 0 log 0 = 0, and a token without teacher mass costs nothing however little mass the model gives it.
         terms = torch.where(q > 0, q * (log_q - log_p), 0.0)
@@ -200,8 +199,15 @@ def collision_probability(logits: Tensor) -> Tensor:
     rows = _vocabulary_rows(logits, "logits")
     result = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     for chunk in _chunks(rows, copies=2):
-        result[chunk] = torch.softmax(rows[chunk].float(), dim=-1).square_().sum(dim=-1)
+        result[chunk] = _log_softmax(rows[chunk]).mul_(2).exp_().sum(dim=-1)
     return result.clamp_max_(1.0).reshape(logits.shape[:-1])
+
+
+def _log_softmax(rows: Tensor) -> Tensor:
+    # Not `torch.log_softmax`: on a CPU its sum over a large vocabulary of peaked logits is off by up to 1e-5, mostly
+    # to one side, which a long response adds up; `torch.logsumexp` sums pairwise.
+    rows = rows.float()
+    return rows - torch.logsumexp(rows, dim=-1, keepdim=True)
 
 
 def _vocabulary_rows(logits: Tensor, name: str) -> Tensor:

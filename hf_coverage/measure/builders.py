@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from .corpus import encode_prompts, validate_corpus
-from .encoding import eos_token_id, special_prefix, tokenize
-from .forward import unwrap
-from .generation import Sampler, Sampling
-from .scoring import score_responses
+from hf_coverage.measure.corpus import encode_prompts, validate_corpus
+from hf_coverage.measure.encoding import eos_token_id, special_prefix, tokenize
+from hf_coverage.measure.generation import Sampler, Sampling, end_token_ids
+from hf_coverage.measure.scoring import score_responses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -123,6 +122,8 @@ def sample_corpus(
     sampled. A response that was cut at `max_new_tokens` stands for the event that a response begins with its tokens.
 
     Truncation gives D a narrower support than the model's, so coverage of it says nothing on the responses cut away.
+    In half precision the density is that of decoding token by token; scoring the same teacher on whole responses
+    differs from it by rounding.
 
     Args:
         teacher: Any causal language model; all processes of a job have to call, and each samples its part.
@@ -166,7 +167,7 @@ def sample_corpus(
     if k < 1:
         raise ValueError(f"`k` must be at least 1, got {k}.")
     ids = encode_prompts(prompts, tokenizer)
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, _end_ids(eos_token_id, teacher, tokenizer))
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, end_token_ids(eos_token_id, teacher, tokenizer))
     sampler = Sampler(teacher, sampling, batch_size=batch_size, seed=seed)
     samples = sampler.draw([prompt for prompt in ids for _ in range(k)], progress=progress)
     corpus = _ids_dataset(
@@ -292,19 +293,6 @@ def _tokenize_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase
     documents = tokenize(rows, tokenizer, add_special_tokens=False)
     end = [eos_token_id(tokenizer)] if append_eos else []
     return [document + end for document in documents]
-
-
-def _end_ids(
-    chosen: int | Sequence[int] | None, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[int, ...]:
-    """The tokens that end a response: the caller's, or the model's, or the tokenizer's."""
-    if chosen is None:
-        chosen = unwrap(teacher).generation_config.eos_token_id
-    if chosen is None and tokenizer is not None:
-        chosen = tokenizer.eos_token_id
-    if chosen is None:
-        return ()
-    return (chosen,) if isinstance(chosen, int) else tuple(chosen)
 
 
 def _ids_dataset(prompts: list[list[int]], completions: list[list[int]], **columns: Any) -> Dataset:

@@ -1,5 +1,6 @@
 """Cov_N beside the loss: the coverage profile as part of every evaluation of a `transformers` Trainer."""
 
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -13,13 +14,15 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerControl
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from ..functional.checks import check_n, metric_key
-from .corpus import reference_kind, validate_corpus
-from .coverage_watch import WatchState, Worsening, update_watch
-from .evaluation_callback import CoverageWarning, EvaluationCallback
-from .profile import CoverageProfile
-from .run_corpus import RunCorpus
-from .scoring import ScoringOptions, score_encoded
+from hf_coverage.functional.checks import check_n, metric_key
+from hf_coverage.measure.corpus import reference_kind, validate_corpus
+from hf_coverage.measure.coverage_watch import WatchState, Worsening, update_watch
+from hf_coverage.measure.engine import ScoringEngine, ScoringOptions
+from hf_coverage.measure.evaluation_callback import CoverageWarning, EvaluationCallback
+from hf_coverage.measure.forward import inference
+from hf_coverage.measure.profile import CoverageProfile
+from hf_coverage.measure.run_corpus import RunCorpus
+from hf_coverage.measure.scoring import score_encoded
 
 __all__ = ["CoverageCallback", "CoverageWarning"]
 
@@ -89,12 +92,12 @@ class CoverageCallback(EvaluationCallback, ExportableState):
         logits_memory: int = ScoringOptions.logits_memory,
     ) -> None:
         super().__init__(every_n_evals=every_n_evals, every_n_steps=every_n_steps, name=name)
-        self.n = tuple(n)
+        self.n = tuple(check_n(value) for value in n)
         if not self.n:
             raise ValueError("`n` must name at least one N to report, for example `n=(2, 4, 8, 16)`, but is empty.")
-        for value in self.n:
-            check_n(value)
-        self.watch_n = check_n(max(self.n) if watch_n is None else watch_n)
+        self.watch_n = max(self.n) if watch_n is None else watch_n
+        if not 1 <= self.watch_n < math.inf:
+            raise ValueError(f"`watch_n` must be a finite number >= 1, but is {watch_n}.")
         self.tokenizer = tokenizer
         self.append_eos = append_eos
         self.groups = groups
@@ -126,7 +129,7 @@ class CoverageCallback(EvaluationCallback, ExportableState):
         if self._training:
             self._report_worsening(args, state, self.profile)
         # A standard error is NaN where there is none (one prompt, infinite KL), and NaN is no measurement to plot.
-        return {key: value for key, value in self.profile.metrics(self.n).items() if value == value}
+        return {key: value for key, value in self.profile.metrics(self.n).items() if not math.isnan(value)}
 
     def on_init_end(
         self,
@@ -146,12 +149,15 @@ class CoverageCallback(EvaluationCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: torch.nn.Module | None = None,
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
         """Begin anew, or go on where the checkpoint that is being resumed from was."""
         corpus = self._tokens(args, processing_class)
         super().on_train_begin(args, state, control, **kwargs)
+        if model is not None:
+            self._check_fit(model, corpus)
         if args.should_save and args.save_strategy != SaveStrategy.NO:
             corpus.save(self._kept_corpus(args))
         self.progress = self._progress_in(state)
@@ -204,6 +210,12 @@ class CoverageCallback(EvaluationCallback, ExportableState):
                     self._corpus, tokenizer, append_eos=self.append_eos, groups=self.groups
                 )
         return self._run_corpus
+
+    def _check_fit(self, model: torch.nn.Module, corpus: RunCorpus) -> None:
+        """Refuse before the training, not at its first evaluation, what the model cannot score."""
+        options = ScoringOptions(batch_tokens=self.batch_tokens, logits_memory=self.logits_memory)
+        with inference(model):
+            ScoringEngine(model, None, options).check(corpus.encoded, range(len(corpus.encoded)))
 
     def _kept_corpus(self, args: TrainingArguments) -> Path:
         return Path(args.output_dir or ".") / "coverage" / f"{self.name or 'corpus'}.parquet"

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset
 
-from .columns import check_values, read_logprobs, read_pairs, require_dataset
-from .encoding import (
+from hf_coverage.measure.columns import check_values, read_logprobs, read_pairs, require_dataset
+from hf_coverage.measure.encoding import (
     encode_chat_pairs,
     encode_chat_prompts,
     encode_text_pairs,
@@ -30,7 +30,7 @@ from .encoding import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..functional.checks import ReferenceKind
+    from hf_coverage.functional.checks import ReferenceKind
 
 __all__ = ["EncodedCorpus", "encode_corpus", "encode_prompts", "reference_kind", "validate_corpus"]
 

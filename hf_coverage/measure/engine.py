@@ -88,6 +88,15 @@ class ScoringEngine:
         self.cached = all(repeatable for _, repeatable in probes)
         self.sharded = any(forward.sharded for forward in self.forwards)
 
+    def check(self, corpus: EncodedCorpus, rows: range) -> None:
+        """Refuse rows that do not fit a model, without scoring them.
+
+        Raises:
+            ValueError: If a token id is out of range, or a row is longer than a model takes; names the row.
+        """
+        for forward in self.forwards:
+            _check_rows(corpus, rows, forward, self.vocab_size)
+
     def score(self, corpus: EncodedCorpus, rows: range, advance: Callable[[int], Any]) -> Scores:
         """Score consecutive rows: each of them on one process, the result on all.
 
@@ -102,8 +111,7 @@ class ScoringEngine:
         Raises:
             ValueError: If a token id or a row's length does not fit, or the model returns NaN.
         """
-        for forward in self.forwards:
-            _check_rows(corpus, rows, forward, self.vocab_size)
+        self.check(corpus, rows)
         share = self.options.share_prefixes and self.cached
         batches = plan_batches(corpus, rows, self.limits, share_prefixes=share)
         world, rank = self.state.num_processes, self.state.process_index

@@ -6,16 +6,18 @@ stopping and the choice of the best checkpoint. Callbacks that users pass come l
 so a callback of this kind moves itself to the front.
 """
 
-import inspect
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from types import FrameType
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import IntervalStrategy
 
 __all__ = ["CoverageWarning", "EvaluationCallback", "evaluation_prefix"]
 
@@ -67,15 +69,22 @@ class EvaluationCallback(TrainerCallback, ABC):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Come before the reporters."""
-        _move_to_front(self)
+        self._take_the_lead()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Come before the reporters, also where a resumed run has just put its callbacks in another order."""
-        _move_to_front(self)
+        self._take_the_lead()
         self._training = True
         self._check_best_metric(args, state)
+        if args.eval_strategy == IntervalStrategy.NO and self.every_n_steps is None and state.is_world_process_zero:
+            warnings.warn(
+                f"This {type(self).__name__} reports at evaluations, and this training has none: set `eval_strategy` "
+                "in TrainingArguments, or `every_n_steps` in the callback.",
+                CoverageWarning,
+                stacklevel=2,
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -87,7 +96,7 @@ class EvaluationCallback(TrainerCallback, ABC):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Come before the reporters when `trainer.add_callback` was followed by `trainer.evaluate`."""
-        _move_to_front(self)
+        self._take_the_lead()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -119,8 +128,8 @@ class EvaluationCallback(TrainerCallback, ABC):
         taken = sorted(self._reported.keys() & logs.keys())
         if taken:
             raise ValueError(
-                f"`{taken[0]}` is already among the values of this evaluation; give this {type(self).__name__} a "
-                "`name` of its own."
+                f"`{taken[0]}` is already among the values of this evaluation: give the {type(self).__name__} a "
+                "`name` to report under."
             )
         logs.update(self._reported)
         # The history's entry is a copy that the Trainer made just before this event.
@@ -138,6 +147,24 @@ class EvaluationCallback(TrainerCallback, ABC):
         if metrics is not None:
             metrics.update(self._reported)
         self._reported = {}
+
+    def _take_the_lead(self) -> None:
+        """Move before all callbacks of other kinds; refuse another one that reports the same metrics."""
+        callbacks = _calling_handler(self).callbacks
+        position = callbacks.index(self)
+        front = next((i for i, item in enumerate(callbacks) if not isinstance(item, EvaluationCallback)), position)
+        if front < position:
+            # The handler is looping over this list. Moving the element that a loop has reached to the front makes it
+            # neither skip nor repeat another one.
+            callbacks.insert(front, callbacks.pop(position))
+        for other in callbacks:
+            if isinstance(other, EvaluationCallback) and other is not self and other.name == self.name:
+                shared = sorted(set(self.metric_names()) & set(other.metric_names()))
+                if shared:
+                    raise ValueError(
+                        f"Two callbacks would both report `{shared[0]}`: give one of them a `name`, which makes it "
+                        f"`<name>_{shared[0]}`."
+                    )
 
     def _due_at_evaluation(self, state: TrainerState) -> bool:
         if not self._training:
@@ -206,36 +233,30 @@ def evaluation_prefix(logs: dict[str, Any]) -> str | None:
     return prefixes[0] if prefixes and prefixes[0] != "train_" else None
 
 
-def _move_to_front(callback: EvaluationCallback) -> None:
-    """Move a callback before all of other kinds in the list of the handler that is calling it.
+def _calling_handler(callback: TrainerCallback) -> CallbackHandler:
+    """The handler that is calling an event of this callback.
 
-    Events carry no reference to the handler, and the Trainer offers no way to place a callback, so the handler is
-    found where it is certain to be: among the callers of the event. Moving an element that a loop over the list has
-    reached forwards makes the loop neither skip nor repeat another one.
+    Events carry no reference to it, and the Trainer offers no way to place a callback in its list, so the handler is
+    looked for where it is certain to be: among the callers of the event.
     """
-    frame = inspect.currentframe()
+    # From the caller on: a frame whose own locals were read refers to itself, and keeps the model alive with it.
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler) and any(item is callback for item in handler.callbacks):
-            break
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler) and any(item is callback for item in caller.callbacks):
+            return caller
         frame = frame.f_back
-    else:
-        raise RuntimeError(
-            f"{type(callback).__name__} must be called by the `CallbackHandler` of a Trainer that holds it: pass it "
-            "in `callbacks=[...]` or to `trainer.add_callback`, not inside another callback."
-        )
-    callbacks = handler.callbacks
-    position = next(index for index, item in enumerate(callbacks) if item is callback)
-    front = next((i for i, item in enumerate(callbacks) if not isinstance(item, EvaluationCallback)), position)
-    if front < position:
-        callbacks.insert(front, callbacks.pop(position))
+    raise RuntimeError(
+        f"{type(callback).__name__} must be called by the `CallbackHandler` of a Trainer that holds it: pass it in "
+        "`callbacks=[...]` or to `trainer.add_callback`, not inside another callback."
+    )
 
 
 def _weight_sums(parameters: Iterable[torch.nn.Parameter]) -> list[float]:
     """One number for each parameter (of this process's shard) that changes when the parameter does."""
     with torch.no_grad():
         local = (p.to_local() if isinstance(p, DTensor) else p for p in parameters)
-        return [float(p.float().sum()) for p in local]
+        return [float(p.sum(dtype=torch.float32)) for p in local]
 
 
 def _on_all_processes(condition: bool) -> bool:

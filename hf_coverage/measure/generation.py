@@ -18,6 +18,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
@@ -25,9 +26,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .forward import inference, is_sharded, unwrap
+from hf_coverage.measure.forward import inference, is_sharded, unwrap
 
-__all__ = ["Sampler", "Sampling"]
+__all__ = ["Sample", "Sampler", "Sampling", "end_token_ids", "require_room"]
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Sampler:
         Returns:
             One sample per prompt, in their order, on every process.
         """
-        _require_room(self.model, prompts, self.sampling.max_new_tokens)
+        require_room(self.model, prompts, [self.sampling.max_new_tokens] * len(prompts))
         state = PartialState()
         # Prompts of like length share a batch, which pads little; a stable sort is the same on every process.
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -209,7 +210,7 @@ class _DensityRecorder(LogitsProcessor):
         steps = sequences.shape[1] - start
         if len(self._settled) < steps:
             self._settle(sequences[:, -1])
-        # On a GPU `generate` may run a step too many before it sees that all rows have ended.
+        # `generate` may see one step late that all rows have ended, and take that step back.
         return torch.stack(self._settled[:steps], dim=1)
 
 
@@ -263,15 +264,28 @@ def _pad_left(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _require_room(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
-    room = getattr(
-        model.config.get_text_config(), "max_position_embeddings", None
-    )  # recurrent models have no such limit
+def require_room(model: PreTrainedModel, prompts: Sequence[list[int]], new_tokens: Sequence[int]) -> None:
+    """Refuse prompts that leave a model too few positions for what is to follow them."""
+    # Recurrent models have no such limit.
+    room = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
     if room is None:
         return
-    for row, prompt in enumerate(prompts):
-        if len(prompt) + max_new_tokens > room:
+    for row, (prompt, new) in enumerate(zip(prompts, new_tokens)):
+        if len(prompt) + new > room:
             raise ValueError(
-                f"Prompt {row} has {len(prompt)} tokens, and with `max_new_tokens={max_new_tokens}` it does not fit "
-                f"into the model's {room} positions; shorten either."
+                f"Prompt {row} has {len(prompt)} tokens, and with {new} new ones it does not fit into the model's "
+                f"{room} positions; shorten either."
             )
+
+
+def end_token_ids(
+    chosen: int | Sequence[int] | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[int, ...]:
+    """The tokens that end a response: the caller's, or else the model's, or else the tokenizer's."""
+    if chosen is None:
+        chosen = unwrap(model).generation_config.eos_token_id
+    if chosen is None and tokenizer is not None:
+        chosen = tokenizer.eos_token_id
+    if chosen is None:
+        return ()
+    return (chosen,) if isinstance(chosen, int) else tuple(chosen)

@@ -13,9 +13,9 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from ..functional.checks import FloatArray
-from ..functional.statistics import group_codes
-from .corpus import EncodedCorpus, encode_corpus
+from hf_coverage.functional.checks import FloatArray
+from hf_coverage.functional.statistics import group_codes
+from hf_coverage.measure.corpus import EncodedCorpus, encode_corpus
 
 __all__ = ["RunCorpus"]
 

@@ -22,7 +22,7 @@ from huggingface_hub.utils import tqdm
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-import hf_coverage
+from hf_coverage import __version__
 from hf_coverage.measure.batching import tokens_read
 from hf_coverage.measure.corpus import EncodedCorpus, encode_corpus
 from hf_coverage.measure.engine import ScoringEngine, ScoringOptions
@@ -223,7 +223,7 @@ def _describe_run(
         "corpus": corpus.fingerprint,
         "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         "versions": {
-            "hf_coverage": hf_coverage.__version__,
+            "hf_coverage": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, TypeAlias, Union
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from .. import __version__
-from ..functional.checks import ReferenceKind
-from .table import Interval, Table, format_cell, format_number
-from .wording import how_to_read, what_is_known
+from hf_coverage import __version__
+from hf_coverage.functional.checks import ReferenceKind
+from hf_coverage.report.table import Interval, Table, format_cell, format_number
+from hf_coverage.report.wording import how_to_read, what_is_known
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure

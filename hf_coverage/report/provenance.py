@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
-from .. import __version__
+from hf_coverage import __version__
 
 __all__ = ["git_hash", "provenance", "versions"]
 

@@ -13,11 +13,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..functional.checks import metric_key
-from ..measure.profile import CoverageProfile
-from .provenance import git_hash, versions
+from hf_coverage.functional.checks import metric_key
+from hf_coverage.measure.profile import CoverageProfile
+from hf_coverage.report.provenance import git_hash, versions
 
-__all__ = ["METRIC_VERSION", "coverage_results", "write_results"]
+__all__ = ["METRIC_VERSION", "coverage_results", "write_results", "write_samples"]
 
 METRIC_VERSION = 1
 """Raised when the same log-probabilities would give another number."""
@@ -89,6 +89,27 @@ def write_results(folder: str | PathLike[str], results: Mapping[str, Any]) -> Pa
     target.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_strict(results), indent=2, ensure_ascii=False, allow_nan=False)
     target.write_text(text + "\n", encoding="utf-8")
+    return target
+
+
+def write_samples(results: Path, profile: CoverageProfile) -> Path:
+    """Write a model's rows as `samples_<model>_<date>.jsonl` beside its results.
+
+    Args:
+        results: what `write_results` returned.
+        profile: the model's profile.
+
+    Returns:
+        The file's path. A line is `{"doc_id", "log_ratio", "logprob", "group", "weight"}`, what is not known left out.
+    """
+    name = re.sub(r"\W", "_", profile.name)
+    target = results.with_name(f"samples_{name}_{results.stem.removeprefix('results_')}.jsonl")
+    columns = (profile.log_ratios, profile.logprobs, profile.groups, profile.weights)
+    names = ("log_ratio", "logprob", "group", "weight")
+    known = {key: column.tolist() for key, column in zip(names, columns) if column is not None}
+    with target.open("w", encoding="utf-8") as file:
+        for row, values in enumerate(zip(*known.values())):
+            file.write(json.dumps(_strict({"doc_id": row} | dict(zip(known, values))), allow_nan=False) + "\n")
     return target
 
 

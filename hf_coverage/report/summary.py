@@ -3,12 +3,12 @@
 import math
 from collections.abc import Sequence
 
-from ..functional.checks import metric_key
-from ..functional.coverage import coverage
-from ..functional.paired import PairedDifference, paired_coverage_difference
-from ..functional.statistics import MeanEstimate, mean_interval
-from ..measure.profile import CoverageProfile
-from .table import Cell, Column, Interval, Table, format_number
+from hf_coverage.functional.checks import metric_key
+from hf_coverage.functional.coverage import coverage
+from hf_coverage.functional.paired import PairedDifference, paired_coverage_difference
+from hf_coverage.functional.statistics import MeanEstimate, mean_interval
+from hf_coverage.measure.profile import CoverageProfile
+from hf_coverage.report.table import Cell, Column, Interval, Table, format_number
 
 __all__ = ["comparison_table", "paired_differences", "profile_table", "summarize_profiles"]
 
@@ -28,16 +28,21 @@ def profile_table(profiles: Sequence[CoverageProfile], n: Sequence[float], *, re
     columns: list[Column | str] = ["model", "rows", "prompts"]
     columns += [Column(quantity.replace("Cov_N", f"Cov_{metric_key(value)}"), "lower") for value in n]
     bound = profiles[0].is_upper_bound
-    columns += [] if bound else [Column("KL (nats)", "lower")]
-    columns += [Column("cross-entropy (nats)", "lower"), f"Best-of-N budget (regret {regret:g})"]
+    columns += [] if bound else [Column("KL", "lower")]
+    columns += [Column("cross-entropy", "lower"), Column("Best-of-N budget", "lower")]
     rows: list[list[Cell]] = []
     for profile in profiles:
         cells: list[Cell] = [profile.name, profile.num_rows, profile.num_groups]
         cells += [coverage_cell(profile, value) for value in n]
         cells += [] if bound else [_mean_cell(profile.kl, profile.kl_standard_error, profile.num_groups)]
         cells.append(_cross_entropy_cell(profile))
-        rows.append([*cells, _samples(profile.best_of_n_budget(regret).n)])
-    return Table(columns, rows, f"{_capital(quantity)}, lower is better, with 95 % confidence intervals.")
+        rows.append([*cells, _whole(profile.best_of_n_budget(regret).n)])
+    units = "Cross-entropy is" if bound else "KL and cross-entropy are"
+    caption = (
+        f"{_capital(quantity)}, lower is better, with 95 % confidence intervals. {units} in nats a response; the "
+        f"Best-of-N budget allows a regret of {regret:g}."
+    )
+    return Table(columns, rows, caption)
 
 
 def paired_differences(
@@ -174,7 +179,7 @@ def _coverage_sentence(profile: CoverageProfile, n: float) -> str:
 
 def _ranking_sentence(ordered: Sequence[CoverageProfile], n: float) -> str:
     quantity = ordered[0].quantity.replace("Cov_N", f"Cov_{metric_key(n)}")
-    ranking = ", ".join(f"{profile.name} {format_number(_value(profile, n))}" for profile in ordered)
+    ranking = ", ".join(f"{profile.name} ({format_number(_value(profile, n))})" for profile in ordered)
     return f"{_capital(quantity)} from best to worst: {ranking}. Lower is better."
 
 
@@ -197,13 +202,14 @@ def _budget_sentence(profile: CoverageProfile, regret: float) -> str:
     necessary = math.ceil(budget.necessary_n)
     floor = f"; fewer than {necessary:,} cannot guarantee it" if necessary >= 2 else ""
     return (
-        f"{profile.name}: Best-of-N with {_samples(budget.n)} samples is guaranteed to {loss}, whatever the reward in "
-        f"[0, 1]{floor}."
+        f"{profile.name}: Best-of-N with {format_number(_whole(budget.n))} samples is guaranteed to {loss}, whatever "
+        f"the reward in [0, 1]{floor}."
     )
 
 
-def _samples(n: float) -> str:
-    return "none is enough" if math.isinf(n) else f"{math.ceil(n):,}" if n < 1e9 else f"{n:.3g}"
+def _whole(n: float) -> float:
+    """Samples as a whole number, where it is one that can be written out."""
+    return math.ceil(n) if n < 1e9 else n
 
 
 def _percent(share: float) -> str:

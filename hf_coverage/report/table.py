@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-__all__ = ["Cell", "Column", "Interval", "Table", "format_cell", "format_number"]
+__all__ = ["Cell", "Column", "Interval", "Table", "escape_markdown", "format_cell", "format_number"]
 
 
 class Interval(NamedTuple):
@@ -84,12 +84,12 @@ class Table:
 
     def to_markdown(self) -> str:
         """The table in GitHub's Markdown, the best of a ranked column in bold, ranked titles with an arrow."""
-        titles = [_markdown(title(column)) for column in self.headers]
+        titles = [escape_markdown(title(column)) for column in self.headers]
         rules = ["---:" if self.is_numeric(index) else "---" for index in range(len(self.columns))]
         best = [self.best(index) for index in range(len(self.columns))]
         lines = [titles, rules]
         for row, cells in enumerate(self.rows):
-            texts = [_markdown(format_cell(cell)) for cell in cells]
+            texts = [escape_markdown(format_cell(cell)) for cell in cells]
             lines.append([f"**{text}**" if row == best[index] else text for index, text in enumerate(texts)])
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -133,10 +133,11 @@ def format_cell(cell: Cell) -> str:
     return format_number(cell)
 
 
+def escape_markdown(text: str) -> str:
+    """Text as one line of Markdown that can become neither markup nor a new cell."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
+
 def _number(cell: Cell) -> float:
     value = cell.value if isinstance(cell, Interval) else cell
     return math.nan if value is None or isinstance(value, str) else float(value)
-
-
-def _markdown(text: str) -> str:
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")

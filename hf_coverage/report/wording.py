@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..functional.checks import ReferenceKind
+from hf_coverage.functional.checks import ReferenceKind
 
 __all__ = ["how_to_read", "what_is_known"]
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import EarlyStoppingCallback
 
 from hf_coverage.measure.callback import CoverageCallback, CoverageWarning
@@ -16,6 +18,7 @@ from tests.measure.callback_runs import (
     make_trainer,
     metrics_by_definition,
     reference_corpus,
+    tiny_model,
     token_rows,
     without_times,
 )
@@ -91,6 +94,23 @@ def check_warning_comes_from_one_process(folder: Path) -> None:
     assert gather_object([number]) == [1, 0]
 
 
+def check_sharded_weights(folder: Path) -> None:
+    """A model whose weights are parted between the processes is scored like a whole one, and its changes are seen."""
+    whole = make_trainer(folder, CoverageCallback(CORPUS, N)).evaluate()
+    model = tiny_model()
+    for module in (*model.transformer.h, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    trainer = make_trainer(folder, CoverageCallback(CORPUS, N), model=model)
+    metrics = trainer.evaluate()
+    assert all(abs(metrics[key] - whole[key]) < 1e-5 for key in ("eval_cov_2", "eval_kl"))
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight.mul_(3.0)
+    changed = trainer.evaluate()["eval_kl"]
+    assert changed != metrics["eval_kl"]
+    (first, second) = gather_object([changed])
+    assert first == second
+
+
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     check_values_and_best_model(root / "best")
@@ -98,6 +118,7 @@ if __name__ == "__main__":
     check_resumption(root / "resumed")
     check_early_stopping_on_several_datasets(root / "stopped")
     check_warning_comes_from_one_process(root / "warned")
+    check_sharded_weights(root / "sharded")
     state = PartialState()
     assert state.num_processes == 2
     if state.is_main_process:

@@ -1,8 +1,10 @@
 """CoverageCallback in real Trainer runs of one process: its numbers, reporters, schedule, warnings and resumption."""
 
+import gc
 import json
 import math
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -145,6 +147,19 @@ def test_own_steps_report_under_the_evaluation_prefix(tmp_path):
     assert "eval_loss" in at_six
 
 
+def test_looking_for_the_handler_keeps_no_model_alive(tmp_path):
+    trainer = make_trainer(tmp_path, CoverageCallback(reference_corpus(), N))
+    gc.collect()
+    gc.disable()  # so that nothing but the count of references can free it
+    try:
+        trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control)
+        handler = weakref.ref(trainer.callback_handler)
+        del trainer.callback_handler
+        assert handler() is None
+    finally:
+        gc.enable()
+
+
 def test_evaluations_of_other_weights_at_one_step_are_told_apart(tmp_path):
     callback = CoverageCallback(reference_corpus(), N)
     trainer = make_trainer(tmp_path, callback)
@@ -267,6 +282,21 @@ def test_corpus_none_without_a_kept_one(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": [2] * 10, "completion": [3] * 10}, r"Row 1 has 10 prompt and 10 response tokens.*takes 16"),
+        ({"prompt": [2], "completion": [12]}, r"Row 1 has token id 12, expected ids in \[0, 12\)"),
+    ],
+)
+def test_rows_that_the_model_cannot_take_are_refused_before_the_training(tmp_path, row, message):
+    corpus = Dataset.from_list([{"prompt": [2], "completion": [3]}, row])
+    trainer = make_trainer(tmp_path, CoverageCallback(corpus, N))
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 # TRL sets `gradient_checkpointing`, whose new name is not yet in all versions of transformers that it supports.
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 def test_trl_trainer(tmp_path):
@@ -292,7 +322,7 @@ def test_trl_trainer(tmp_path):
     [
         ({"n": ()}, "`n` must name at least one N"),
         ({"n": (0.5,)}, "`n` must be a finite number >= 1"),
-        ({"watch_n": 0}, "`n` must be a finite number >= 1"),
+        ({"watch_n": 0}, "`watch_n` must be a finite number >= 1"),
         ({"every_n_evals": 0}, "`every_n_evals` must be a whole number >= 1"),
         ({"every_n_steps": 2.5}, "`every_n_steps` must be a whole number >= 1"),
         ({"every_n_evals": 2, "every_n_steps": 2}, "give only one of them"),

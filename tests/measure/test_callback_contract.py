@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from hf_coverage.measure.callback import CoverageCallback
+from hf_coverage.measure.callback import CoverageCallback, CoverageWarning
 from tests.measure.callback_runs import (
     StopAt,
     coverage_history,
@@ -63,7 +63,9 @@ def test_values_reach_history_reporters_and_other_callbacks(tmp_path, make_callb
         assert {key: entry[key] for key in wanted} == {key: logs[key] for key in wanted}
         assert {key: entry[key] for key in wanted} == {key: metrics[key] for key in wanted}
         assert all(type(entry[key]) is float for key in wanted)
-    assert not any(key in logs for key in wanted for logs in recorder.logged if not is_evaluation(logs))
+    others = [logs for logs in recorder.logged if not is_evaluation(logs)]
+    assert any("train_loss" in logs for logs in others)
+    assert not any(key.endswith(name) for name in callback.metric_names() for logs in others for key in logs)
 
 
 # Its new name, `activation_checkpointing_enable`, is not yet in all versions of transformers that are supported.
@@ -114,6 +116,16 @@ def test_best_model_is_the_one_with_the_lowest_value(tmp_path, make_callback):
     assert trainer.state.best_metric == min(history.values()) < max(history.values())
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{min(history, key=history.get)}")
     assert trainer.evaluate()[f"eval_{metric}"] == trainer.state.best_metric
+
+
+def test_best_model_of_a_trainer_that_logs_a_copy_of_its_metrics(tmp_path, make_callback):
+    metric = make_callback().metric_names()[0]
+    best = {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": False}
+    trainer = make_trainer(tmp_path, make_callback(), **best)
+    log = trainer.log
+    trainer.log = lambda logs, *args: log({**logs, "extra": 1.0}, *args)
+    trainer.train()
+    assert trainer.state.best_metric == min(e[f"eval_{metric}"] for e in coverage_history(trainer, f"eval_{metric}"))
 
 
 @pytest.mark.parametrize("ours_first", [True, False])
@@ -179,10 +191,24 @@ def test_the_order_of_several_is_settled_once(tmp_path, make_callback):
     )
 
 
-def test_equal_names_are_refused(tmp_path, make_callback):
-    trainer = make_trainer(tmp_path, make_callback(), make_callback())
-    with pytest.raises(ValueError, match=r"is already among the values of this evaluation; give this .* a `name`"):
+def test_two_that_report_the_same_are_refused(tmp_path, make_callback):
+    with pytest.raises(ValueError, match=r"Two callbacks would both report .*: give one of them a `name`"):
+        make_trainer(tmp_path, make_callback(), make_callback())
+
+
+def test_a_metric_that_is_already_there_is_refused(tmp_path, make_callback):
+    callback = make_callback()
+    metric = callback.metric_names()[0]
+    trainer = make_trainer(tmp_path, callback)
+    trainer.compute_metrics = lambda predictions: {metric: 0.0}
+    with pytest.raises(ValueError, match=rf"`eval_{metric}` is already among the values of this evaluation"):
         trainer.evaluate()
+
+
+def test_a_training_without_evaluations_is_warned_of(tmp_path, make_callback):
+    trainer = make_trainer(tmp_path, make_callback(), eval_strategy="no", max_steps=1)
+    with pytest.warns(CoverageWarning, match="this training has none: set `eval_strategy`"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("restore", [False, True])
@@ -202,6 +228,23 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, make_callback, restor
     ours = type(make_callback())
     assert isinstance(resumed.callback_handler.callbacks[0], ours)
     assert saved_state(tmp_path / "whole", ours) == saved_state(moved, ours)
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_several_are_resumed_each_from_its_own_state(tmp_path, make_callback, restore):
+    settings = {"eval_steps": 1, "save_steps": 1, "restore_callback_states_from_checkpoint": restore}
+
+    def callbacks():
+        return make_callback(every_n_evals=3), make_callback(every_n_steps=2, name="own")
+
+    make_trainer(tmp_path, *callbacks(), StopAt(5), **settings).train()
+    resumed = make_trainer(tmp_path, *callbacks(), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    metric = make_callback().metric_names()[0]
+    assert [entry["step"] for entry in coverage_history(resumed, f"eval_{metric}")] == [1, 4, 7]
+    assert [entry["step"] for entry in coverage_history(resumed, f"eval_own_{metric}")] == [2, 4, 6, 8]
+    first, second = resumed.callback_handler.callbacks[:2]
+    assert (first.name, second.name) == (None, "own")
 
 
 @pytest.mark.parametrize("restore", [False, True])

@@ -1,0 +1,97 @@
+"""The command line, `hf-coverage`: also `python -m hf_coverage`, and `hf coverage` where it is installed in `hf`."""
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from hf_coverage import __version__
+from hf_coverage.commands import compare, profile, report, sample, score
+from hf_coverage.commands.console import print_error
+
+__all__ = ["app"]
+
+_HELP = """\
+Measure whether a language model still covers the good responses.
+
+Best-of-N and reinforcement learning amplify only what a model already samples now and then. Cov_N is the share of \
+good responses that are so unlikely that about N samples will miss them. Lower is better.
+"""
+
+_STEPS = """\
+[bold]From nothing to a report[/]
+
+hf-coverage sample prompts.jsonl --teacher TEACHER --output-dir corpus
+
+hf-coverage score MODEL corpus --output-dir scores/MODEL
+
+hf-coverage profile scores/MODEL
+
+hf-coverage compare scores/BASE scores/MODEL
+
+hf-coverage report scores/BASE scores/MODEL --card
+
+Exit codes: 0 done, 1 something failed, 2 the command line or the configuration file is wrong.
+"""
+
+# What the library raises for input that cannot be used; anything else is a bug, whose traceback is wanted.
+_EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+
+
+class _Commands(TyperGroup):
+    """Commands whose errors are one line on the standard error and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):  # the framework's own
+            raise
+        except _EXPECTED as error:
+            if ctx.params.get("debug"):
+                raise
+            print_error(error)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    name="hf-coverage",
+    cls=_Commands,
+    help=_HELP,
+    epilog=_STEPS,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf-coverage {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _help(command: Callable[..., None]) -> str:
+    """A command's documentation with each paragraph on one line, so that the terminal breaks it and not the source."""
+    return "\n\n".join(" ".join(text.split()) for text in (command.__doc__ or "").split("\n\n"))
+
+
+for _command, _examples in (
+    (sample.sample, sample.EXAMPLES),
+    (score.score, score.EXAMPLES),
+    (profile.profile, profile.EXAMPLES),
+    (compare.compare, compare.EXAMPLES),
+    (report.report, report.EXAMPLES),
+):
+    app.command(help=_help(_command), epilog=_examples)(_command)

@@ -1,0 +1,1 @@
+"""The commands of `hf-coverage`, one module each, and what they share."""

@@ -1,0 +1,40 @@
+"""What the commands print: on the main process alone, tables where a person reads them."""
+
+import os
+import sys
+
+from rich.console import Console
+from rich.text import Text
+
+from hf_coverage.report.table import Table
+from hf_coverage.report.terminal import rich_table
+
+__all__ = ["is_main_process", "print_error", "print_table", "say"]
+
+_WIDE = 200  # columns for output that goes to a file, where nothing limits a line
+
+
+def is_main_process() -> bool:
+    """Whether this process prints and writes; known from the launcher's environment, before torch is loaded."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(*texts: str) -> None:
+    """Print lines of plain text."""
+    if is_main_process():
+        for text in texts:
+            Console().print(Text(text), soft_wrap=True)
+
+
+def print_table(table: Table, *, transpose: bool = False) -> None:
+    """Print a table, see `rich_table`."""
+    if is_main_process():
+        Console(width=None if sys.stdout.isatty() else _WIDE).print(rich_table(table, transpose=transpose))
+
+
+def print_error(error: BaseException) -> None:
+    """Print an error on one line of the standard error."""
+    where = "" if is_main_process() else f" (process {os.environ['RANK']})"
+    message = " ".join(str(error).split()) or type(error).__name__
+    line = Text.assemble(("Error", "bold red"), where, ": ", message)
+    Console(stderr=True).print(line, soft_wrap=True)

@@ -1,0 +1,104 @@
+"""Corpora, models and tokenizers by the names that stand on a command line."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_coverage.commands.console import is_main_process
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["ORIGIN", "load_model", "load_tokenizer", "model_name", "read_dataset", "read_origin", "write_origin"]
+
+ORIGIN = "origin.json"
+"""Beside a corpus: the command and settings that made it."""
+
+_READERS = {".jsonl": "from_json", ".json": "from_json", ".parquet": "from_parquet", ".csv": "from_csv"}
+
+
+def read_dataset(source: str, split: str | None = None, *, document: bool = False) -> "Dataset":
+    """A data set from a folder that `save_to_disk` wrote, from a file, or from the Hub.
+
+    Args:
+        source: Folder, `.jsonl`, `.json`, `.parquet`, `.csv` or `.txt` file, or Hub id.
+        split: Which split, where there are several.
+        document: Whether a text file is one document; otherwise each of its lines is a row.
+
+    Raises:
+        ValueError: If the file's format is unknown or its content unreadable, or `split` is needed or unknown.
+        OSError: If there is nothing of that name.
+    """
+    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
+
+    path = Path(source)
+    try:
+        if path.is_dir():
+            found = load_from_disk(source)
+        elif path.suffix in _READERS:
+            found = getattr(Dataset, _READERS[path.suffix])(_existing(path))
+        elif path.suffix == ".txt":
+            found = Dataset.from_text(_existing(path), sample_by="document" if document else "line")
+        elif path.exists():
+            raise ValueError(f"{path} must be .jsonl, .json, .parquet, .csv or .txt, or a folder of `save_to_disk`.")
+        else:
+            found = load_dataset(source)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
+    if isinstance(found, DatasetDict):
+        if split not in found and not (split is None and len(found) == 1):
+            raise ValueError(f"`split` must be one of {', '.join(found)} for {source}, but is {split!r}.")
+        found = found[split or next(iter(found))]
+    return found
+
+
+def read_origin(source: str) -> dict[str, Any]:
+    """What `write_origin` left beside a corpus; empty for a corpus from elsewhere."""
+    path = Path(source) / ORIGIN
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_origin(folder: Path, facts: dict[str, Any]) -> None:
+    """Write down what made a corpus, beside it."""
+    (folder / ORIGIN).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_model(
+    name: str, *, dtype: str = "auto", device: str | None = None, revision: str | None, gguf_file: str | None
+) -> "PreTrainedModel":
+    """A causal language model, on its device and in evaluation mode."""
+    import torch
+    from accelerate import PartialState
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    state = PartialState(cpu=device == "cpu" or (device is None and not torch.accelerator.is_available()))
+    if not is_main_process():
+        logging.disable_progress_bar()
+    chosen = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen, revision=revision, gguf_file=gguf_file)
+    return model.to(device or state.device).eval()
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, gguf_file: str | None = None
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a folder or Hub id."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name, revision=revision, gguf_file=gguf_file)
+
+
+def model_name(name: str, gguf_file: str | None = None) -> str:
+    """What a model is called in tables: its Hub id, its folder's or its GGUF file's name."""
+    if gguf_file is not None:
+        return Path(gguf_file).stem
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def _existing(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    return str(path)

@@ -1,0 +1,138 @@
+"""Options that several commands share, and `--config`, which gives any of them from a file."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from hf_coverage.functional.checks import check_n
+
+__all__ = [
+    "DEFAULT_N",
+    "AppendEos",
+    "BatchTokens",
+    "ConfigFile",
+    "CorpusName",
+    "Device",
+    "Dtype",
+    "DtypeName",
+    "GgufFile",
+    "Levels",
+    "Regret",
+    "Revision",
+    "Sources",
+    "Split",
+    "TokenizerName",
+    "parse_n",
+    "read_config",
+]
+
+DEFAULT_N = "2,4,8,16"
+"""The N that are reported unless others are asked for."""
+
+_LOADING = "Loading the model"
+
+
+class DtypeName(str, Enum):
+    """Number formats that a model's weights can be loaded in; `auto` takes the checkpoint's own."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the values of a YAML file the defaults of a command's options, which its command line overrides."""
+    if path is None or context.resilient_parsing:
+        return path
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise typer.BadParameter(f"{path} must hold `option: value` lines, but holds a {type(values).__name__}.")
+    parameters = {parameter.name: parameter for parameter in context.command.params if parameter.name != "config"}
+    defaults = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in parameters:
+            known = ", ".join(sorted(str(known).replace("_", "-") for known in parameters if known != "help"))
+            raise typer.BadParameter(f"{path} has an unknown key `{key}`; `{context.info_name}` knows {known}.")
+        parameter = parameters[name]
+        many = getattr(parameter, "multiple", False) or parameter.nargs == -1
+        defaults[name] = [value] if many and not isinstance(value, list) else value
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return path
+
+
+def parse_n(values: list[str] | None) -> tuple[float, ...]:
+    """The N of `--n 2,4 --n 5.7` as numbers, whole ones as integers."""
+    numbers: list[float] = []
+    for text in ",".join(values or [DEFAULT_N]).split(","):
+        try:
+            number = check_n(float(text))
+        except ValueError as error:
+            raise typer.BadParameter(
+                f"{text.strip()!r} is not an N: give numbers >= 1, such as `--n 2,4,8`."
+            ) from error
+        numbers.append(int(number) if number == int(number) else number)
+    return tuple(dict.fromkeys(numbers))
+
+
+def _n_values(values: list[str] | None) -> Any:
+    return list(map(str, parse_n(values)))
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        callback=read_config,
+        is_eager=True,
+        help="YAML file with values for these options; what stands on the command line wins.",
+    ),
+]
+Levels = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--n", callback=_n_values, show_default=DEFAULT_N, help="N to report, comma-separated; real numbers."
+    ),
+]
+Regret = Annotated[
+    float, typer.Option(help="Loss of expected reward, in (0, 1), that the Best-of-N budget is computed for.")
+]
+Sources = Annotated[
+    list[str], typer.Argument(help="Score folders, or models where `--corpus` is given.", metavar="SCORES")
+]
+CorpusName = Annotated[
+    str | None, typer.Option("--corpus", help="Reference corpus to score models on first: folder, file or Hub id.")
+]
+Split = Annotated[str | None, typer.Option(help="Split of a data set that has several.")]
+TokenizerName = Annotated[
+    str | None,
+    typer.Option("--tokenizer", help="Folder or Hub id, if not the model's own.", rich_help_panel=_LOADING),
+]
+GgufFile = Annotated[
+    str | None, typer.Option(help="GGUF file in the model's folder to load instead.", rich_help_panel=_LOADING)
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.", rich_help_panel=_LOADING)
+]
+Dtype = Annotated[
+    DtypeName,
+    typer.Option(help="Number format of the weights; `auto` is the checkpoint's own.", rich_help_panel=_LOADING),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Such as `cuda:1` or `cpu`; by default an accelerator if there is one.", rich_help_panel=_LOADING
+    ),
+]
+AppendEos = Annotated[
+    bool,
+    typer.Option("--append-eos", help="End every text response with the EOS token; the same for corpus and models."),
+]
+BatchTokens = Annotated[int, typer.Option(help="Tokens computed in one forward pass.")]

@@ -1,0 +1,127 @@
+"""`hf-coverage profile`: Cov_N, KL, cross-entropy and Best-of-N budget of one model or several."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hf_coverage.commands.console import is_main_process, print_table, say
+from hf_coverage.commands.inputs import model_name
+from hf_coverage.commands.options import (
+    AppendEos,
+    ConfigFile,
+    CorpusName,
+    Device,
+    Dtype,
+    DtypeName,
+    GgufFile,
+    Levels,
+    Regret,
+    Sources,
+    Split,
+    TokenizerName,
+    parse_n,
+)
+from hf_coverage.commands.score import score_into
+from hf_coverage.commands.score_folder import Measured, read_measured
+from hf_coverage.report.provenance import running_command
+
+if TYPE_CHECKING:
+    from hf_coverage.measure.profile import CoverageProfile
+
+__all__ = ["EXAMPLES", "collect", "profile", "result_config"]
+
+EXAMPLES = """\
+[bold]Examples[/]
+
+hf-coverage profile scores/base scores/tuned --n 2,4,8,16 --output-dir profiles
+
+hf-coverage profile gpt2 --corpus corpus --output-dir profiles
+
+Numbers to read elsewhere are in results_DATE.json, in the shape of lm-evaluation-harness.
+"""
+
+
+def profile(
+    sources: Sources,
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the plot and the JSON.")] = Path(
+        "coverage"
+    ),
+    n: Levels = None,
+    regret: Regret = 0.1,
+    log_samples: Annotated[
+        bool, typer.Option("--log-samples", help="Also write every row's log ratio as JSON.")
+    ] = False,
+    corpus: CorpusName = None,
+    split: Split = None,
+    tokenizer: TokenizerName = None,
+    gguf_file: GgufFile = None,
+    dtype: Dtype = DtypeName.auto,
+    device: Device = None,
+    append_eos: AppendEos = False,
+    config: ConfigFile = None,
+) -> None:
+    """Show the coverage profile of models: which share of good responses is out of the reach of N samples.
+
+    Lower Cov_N is better. Prints a table with 95 % intervals, and writes profile.png and the results as JSON.
+    """
+    from hf_coverage.report.results import coverage_results, write_results, write_samples
+    from hf_coverage.report.summary import profile_table, summarize_profiles
+
+    loading = {"dtype": dtype.value, "device": device, "gguf_file": gguf_file, "revision": None}
+    measured = collect(
+        sources, output_dir, corpus, split=split, tokenizer=tokenizer, append_eos=append_eos, loading=loading
+    )
+    levels = parse_n(n)
+    profiles = [one.profile for one in measured]
+    if not is_main_process():
+        return
+    results = coverage_results(profiles, levels, config=result_config(measured, levels))
+    print_table(profile_table(profiles, levels, regret=regret), transpose=True)
+    say(*summarize_profiles(profiles, levels, regret=regret))
+    path = write_results(output_dir, results)
+    say(f"Plot in {plot(profiles, output_dir)}, numbers in {path}.")
+    if log_samples:
+        say(*(f"Rows in {write_samples(path, one)}." for one in profiles))
+
+
+def collect(
+    sources: Sequence[str],
+    output_dir: Path,
+    corpus: str | None,
+    *,
+    loading: dict[str, Any],
+    **scoring: Any,
+) -> list[Measured]:
+    """Profiles of score folders, and of models that are scored first, into `output_dir/scores`.
+
+    Args:
+        sources: score folders or scored data sets; models, where `corpus` is given.
+        output_dir: where models' scores go.
+        corpus: the corpus to score models on.
+        loading: how models are loaded, see `load_model`.
+        scoring: how they are scored, see `score_into`.
+    """
+    folders = []
+    for source in sources:
+        if corpus is None or (Path(source) / "metadata.json").is_file():
+            folders.append(source)
+            continue
+        name = model_name(source, loading["gguf_file"])
+        folder = output_dir / "scores" / name.replace("/", "__")
+        score_into(folder, source, corpus, name=name, loading=loading, **scoring)
+        folders.append(str(folder))
+    return [read_measured(folder) for folder in folders]
+
+
+def plot(profiles: "Sequence[CoverageProfile]", output_dir: Path) -> Path:
+    """Draw the profiles into one picture."""
+    path = output_dir / "profile.png"
+    profiles[0].plot(path, others=profiles[1:])
+    return path
+
+
+def result_config(measured: Sequence[Measured], n: Sequence[float]) -> dict[str, Any]:
+    """What was measured, for the results' `config`."""
+    return {"command": running_command(), "n": list(n), "models": {one.profile.name: one.facts for one in measured}}

@@ -1,0 +1,151 @@
+"""`hf-coverage report`: one self-contained page, and model cards."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from hf_coverage.commands.console import is_main_process, say
+from hf_coverage.commands.options import (
+    AppendEos,
+    ConfigFile,
+    CorpusName,
+    Device,
+    Dtype,
+    DtypeName,
+    GgufFile,
+    Levels,
+    Regret,
+    Sources,
+    Split,
+    TokenizerName,
+    parse_n,
+)
+from hf_coverage.commands.profile import collect, result_config
+from hf_coverage.commands.score_folder import Measured
+
+__all__ = ["EXAMPLES", "report"]
+
+EXAMPLES = """\
+[bold]Examples[/]
+
+hf-coverage report scores/base scores/tuned --title "Base and tuned" --output-dir report
+
+hf-coverage report scores/tuned --card --license apache-2.0 --base-model org/base --output-dir report
+"""
+
+
+def report(
+    sources: Sources,
+    output_dir: Annotated[
+        Path, typer.Option("--output-dir", "-o", help="Folder for the page, cards and JSON.")
+    ] = Path("coverage"),
+    title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Also write a model card for each model, in `cards/MODEL`.")
+    ] = False,
+    license: Annotated[str | None, typer.Option(help="License for the cards.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the model that the cards' models come from.")
+    ] = None,
+    n: Levels = None,
+    regret: Regret = 0.1,
+    corpus: CorpusName = None,
+    split: Split = None,
+    tokenizer: TokenizerName = None,
+    gguf_file: GgufFile = None,
+    dtype: Dtype = DtypeName.auto,
+    device: Device = None,
+    append_eos: AppendEos = False,
+    config: ConfigFile = None,
+) -> None:
+    """Write a report: one HTML file that needs nothing else, the results as JSON, and model cards on request.
+
+    Models on the same rows are also compared with the first one.
+    """
+    from hf_coverage.report.results import coverage_results, write_results
+
+    loading = {"dtype": dtype.value, "device": device, "gguf_file": gguf_file, "revision": None}
+    measured = collect(
+        sources, output_dir, corpus, split=split, tokenizer=tokenizer, append_eos=append_eos, loading=loading
+    )
+    if not is_main_process():
+        return
+    levels = parse_n(n)
+    results = coverage_results([one.profile for one in measured], levels, config=result_config(measured, levels))
+    page = _write_page(output_dir / "report.html", measured, levels, regret, title)
+    say(f"Report in {page}, numbers in {write_results(output_dir, results)}.")
+    if card:
+        metadata = {"license": license, "base_model": base_model}
+        _write_cards(output_dir / "cards", measured, levels, regret, metadata)
+
+
+def _write_page(
+    path: Path, measured: Sequence[Measured], n: Sequence[float], regret: float, title: str | None
+) -> Path:
+    from hf_coverage.report.html import Picture, write_html_report
+    from hf_coverage.report.summary import comparison_table, profile_table, summarize_profiles
+
+    profiles = [one.profile for one in measured]
+    paired = _same_rows(measured)
+    tables = [profile_table(profiles, n, regret=regret)]
+    tables += [comparison_table(profiles[0], profiles[1:], n)] if paired else []
+    curve = profiles[0].plot(others=profiles[1:])
+    caption = f"{profiles[0].quantity} over N, lower is better, with 95 % confidence bands."
+    return write_html_report(
+        path,
+        title=title or f"Coverage of {' and '.join(profile.name for profile in profiles)}",
+        summary=summarize_profiles(profiles, n, regret=regret, baseline=paired),
+        tables=tables,
+        figures=[Picture(curve, caption[0].upper() + caption[1:])],
+        kinds=[profile.kind for profile in profiles],
+        provenance=_origin(measured),
+    )
+
+
+def _write_cards(
+    folder: Path, measured: Sequence[Measured], n: Sequence[float], regret: float, metadata: dict[str, Any]
+) -> None:
+    from hf_coverage.report.card import write_model_card
+
+    for one in measured:
+        path = write_model_card(
+            folder / one.profile.name.replace("/", "__"),
+            one.profile,
+            corpus=one.facts.get("corpus", one.facts["scores"]),
+            corpus_fingerprint=one.facts.get("fingerprint"),
+            provenance=_origin([one]),
+            n=n,
+            regret=regret,
+            metadata={name: value for name, value in metadata.items() if value is not None},
+        )
+        say(f"Card in {path}.")
+
+
+def _same_rows(measured: Sequence[Measured]) -> bool:
+    """Whether there are several models, all of one corpus, so that they can be compared row by row."""
+    first = measured[0].reference.rows
+    return len(measured) > 1 and all(np.array_equal(first, other.reference.rows) for other in measured[1:])
+
+
+def _origin(measured: Sequence[Measured]) -> dict[str, object]:
+    """Where each number came from, one line a fact, a fact that all models share only once."""
+    from hf_coverage.report.provenance import provenance
+
+    facts: dict[str, str] = {}
+    for one in measured:
+        origin = one.facts.get("origin", {})
+        lines = {
+            "scored with": one.facts.get("command"),
+            "weights": one.facts.get("weights"),
+            "corpus": one.facts.get("corpus"),
+            "corpus fingerprint": one.facts.get("fingerprint"),
+            "corpus made with": origin.get("command"),
+            "corpus seed": origin.get("seed"),
+        }
+        for name, value in lines.items():
+            if value is not None and facts.get(name) != str(value):
+                facts[f"{name} ({one.profile.name})" if name in facts else name] = str(value)
+    return provenance(**facts)

@@ -1,0 +1,162 @@
+"""`hf-coverage sample`: a reference corpus from a teacher, or from plain text."""
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hf_coverage.commands.console import is_main_process, say
+from hf_coverage.commands.inputs import load_model, load_tokenizer, read_dataset, write_origin
+from hf_coverage.commands.options import (
+    AppendEos,
+    ConfigFile,
+    Device,
+    Dtype,
+    DtypeName,
+    GgufFile,
+    Revision,
+    Split,
+    TokenizerName,
+)
+from hf_coverage.report.provenance import running_command, versions
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["EXAMPLES", "sample"]
+
+EXAMPLES = """\
+[bold]Examples[/]
+
+Eight responses a prompt from a teacher, with their densities (Cov_N itself can be measured):
+
+hf-coverage sample prompts.jsonl --teacher Qwen/Qwen3-1.7B --k 8 --max-new-tokens 64 --output-dir corpus
+
+Windows of plain text (an upper bound on Cov_N can be measured):
+
+hf-coverage sample wiki.txt --from texts --tokenizer gpt2 --prompt-tokens 192 --response-tokens 32 --output-dir corpus
+
+Prompts and completions that a teacher wrote, scored by it:
+
+hf-coverage sample pairs.jsonl --from pairs --teacher Qwen/Qwen3-1.7B --append-eos --output-dir corpus
+"""
+
+
+class Source(str, Enum):
+    """What the source holds."""
+
+    prompts = "prompts"
+    texts = "texts"
+    pairs = "pairs"
+
+
+def sample(
+    source: Annotated[str, typer.Argument(help="Prompts, texts or pairs: folder, .jsonl, .parquet, .txt, or Hub id.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the corpus; new or empty.")],
+    kind: Annotated[
+        Source,
+        typer.Option(
+            "--from",
+            help="`prompts`: the teacher samples responses. `texts`: cut windows. `pairs`: the teacher scores them.",
+        ),
+    ] = Source.prompts,
+    teacher: Annotated[str | None, typer.Option(help="Folder or Hub id of the model that is the reference.")] = None,
+    column: Annotated[
+        str | None, typer.Option(help="Column of prompts or texts; by default `prompt`, or else `text`.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Use that many rows of the source, from its start.")] = None,
+    k: Annotated[int, typer.Option("--k", help="Responses for each prompt.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a response.")] = 64,
+    temperature: Annotated[float, typer.Option(help="Temperature; 1 is the teacher itself.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep the likeliest tokens, renormalised.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the likeliest tokens up to this mass, renormalised.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a window's prompt.")] = 192,
+    response_tokens: Annotated[int, typer.Option(help="Tokens of a window's response.")] = 32,
+    stride: Annotated[int | None, typer.Option(help="Tokens between windows; by default the response's.")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Keep that many windows, chosen at random.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Responses sampled at once.")] = 16,
+    split: Split = None,
+    tokenizer: TokenizerName = None,
+    revision: Revision = None,
+    gguf_file: GgufFile = None,
+    dtype: Dtype = DtypeName.auto,
+    device: Device = None,
+    append_eos: AppendEos = False,
+    config: ConfigFile = None,
+) -> None:
+    """Make a reference corpus, the rows that models are judged on.
+
+    With a teacher every response comes with log D(y|x), its log-probability under the very distribution that it was
+    sampled from, so that Cov_N itself can be measured. Plain text has none, and gives an upper bound only.
+    """
+    _check_choice(kind, teacher, tokenizer, output_dir)
+    rows = read_dataset(source, split, document=kind is Source.texts)
+    rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+    loading = {"revision": revision, "gguf_file": gguf_file}
+    words = load_tokenizer(tokenizer) if tokenizer else load_tokenizer(str(teacher), **loading)
+    model = None if teacher is None else load_model(teacher, dtype=dtype.value, device=device, **loading)
+    settings: dict[str, Any] = {"seed": seed}
+    if kind is Source.prompts:
+        settings |= {"k": k, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    elif kind is Source.texts:
+        settings |= {"prompt_tokens": prompt_tokens, "response_tokens": response_tokens}
+        settings |= {"stride": stride, "max_windows": max_windows, "append_eos": append_eos}
+    else:
+        settings = {"append_eos": append_eos}
+    corpus = _build(kind, rows, column, words, model, settings)
+    if is_main_process():
+        corpus.save_to_disk(output_dir)
+        asked = {"command": running_command(), "source": source, "from": kind.value, "teacher": teacher}
+        # windows and samples are token ids, which contain their end already: nothing is appended when they are scored
+        final = {"append_eos": append_eos and kind is Source.pairs}
+        write_origin(output_dir, asked | settings | final | {"versions": versions()})
+    _report(corpus, output_dir)
+
+
+def _check_choice(kind: Source, teacher: str | None, tokenizer: str | None, output_dir: Path) -> None:
+    if kind is not Source.texts and teacher is None:
+        raise typer.BadParameter(f"`--from {kind.value}` needs a `--teacher`, the model that is the reference.")
+    if teacher is None and tokenizer is None:
+        raise typer.BadParameter("windows of text need a `--tokenizer`: that of the models to be judged.")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise FileExistsError(f"`output_dir` {output_dir} is not empty: choose another folder, or remove this one.")
+
+
+def _build(
+    kind: Source, rows: "Dataset", column: str | None, tokenizer: Any, model: Any, settings: dict[str, Any]
+) -> "Dataset":
+    from hf_coverage.measure.builders import sample_corpus, teacher_scored_corpus, windows_corpus
+
+    progress = is_main_process()
+    if kind is Source.pairs:
+        return teacher_scored_corpus(rows, model, tokenizer, progress=progress, **settings)
+    values = _column(rows, column)
+    if kind is Source.prompts:
+        return sample_corpus(model, tokenizer, values, progress=progress, **settings)
+    corpus = windows_corpus(values, tokenizer, **settings)
+    return corpus if model is None else teacher_scored_corpus(corpus, model, tokenizer, progress=progress)
+
+
+def _column(rows: "Dataset", column: str | None) -> list[Any]:
+    name = column or ("prompt" if "prompt" in rows.column_names else "text")
+    if name not in rows.column_names:
+        raise ValueError(f"`column` must be one of the source's columns, {rows.column_names}, but is {name!r}.")
+    return rows.with_format(None)[name][:]
+
+
+def _report(corpus: "Dataset", folder: Path) -> None:
+    tokens = sum(map(len, corpus["completion"])) if not isinstance(corpus["completion"][0], str) else None
+    say(f"{len(corpus):,} rows{'' if tokens is None else f', {tokens:,} response tokens'}. Corpus in {folder}.")
+    if "finished" in corpus.column_names:
+        share = sum(corpus["finished"][:]) / len(corpus)
+        say(f"{share:.0%} of the responses end with an end-of-sequence token; the others were cut at the limit.")
+    if "reference_logprob" in corpus.column_names:
+        say(f"Mean log D(y|x): {sum(corpus['reference_logprob'][:]) / len(corpus):.4g} nats.")
+    else:
+        say("No log D(y|x) is known: models scored on it get an upper bound on Cov_N.")
+    say(f"Next: hf-coverage score MODEL {folder} --output-dir scores/MODEL")

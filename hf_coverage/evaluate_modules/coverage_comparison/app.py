@@ -1,0 +1,8 @@
+"""The Space of the comparison: a table of log-probabilities in, the paired differences out."""
+
+from pathlib import Path
+
+from hf_coverage.evaluate_modules.widget import launch_widget
+
+if __name__ == "__main__":
+    launch_widget(Path(__file__).with_name("coverage_comparison.py"))

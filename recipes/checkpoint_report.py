@@ -1,0 +1,199 @@
+"""What the profiles of a run's checkpoints say: a table, the paper's Figure 1, results as JSON, a page and a card."""
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from hf_coverage import CoverageProfile
+from hf_coverage.functional.checks import metric_key
+from hf_coverage.plots import plot_predictiveness, plot_training_curves
+from hf_coverage.report.card import write_model_card
+from hf_coverage.report.html import Picture, write_html_report
+from hf_coverage.report.provenance import provenance
+from hf_coverage.report.results import coverage_results, write_results
+from hf_coverage.report.table import Cell, Column, Interval, Table, format_cell, format_number, title
+
+__all__ = ["pass_at_n", "report_checkpoints"]
+
+
+def report_checkpoints(
+    output: Path,
+    *,
+    n: Sequence[float],
+    pass_at: Sequence[int],
+    settings: Mapping[str, Any],
+    name: str,
+    corpus: str,
+    corpus_fingerprint: str,
+) -> None:
+    """Report on `output/profiles/step-<step>.json`, the profiles on a corpus with one right answer a prompt.
+
+    Args:
+        output: The run's folder; everything is written there, the last checkpoint's model card into `card/`.
+        n: The N of Cov_N.
+        pass_at: The N of Pass@N.
+        settings: What was run, kept in the results.
+        name: What was run, in words.
+        corpus: The reference corpus, in words.
+        corpus_fingerprint: Hash of the corpus's token ids.
+    """
+    files = sorted((output / "profiles").glob("step-*.json"), key=lambda file: int(file.stem.removeprefix("step-")))
+    profiles = [CoverageProfile.from_json(file) for file in files]
+    steps = [int(file.stem.removeprefix("step-")) for file in files]
+    kl = [profile.kl for profile in profiles]
+    coverage = {value: [profile.cov(value) for profile in profiles] for value in n}
+    passes = {value: [pass_at_n(profile, value) for profile in profiles] for value in pass_at}
+
+    table = _table(steps, profiles, n, passes)
+    (output / "table.md").write_text(table.to_markdown() + "\n", encoding="utf-8")
+    summary = _findings(steps, kl, coverage, passes)
+    command = shlex.join(["accelerate", "launch", *sys.argv])
+    origin = provenance(command, seed=settings["run"].get("seed", 0))
+    page = write_html_report(
+        output / "report.html",
+        title=name,
+        summary=summary,
+        tables=[table],
+        figures=_pictures(output, steps, profiles, kl, coverage, passes),
+        kinds=[profile.kind for profile in profiles],
+        provenance=origin | dict(settings),
+    )
+    card = write_model_card(
+        output / "card",
+        replace(profiles[-1], name=f"{name}, step {steps[-1]}"),
+        corpus=corpus,
+        provenance=origin,
+        n=n,
+        others=_notable(profiles, coverage)[:-1],
+        description="\n\n".join(summary),
+        tables=[table],
+        corpus_fingerprint=corpus_fingerprint,
+        metadata={"license": "apache-2.0"},
+    )
+    results = coverage_results(profiles, n, config=settings)
+    for index, profile in enumerate(profiles):
+        results["results"][profile.name] |= {f"pass@{value},none": passes[value][index] for value in pass_at}
+        results["higher_is_better"][profile.name] |= {f"pass@{value}": True for value in pass_at}
+    _show(table, [*summary, f"Written: {page}, {card} and {write_results(output, results)}"])
+
+
+def pass_at_n(profile: CoverageProfile, n: int) -> float:
+    """Pass@N where one response is right: `E[1 - (1 - p(y|x))^N]`, exact.
+
+    Raises:
+        ValueError: when the reference has more than one right answer to a prompt.
+    """
+    if profile.kind != "single_answer":
+        raise ValueError(f"Pass@N is exact for one right answer a prompt only; this reference is {profile.kind!r}.")
+    p = np.exp(-profile.log_ratios)  # D(y|x) = 1; rounding may leave p a little above 1
+    with np.errstate(divide="ignore"):  # p = 1 gives log 0, whose exponential is the 0 that it should be
+        return float(-np.expm1(n * np.log1p(-np.minimum(p, 1.0))).mean())
+
+
+def _table(
+    steps: Sequence[int],
+    profiles: Sequence[CoverageProfile],
+    n: Sequence[float],
+    passes: Mapping[int, Sequence[float]],
+) -> Table:
+    columns = [Column("step"), Column("cross entropy", "lower"), Column("KL", "lower")]
+    columns += [Column(f"Cov_{metric_key(value)}", "lower") for value in n]
+    columns += [Column(f"Pass@{value}", "higher") for value in passes]
+    rows: list[list[Cell]] = [
+        [
+            step,
+            profile.cross_entropy,
+            profile.kl,
+            *(Interval(profile.cov(value), *profile.interval(value)) for value in n),
+            *(values[index] for values in passes.values()),
+        ]
+        for index, (step, profile) in enumerate(zip(steps, profiles))
+    ]
+    return Table(columns, rows, caption="Checkpoints; cross entropy and KL in nats a response, 95 % intervals.")
+
+
+def _findings(
+    steps: Sequence[int],
+    kl: Sequence[float],
+    coverage: Mapping[float, Sequence[float]],
+    passes: Mapping[int, Sequence[float]],
+) -> list[str]:
+    """Plain sentences: how the measures went, which checkpoint each would choose, and what that costs."""
+    n = max(coverage)
+    by_kl, by_coverage = int(np.argmin(kl)), int(np.argmin(coverage[n]))
+    cov_n = f"Cov_{metric_key(n)}"
+    lines = [
+        f"KL goes from {kl[0]:.3f} to {kl[-1]:.3f} and is least, {kl[by_kl]:.3f}, at step {steps[by_kl]}; "
+        f"{cov_n} goes from {coverage[n][0]:.3f} to {coverage[n][-1]:.3f} and is least, {min(coverage[n]):.3f}, "
+        f"at step {steps[by_coverage]}."
+    ]
+    for name, values in passes.items():
+        best = int(np.argmax(values))
+        lines.append(
+            f"Pass@{name} is {values[by_kl]:.3f} at the checkpoint with the least KL, {values[by_coverage]:.3f} at "
+            f"the one with the least {cov_n}, {values[best]:.3f} at the best one (step {steps[best]})."
+        )
+    return lines
+
+
+def _pictures(
+    output: Path,
+    steps: Sequence[int],
+    profiles: Sequence[CoverageProfile],
+    kl: Sequence[float],
+    coverage: Mapping[float, Sequence[float]],
+    passes: Mapping[int, Sequence[float]],
+) -> list[Picture]:
+    """Figure 1, left and right, and the profiles of three checkpoints."""
+    labelled = {n: (f"Cov$_{{{metric_key(n)}}}$", values) for n, values in coverage.items()}
+    half = [min(coverage, key=lambda n: abs(n - value / 2)) for value in passes]  # the paper sets Cov_{N/2} to Pass@N
+    left = plot_training_curves(steps, kl, list(labelled.values()), output / "figure_1_left.png")
+    right = plot_predictiveness(
+        [(f"Pass@{value}", values) for value, values in passes.items()],
+        kl,
+        [labelled[n] for n in half],
+        output / "figure_1_right.png",
+    )
+    first, *others = _notable(profiles, coverage)
+    least = f"the one with the least Cov_{metric_key(max(coverage))}"
+    return [
+        Picture(left, "KL and Cov_N over the training steps. Dots mark the best checkpoint of each curve."),
+        Picture(right, "Pass@N of the checkpoints against Cov_N and KL. Hollow marks are the first checkpoint."),
+        Picture(first.plot(others=others), f"Coverage profiles of the first checkpoint, the last one, and {least}."),
+    ]
+
+
+def _notable(profiles: Sequence[CoverageProfile], coverage: Mapping[float, Sequence[float]]) -> list[CoverageProfile]:
+    """The first profile, the one with the least coverage at the largest N, and the last."""
+    least = int(np.argmin(coverage[max(coverage)]))
+    return [profiles[index] for index in sorted({0, least, len(profiles) - 1})]
+
+
+def _show(table: Table, lines: Sequence[str]) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140
+    shown = RichTable(title=table.caption, box=SIMPLE)
+    for column in table.headers:
+        shown.add_column(title(column), justify="right")
+    for cells in table.rows:
+        shown.add_row(*map(_stacked, cells))
+    console.print(shown)
+    for line in lines:
+        console.print(line, highlight=False)
+
+
+def _stacked(cell: Cell) -> str:
+    """A cell in which the interval stands below its value."""
+    if isinstance(cell, Interval):
+        value, low, high = map(format_number, cell)
+        return f"{value}\n{low}-{high}"
+    return format_cell(cell)

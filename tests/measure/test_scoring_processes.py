@@ -1,0 +1,87 @@
+"""Two gloo ranks give the bits of one process, whatever the row count and however the model is wrapped."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hf_coverage.measure.fingerprint import weight_fingerprint
+from tests.measure import scoring_ranks
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """What each of two ranks returned, and what the job printed."""
+    folder = tmp_path_factory.mktemp("job")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finished = subprocess.run(
+        [*command, scoring_ranks.__file__, str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return folder, [dict(np.load(folder / f"rank{rank}.npz")) for rank in range(2)], finished.stdout + finished.stderr
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As torchrun gives each rank: a matrix product's rounding depends on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_ranks_agree_with_each_other(job):
+    _, (first, second), _ = job
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+@pytest.mark.parametrize("rows", scoring_ranks.ROW_COUNTS)
+@pytest.mark.parametrize("setup", ["plain", "fsdp1", "fsdp2"])
+def test_ranks_agree_with_one_process(job, setup, rows):
+    _, (result, _), _ = job
+    np.testing.assert_array_equal(result[f"{setup} {rows}"], scoring_ranks.score(scoring_ranks.build(), rows))
+
+
+def test_ddp_may_run_unequal_numbers_of_passes(job):
+    _, (result, _), _ = job
+    np.testing.assert_array_equal(result["ddp"], result["plain 5"])
+
+
+def test_fingerprints_do_not_see_the_sharding(job):
+    _, (result, _), _ = job
+    expected = weight_fingerprint(scoring_ranks.build())
+    assert {str(result[name]) for name in ("fingerprint", "fsdp1 fingerprint", "fsdp2 fingerprint")} == {expected}
+
+
+def test_a_table_has_the_bytes_of_one_process(job, tmp_path):
+    folder, (result, _), _ = job
+    expected = scoring_ranks.score_to(scoring_ranks.build(), tmp_path / "table")
+    np.testing.assert_array_equal(result["table"], expected)
+    np.testing.assert_array_equal(result["table again"], expected)
+    for path in (tmp_path / "table").iterdir():
+        damaged = path.name == "scores-00001.safetensors"
+        assert (folder / "table" / path.name).read_bytes() == path.read_bytes()[: -1 if damaged else None]
+
+
+def test_every_rank_raises_what_the_main_one_found(job):
+    _, (first, second), _ = job
+    assert "scores-00001.safetensors is truncated" in str(first["error"])
+    assert str(first["error"]) == str(second["error"])
+
+
+def test_only_the_main_rank_shows_progress(job):
+    _, _, output = job
+    assert output.count("100%") == 2  # the table, and the table read back
