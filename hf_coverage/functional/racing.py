@@ -33,12 +33,12 @@ class Race(NamedTuple):
 def race(logprobs: Sequence[FloatArray], n: float, *, confidence: float = 0.99, seed: int = 0) -> Race:
     """Find the candidates that can still win the simple tournament, each on as few rows as that takes.
 
-    Rows are compared in random order, in rounds of 1024, 2048, 4096, ... rows. After each round the score of every
-    candidate in the race, `score(b) = max_a C[a, b]`, lies between two bounds, and b is dropped when its lower bound is
-    above another one's upper bound. A dropped candidate still challenges the others, so their scores are those of the
-    full tournament. The bounds are Chernoff's, `t kl(C_t, C) <= log(2 M^2 rounds / (1 - confidence))` for all pairs and
-    rounds at once; sampling rows without replacement only makes them safer (Hoeffding, 1963), and whether rows share
-    prompts does not matter, because the chance is in the order of the rows alone.
+    Rows are compared in random order, in rounds that end after 1024, 2048, 4096, ... rows. After each round the score
+    of every candidate in the race, `score(b) = max_a C[a, b]`, lies between two bounds, and b is dropped when its
+    lower bound is above another one's upper bound. A dropped candidate still challenges the others, so their scores
+    are those of the full tournament. The bounds are Chernoff's for all pairs and rounds at once, with C_t the rate on
+    the first t rows, `t kl(C_t, C) <= log(2 M^2 rounds / (1 - confidence))`; drawing rows without replacement only
+    makes them safer (Hoeffding, 1963). Whether rows share prompts does not matter: the chance is in their order alone.
 
     Args:
         logprobs: M arrays `(R,)`, log p of each candidate, nats.
