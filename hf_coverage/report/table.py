@@ -112,8 +112,10 @@ def format_number(value: float) -> str:
     if math.isinf(value):
         return "∞" if value > 0 else "-∞"
     size = abs(value)
-    if isinstance(value, int) or value == 0:
-        return f"{value:,}" if isinstance(value, int) else "0"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if size < 1e-12:  # rounding of float64 sums, such as the lower end of an interval that begins at zero
+        return "0"
     if size >= 1e6 or size < 5e-4:
         return f"{value:.3g}"
     if size >= 1000:
