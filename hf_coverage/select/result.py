@@ -160,8 +160,8 @@ class TournamentResult:
         level, (best, second) = metric_key(self.n), [_percent(self.scores[name]) for name in self.ranking[:2]]
         return (
             f"{self.winner} wins the tournament of {len(self.names)} candidates at N = {level} ({size}): its worst "
-            f"challenger gives {best} of the responses at least {level} times its probability{less}. Lower is better; the "
-            f"runner-up, {self.ranking[1]}, has {second}."
+            f"challenger gives {best} of the responses at least {level} times its probability{less}. Lower is better; "
+            f"the runner-up, {self.ranking[1]}, has {second}."
         )
 
     def _against_cross_entropy(self) -> str:
