@@ -139,7 +139,7 @@ def count_challenges(
     Yields:
         Counts for some defenders at a time, in order.
     """
-    chosen = range(len(table)) if defenders is None else defenders
+    chosen = list(range(len(table)) if defenders is None else defenders)  # a list also indexes an array
     reading = range(layout.widths.size) if layers is None else layers
     threads = max(1, min(8, _num_processors(), len(reading)) if num_threads is None else num_threads)
     # one byte and one 32-bit counter for each N, challenger and column

@@ -283,6 +283,14 @@ def test_a_race_keeps_the_best_and_drops_the_hopeless_early():
             np.testing.assert_allclose(result.rates[:, result.survivors], full[:, result.survivors])
 
 
+def test_a_race_does_not_drop_the_best_for_a_bad_start():
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+        table = np.where(rng.random((10, 5_000)) < 0.02, -9.0, -1.0)
+        best = hold_tournament(table, 16, replicates=0)[0].tied
+        assert set(best) <= set(race(list(table), 16, confidence=0.9, seed=seed).survivors)
+
+
 def test_a_race_among_equals_drops_nobody():
     table = [random_table(1, 5_000)[0]] * 4
     assert race(table, 2).survivors == (0, 1, 2, 3)
