@@ -11,6 +11,7 @@ import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table as RichTable
+from scipy.stats import spearmanr
 
 from hf_coverage import CoverageProfile
 from hf_coverage.functional.checks import metric_key
@@ -53,7 +54,9 @@ def report_checkpoints(
     passes = {value: [pass_at_n(profile, value) for profile in profiles] for value in pass_at}
 
     table = _table(steps, profiles, n, passes)
-    (output / "table.md").write_text(table.to_markdown() + "\n", encoding="utf-8")
+    guides = _guides(kl, coverage, passes)
+    text = "\n\n".join(shown.to_markdown() for shown in (table, guides))
+    (output / "table.md").write_text(text + "\n", encoding="utf-8")
     summary = _findings(steps, kl, coverage, passes)
     command = shlex.join(["accelerate", "launch", *sys.argv])
     origin = provenance(command, seed=settings["run"].get("seed", 0))
@@ -61,7 +64,7 @@ def report_checkpoints(
         output / "report.html",
         title=name,
         summary=summary,
-        tables=[table],
+        tables=[table, guides],
         figures=_pictures(output, steps, profiles, kl, coverage, passes),
         kinds=[profile.kind for profile in profiles],
         provenance=origin | dict(settings),
@@ -74,7 +77,7 @@ def report_checkpoints(
         n=n,
         others=_notable(profiles, coverage)[:-1],
         description="\n\n".join(summary),
-        tables=[table],
+        tables=[table, guides],
         corpus_fingerprint=corpus_fingerprint,
         metadata={"license": "apache-2.0"},
     )
@@ -82,7 +85,7 @@ def report_checkpoints(
     for index, profile in enumerate(profiles):
         results["results"][profile.name] |= {f"pass@{value},none": passes[value][index] for value in pass_at}
         results["higher_is_better"][profile.name] |= {f"pass@{value}": True for value in pass_at}
-    _show(table, [*summary, f"Written: {page}, {card} and {write_results(output, results)}"])
+    _show([table, guides], [*summary, f"Written: {page}, {card} and {write_results(output, results)}"])
 
 
 def pass_at_n(profile: CoverageProfile, n: int) -> float:
@@ -118,6 +121,19 @@ def _table(
         for index, (step, profile) in enumerate(zip(steps, profiles))
     ]
     return Table(columns, rows, caption="Checkpoints; cross entropy and KL in nats a response, 95 % intervals.")
+
+
+def _guides(
+    kl: Sequence[float], coverage: Mapping[float, Sequence[float]], passes: Mapping[int, Sequence[float]]
+) -> Table:
+    """How well each measure orders the checkpoints by their Pass@N."""
+    measures = {"KL": kl} | {f"Cov_{metric_key(n)}": values for n, values in coverage.items()}
+    rows: list[list[Cell]] = []
+    for name, values in measures.items():
+        constant = len(set(values)) == 1  # has no order to correlate
+        rows.append([name, *(None if constant else spearmanr(values, found)[0] for found in passes.values())])
+    caption = "Rank correlation over the checkpoints: -1 is a perfect guide, a positive one misleads."
+    return Table(["measure", *(Column(f"Pass@{n}", "lower") for n in passes)], rows, caption=caption)
 
 
 def _findings(
@@ -177,16 +193,17 @@ def _notable(profiles: Sequence[CoverageProfile], coverage: Mapping[float, Seque
     return [profiles[index] for index in sorted({0, least, len(profiles) - 1})]
 
 
-def _show(table: Table, lines: Sequence[str]) -> None:
+def _show(tables: Sequence[Table], lines: Sequence[str]) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 140
-    shown = RichTable(title=table.caption, box=SIMPLE)
-    for column in table.headers:
-        shown.add_column(title(column), justify="right")
-    for cells in table.rows:
-        shown.add_row(*map(_stacked, cells))
-    console.print(shown)
+    for table in tables:
+        shown = RichTable(title=table.caption, box=SIMPLE)
+        for column in table.headers:
+            shown.add_column(title(column), justify="right")
+        for cells in table.rows:
+            shown.add_row(*map(_stacked, cells))
+        console.print(shown)
     for line in lines:
         console.print(line, highlight=False)
 

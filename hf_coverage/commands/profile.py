@@ -28,9 +28,11 @@ from hf_coverage.commands.score_folder import Measured, read_measured
 from hf_coverage.report.provenance import running_command
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from hf_coverage.measure.profile import CoverageProfile
 
-__all__ = ["EXAMPLES", "collect", "profile", "result_config"]
+__all__ = ["EXAMPLES", "collect", "draw", "plot", "profile", "result_config"]
 
 EXAMPLES = """\
 [bold]Examples[/]
@@ -115,11 +117,21 @@ def collect(
     return [read_measured(folder) for folder in folders]
 
 
-def plot(profiles: "Sequence[CoverageProfile]", output_dir: Path) -> Path:
-    """Draw the profiles into one picture."""
-    path = output_dir / "profile.png"
-    profiles[0].plot(path, others=profiles[1:])
-    return path
+def draw(profiles: "Sequence[CoverageProfile]") -> "list[Figure]":
+    """Draw profiles into as few pictures as their colours allow."""
+    from hf_coverage.plots import COLORS
+
+    parts = [profiles[start : start + len(COLORS)] for start in range(0, len(profiles), len(COLORS))]
+    return [part[0].plot(others=part[1:]) for part in parts]
+
+
+def plot(profiles: "Sequence[CoverageProfile]", output_dir: Path) -> str:
+    """Draw profiles into `profile.png`, and `profile-2.png`, ..., where there are many; the files' names."""
+    paths = []
+    for number, figure in enumerate(draw(profiles), start=1):
+        paths.append(output_dir / (f"profile-{number}.png" if number > 1 else "profile.png"))
+        figure.savefig(paths[-1], metadata={"Software": None})
+    return ", ".join(map(str, paths))
 
 
 def result_config(measured: Sequence[Measured], n: Sequence[float]) -> dict[str, Any]:

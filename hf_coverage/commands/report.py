@@ -23,7 +23,7 @@ from hf_coverage.commands.options import (
     TokenizerName,
     parse_n,
 )
-from hf_coverage.commands.profile import collect, result_config
+from hf_coverage.commands.profile import collect, draw, result_config
 from hf_coverage.commands.score_folder import Measured
 
 __all__ = ["EXAMPLES", "report"]
@@ -92,14 +92,13 @@ def _write_page(
     paired = _same_rows(measured)
     tables = [profile_table(profiles, n, regret=regret)]
     tables += [comparison_table(profiles[0], profiles[1:], n)] if paired else []
-    curve = profiles[0].plot(others=profiles[1:])
     caption = f"{profiles[0].quantity} over N, lower is better, with 95 % confidence bands."
     return write_html_report(
         path,
         title=title or f"Coverage of {' and '.join(profile.name for profile in profiles)}",
         summary=summarize_profiles(profiles, n, regret=regret, baseline=paired),
         tables=tables,
-        figures=[Picture(curve, caption[0].upper() + caption[1:])],
+        figures=[Picture(figure, caption[0].upper() + caption[1:]) for figure in draw(profiles)],
         kinds=[profile.kind for profile in profiles],
         provenance=_origin(measured),
     )

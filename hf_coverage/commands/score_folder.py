@@ -58,7 +58,7 @@ def read_reference(corpus: "Dataset", group_by: str | None = None) -> Reference:
     """What a corpus knows of its rows.
 
     Args:
-        corpus: A reference corpus.
+        corpus: A reference corpus, or the rows of `score_answers`.
         group_by: The column whose equal values make rows dependent; None: `document` where there is one, or `prompt`.
 
     Raises:
@@ -66,19 +66,23 @@ def read_reference(corpus: "Dataset", group_by: str | None = None) -> Reference:
     """
     from hf_coverage.measure.corpus import reference_kind, validate_corpus
 
-    validate_corpus(corpus)
+    kind = reference_kind(corpus)
+    if kind == "answer":
+        response, density = "answer", "reference_answer_logprob"
+    else:
+        validate_corpus(corpus)
+        response, density = "completion", "reference_logprob"
     column = group_by or ("document" if "document" in corpus.column_names else "prompt")
     if column not in corpus.column_names:
         raise ValueError(
             f"`group_by` must be a column of the corpus, one of {corpus.column_names}, but is {column!r}."
         )
     plain = corpus.with_format(None)
-    known = "reference_logprob" in corpus.column_names
     return Reference(
-        rows=group_codes(map(list, zip(plain["prompt"][:], plain["completion"][:]))),
+        rows=group_codes(map(list, zip(plain["prompt"][:], plain[response][:]))),
         groups=group_codes(plain[column][:]),
-        logprob=np.asarray(plain["reference_logprob"][:], dtype=np.float64) if known else None,
-        kind=reference_kind(corpus),
+        logprob=np.asarray(plain[density][:], dtype=np.float64) if density in plain.column_names else None,
+        kind=kind,
     )
 
 
@@ -97,10 +101,11 @@ def write_reference(folder: str | Path, reference: Reference, facts: dict[str, A
 
 
 def read_measured(source: str, group_by: str | None = None) -> Measured:
-    """A model's profile from a score folder, or from a data set with the column `logprob`.
+    """A model's profile from a score folder, or from a data set with the column `logprob` or `answer_logprob`.
 
     Args:
-        source: Folder that `hf-coverage score` wrote, or a file or folder with the rows of `score_responses`.
+        source: Folder that `hf-coverage score` wrote, or a file or folder with the rows of `score_responses` or
+            `score_answers`.
         group_by: For a data set: the column whose equal values make rows dependent.
 
     Raises:
@@ -111,12 +116,13 @@ def read_measured(source: str, group_by: str | None = None) -> Measured:
     from hf_coverage.commands.inputs import read_dataset
 
     rows = read_dataset(source)
-    if "logprob" not in rows.column_names:
+    scores = "answer_logprob" if "answer_logprob" in rows.column_names else "logprob"
+    if scores not in rows.column_names:
         raise ValueError(
             f"{source} has no scores: there is no column `logprob` among {rows.column_names}; "
             f"write them with `hf-coverage score MODEL {source} --output-dir scores/MODEL`."
         )
-    return _measured(rows["logprob"][:], read_reference(rows, group_by), Path(source).stem, {"scores": source})
+    return _measured(rows[scores][:], read_reference(rows, group_by), Path(source).stem, {"scores": source})
 
 
 def check_same_rows(measured: Sequence[Measured]) -> None:
@@ -158,7 +164,9 @@ def _read_folder(folder: Path) -> Measured:
 def _measured(logprob: Any, reference: Reference, name: str, facts: dict[str, Any]) -> Measured:
     from hf_coverage.measure.profile import CoverageProfile
 
-    profile = CoverageProfile.from_logprobs(logprob, reference.logprob, groups=reference.groups, name=name)
+    profile = CoverageProfile.from_logprobs(
+        logprob, reference.logprob, groups=reference.groups, kind=reference.kind, name=name
+    )
     return Measured(profile, reference, facts)
 
 

@@ -7,8 +7,10 @@ page keeps it so.
 import base64
 import io
 import re
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from os import PathLike
 from pathlib import Path
@@ -29,7 +31,8 @@ __all__ = ["Picture", "write_html_report"]
 
 PictureSource: TypeAlias = Union[str, "PathLike[str]", bytes, "MatplotlibFigure"]
 
-_SIGNATURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif"}
+_PNG = b"\x89PNG\r\n\x1a\n"
+_SIGNATURES = {_PNG: "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,19 @@ class Picture:
     caption: str
     alt: str = ""
 
+    @cached_property
+    def content(self) -> bytes:
+        """The picture's bytes; a figure is drawn as PNG."""
+        return _picture_bytes(self.source)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the picture needs the width of the page, as several plots side by side do."""
+        if not self.content.startswith(_PNG):
+            return False
+        width, height = struct.unpack(">II", self.content[16:24])
+        return width > 1.8 * height
+
     def data_uri(self) -> str:
         """The picture as a `data:` address.
 
@@ -53,16 +69,15 @@ class Picture:
             ValueError: if it is of none of the formats above.
             OSError: if the file cannot be read.
         """
-        content = _picture_bytes(self.source)
-        kind = next((kind for signature, kind in _SIGNATURES.items() if content.startswith(signature)), None)
-        if kind is None and b"<svg" in content[:2000]:
+        kind = next((kind for signature, kind in _SIGNATURES.items() if self.content.startswith(signature)), None)
+        if kind is None and b"<svg" in self.content[:2000]:
             kind = "image/svg+xml"
         if kind is None:
             raise ValueError(
                 f"`source` of the picture {self.caption!r} must be PNG, JPEG, GIF or SVG, but begins with "
-                f"{content[:8]!r}; save it as .png."
+                f"{self.content[:8]!r}; save it as .png."
             )
-        return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+        return f"data:{kind};base64,{base64.b64encode(self.content).decode('ascii')}"
 
 
 def write_html_report(

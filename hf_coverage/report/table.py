@@ -101,11 +101,11 @@ def title(column: Column) -> str:
 
 
 def format_number(value: float) -> str:
-    """A number as tables show it: four significant digits, three decimals below one, no exponent below a million.
+    """A number as tables show it: three decimals below ten, fewer above, no exponent below a million.
 
     Example:
         >>> [format_number(value) for value in (0, 0.04678, 5.7, 1234.5, 3e-5, float("inf"), float("nan"))]
-        ['0', '0.047', '5.7', '1,234', '3e-05', '∞', '–']
+        ['0', '0.047', '5.700', '1,234', '3e-05', '∞', '–']
     """
     if math.isnan(value):
         return "–"
@@ -118,9 +118,9 @@ def format_number(value: float) -> str:
         return "0"
     if size >= 1e6 or size < 5e-4:
         return f"{value:.3g}"
-    if size >= 1000:
+    if size >= 1000 or value == round(value):
         return f"{value:,.0f}"
-    return f"{value:.3f}" if size < 1 else f"{value:.4g}"
+    return f"{value:.{3 if size < 10 else 2 if size < 100 else 1}f}"
 
 
 def format_cell(cell: Cell) -> str:

@@ -70,7 +70,7 @@ def test_run_ends_with_table_figures_page_and_results(finished):
     assert sorted(profiles(output)) == sorted(f"step-{step}" for step in range(0, 25, 4))
     for title in ("step", "cross entropy", "KL", "Cov_2", "Cov_5.7", "Pass@4"):
         assert title in (output / "table.md").read_text()
-    assert "Pass@4" in printed
+    assert "Rank correlation" in printed
     assert "Pass@4 is" in printed
     assert "report.html" in printed
     for name in ("figure_1_left.png", "figure_1_right.png"):

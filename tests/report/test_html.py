@@ -93,6 +93,12 @@ def test_pictures_are_embedded_byte_for_byte(write, tmp_path):
     assert base64.b64decode(address.split(",")[1]) == SVG
 
 
+def test_side_by_side_plots_get_the_width_of_the_page(write):
+    pictures = [Picture(Figure(figsize=size, dpi=20), "drawn") for size in ((12, 4), (6, 4))]
+    assert [picture.is_wide for picture in (*pictures, Picture(SVG, "given"))] == [True, False, False]
+    assert write(figures=pictures).count('<figure class="wide">') == 1
+
+
 def test_the_best_of_a_ranked_column_is_marked(write):
     cells = re.findall(r'<td class="([^"]*)">([^<]*)', write())
     assert [(kind.strip(), text.strip()) for kind, text in cells] == [

@@ -13,6 +13,7 @@ from hf_coverage.report.table import Column, Interval, Table, format_cell, forma
         (0.0, "0"),
         (0.1134, "0.113"),
         (1.0, "1"),
+        (1.34, "1.340"),
         (96.523, "96.52"),
         (98765.4, "98,765"),
         (2.5e7, "2.5e+07"),
