@@ -120,6 +120,12 @@ def decided_by_main_process(question: Callable[[], bool], device: str | None = N
     return answer[0]
 
 
+def leave_job(device: str | None = None) -> None:
+    """End what the processes of a job do together: those that are done may exit while the main process goes on."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _job(device).destroy_process_group()
+
+
 def _job(device: str | None) -> "PartialState":
     """The processes of the job, on the accelerator unless there is none or the CPU is asked for."""
     import torch

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from hf_coverage.commands.console import is_main_process, print_table, say
-from hf_coverage.commands.inputs import decided_by_main_process, read_dataset
+from hf_coverage.commands.inputs import decided_by_main_process, leave_job, read_dataset
 from hf_coverage.commands.options import (
     AppendEos,
     BatchTokens,
@@ -38,7 +38,7 @@ hf-coverage tournament RUN/checkpoint-* --data corpus --n 16 --output-dir tourna
 
 hf-coverage tournament scores/step-1000 scores/step-2000 --n 8 --sweep 2,4,16
 
-torchrun --nproc_per_node 2 -m hf_coverage tournament RUN/checkpoint-* --data corpus
+torchrun --nproc_per_node 2 -m hf_coverage tournament RUN/checkpoint-* --data corpus -n 16
 """
 
 _KEPT = "checkpoint.json"
@@ -63,7 +63,7 @@ def tournament(
         typer.Option("--data", "--corpus", help="Held-out prompts and responses: folder, file or Hub id."),
     ] = None,
     n: Annotated[
-        float, typer.Option("--n", help="N of the challenges, a real number; larger N, rarer challenges.")
+        float, typer.Option("--n", "-n", help="N of the challenges, a real number; the larger, the rarer they are.")
     ] = 16,
     sweep: Annotated[
         list[str] | None, typer.Option(help="More N to report, comma-separated, in the same pass.")
@@ -94,8 +94,8 @@ def tournament(
     """Choose the checkpoint with the best coverage, by a tournament that needs no density of the data.
 
     Each checkpoint is scored once, one model at a time, and its scores are kept: run the command again to go on after
-    an interruption, or with one more checkpoint, and only what is new is scored. In the tournament a checkpoint's score
-    is the largest share of responses that another one makes at least N times as likely; lower is better.
+    an interruption, or with one more checkpoint, and only what is new is scored. In the tournament, a checkpoint's
+    score is the largest share of responses that another one makes at least N times as likely; lower is better.
 
     Writes best_checkpoint.json, tournament.json and tournament.png.
     """
@@ -107,6 +107,7 @@ def tournament(
     options: dict[str, Any] = {"split": split, "tokenizer": tokenizer, "append_eos": append_eos}
     options |= {"group_by": group_by, "batch_tokens": batch_tokens, "shard_rows": shard_rows}
     folders = score_checkpoints(sources, names, output_dir / "scores", data, loading, options)
+    leave_job(device)
     if not is_main_process():
         return
     measured = _read(dict(zip(names, folders)), n)

@@ -166,7 +166,10 @@ def _count_tile(
     for done, layer in enumerate(layers, start=1):
         width = layout.widths[layer]
         rows = layout.order[starts[layer] : starts[layer] + width]
-        block = np.stack([np.take(values, rows) for values in table])
+        if (np.diff(rows) == 1).all():  # in their own order they need no gathering
+            block = np.stack([values[rows[0] : rows[-1] + 1] for values in table])
+        else:
+            block = np.stack([np.take(values, rows) for values in table])
         hits = reached[:, :width]
         for k, threshold in enumerate(thresholds):
             # Adding to the defender differs from subtracting it by rounding, far below the tolerance. The lowest
