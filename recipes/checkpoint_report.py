@@ -14,6 +14,7 @@ from rich.table import Table as RichTable
 from scipy.stats import spearmanr
 
 from hf_coverage import CoverageProfile
+from hf_coverage.functional.bounds import exact_pass_at_n
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.plots import plot_predictiveness, plot_training_curves
 from hf_coverage.report.card import write_model_card
@@ -96,9 +97,7 @@ def pass_at_n(profile: CoverageProfile, n: int) -> float:
     """
     if profile.kind != "single_answer":
         raise ValueError(f"Pass@N is exact for one right answer a prompt only; this reference is {profile.kind!r}.")
-    p = np.exp(-profile.log_ratios)  # D(y|x) = 1; rounding may leave p a little above 1
-    with np.errstate(divide="ignore"):  # p = 1 gives log 0, whose exponential is the 0 that it should be
-        return float(-np.expm1(n * np.log1p(-np.minimum(p, 1.0))).mean())
+    return exact_pass_at_n(-profile.log_ratios, n)  # D(y|x) = 1, so the log ratio is -log p
 
 
 def _table(

@@ -1,4 +1,4 @@
-"""Models that the tests share: a real one that comes as a package, and a tiny one whose responses can be enumerated."""
+"""Models that the tests share: a real one that comes as a package, and a tiny one that can be enumerated."""
 
 import os
 from pathlib import Path

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_coverage.functional.checks import ReferenceKind
-from hf_coverage.functional.statistics import group_codes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,6 +63,7 @@ def read_reference(corpus: "Dataset", group_by: str | None = None) -> Reference:
     Raises:
         ValueError: If the corpus is not valid, or has no such column.
     """
+    from hf_coverage.functional.statistics import group_codes
     from hf_coverage.measure.corpus import reference_kind, validate_corpus
 
     kind = reference_kind(corpus)

@@ -195,4 +195,7 @@ def _wilson(proportion: float, size: float, z: float) -> tuple[float, float]:
     centre = proportion + z * z / (2 * size)
     margin = z * math.sqrt(proportion * (1 - proportion) / size + z * z / (4 * size * size))
     scale = 1 + z * z / size
-    return max(0.0, (centre - margin) / scale), min(1.0, (centre + margin) / scale)
+    # exactly 0 and 1 where nothing or everything was hit: the subtraction would leave its rounding
+    low = (centre - margin) / scale if proportion > 0 else 0.0
+    high = (centre + margin) / scale if proportion < 1 else 1.0
+    return max(0.0, low), min(1.0, high)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from hf_coverage.functional.logprobs import collision_probability, logsumexp, token_kl
 from hf_coverage.measure.batching import Batch, Limits, Step, build_step, plan_batches, tokens_read
 from hf_coverage.measure.corpus import EncodedCorpus
-from hf_coverage.measure.forward import HeadForward, HeadOutput, select_lines
+from hf_coverage.measure.forward import HeadForward, HeadOutput
+from hf_coverage.measure.prefix_cache import continue_lines
 from hf_coverage.measure.scores import Scores
 
 __all__ = ["ScoringEngine", "ScoringOptions"]
@@ -71,21 +73,24 @@ class ScoringEngine:
         self.state = PartialState()
         self.forwards = [HeadForward(model)] if teacher is None else [HeadForward(model), HeadForward(teacher)]
         probes = [forward.probe() for forward in self.forwards]
-        self.vocab_size = probes[0][0].shape[-1]
-        if probes[-1][0].shape[-1] != self.vocab_size:
+        self.vocab_size = probes[0].logits.shape[-1]
+        if probes[-1].logits.shape[-1] != self.vocab_size:
             raise ValueError(
                 f"`teacher` must have the vocabulary of `model`, {self.vocab_size} tokens, "
-                f"got {probes[-1][0].shape[-1]}; KL compares their distributions token by token."
+                f"got {probes[-1].logits.shape[-1]}; KL compares their distributions token by token."
             )
         # Next to the logits there is at most one float32 copy: models upcast, soft-cap or scale what the head returns.
-        position_bytes = sum(logits.shape[-1] * (logits.element_size() + 4) for logits, _ in probes)
+        position_bytes = sum(self.vocab_size * (probe.logits.element_size() + 4) for probe in probes)
         if options.logits_memory < position_bytes:
             raise ValueError(
                 f"`logits_memory` must hold the logits of one position, {position_bytes} bytes for this vocabulary, "
                 f"got {options.logits_memory}."
             )
-        self.limits = Limits(options.batch_tokens, options.logits_memory // position_bytes)
-        self.cached = all(repeatable for _, repeatable in probes)
+        self.positions = options.logits_memory // position_bytes
+        # A head that can be called alone takes the positions of one pass in chunks; otherwise the pass is bounded.
+        chunked = all(probe.plain_head for probe in probes)
+        self.limits = Limits(options.batch_tokens, sys.maxsize if chunked else self.positions)
+        self.cached = all(probe.repeatable for probe in probes)
         self.sharded = any(forward.sharded for forward in self.forwards)
 
     def check(self, corpus: EncodedCorpus, rows: range) -> None:
@@ -132,8 +137,13 @@ class ScoringEngine:
         slots = dict(zip(batch.rows, accumulate(lengths, initial=0)))
         values: dict[str, NDArray] = {}
         for step, outputs in self._run(corpus, batch, slots):
-            for name, column in _token_values(outputs, step, self.options.head_statistics).items():
-                values.setdefault(name, np.empty(sum(lengths), dtype=np.float32))[step.slots] = column.cpu().numpy()
+            for start in range(0, len(step.positions), self.positions):
+                chunk = slice(start, start + self.positions)
+                inside = (step.pick >= chunk.start) & (step.pick < chunk.stop)
+                pick, labels = step.pick[inside] - chunk.start, step.labels[inside]
+                for name, column in _token_values(outputs, chunk, pick, labels, self.options.head_statistics).items():
+                    place = values.setdefault(name, np.empty(sum(lengths), dtype=np.float32))
+                    place[step.slots[inside]] = column.cpu().numpy()
         return values
 
     def _run(
@@ -146,19 +156,23 @@ class ScoringEngine:
 
         first = step_of(batch.rows, 0, batch.cuts[0], 0)
         keep = self.cached and len(batch.cuts) > 1
-        outputs = [forward(first.ids, first.positions, keep_cache=keep) for forward in self.forwards]
+        outputs = [
+            forward(first.ids, first.positions, first=self.positions, keep_cache=keep) for forward in self.forwards
+        ]
         roots = [output.cache for output in outputs]
         yield first, outputs
         line_of = dict(zip(batch.rows, first.sequences))
         for wave in batch.waves:
             lines = np.array([line_of[row] for row in wave])
-            caches = [select_lines(root, lines) if keep and root is not None else None for root in roots]
+            last = len(batch.cuts) == 2
+            caches = [continue_lines(root, lines, last=last) if keep and root is not None else None for root in roots]
             for start, stop in pairwise(batch.cuts):
                 step = step_of(wave, start, stop, start if keep else 0)
-                yield (
-                    step,
-                    [forward(step.ids, step.positions, cache=cache) for forward, cache in zip(self.forwards, caches)],
-                )
+                outputs = [
+                    forward(step.ids, step.positions, first=self.positions, cache=cache)
+                    for forward, cache in zip(self.forwards, caches)
+                ]
+                yield step, outputs
 
     def _run_along(self, num_forwards: int) -> None:
         for _ in range(num_forwards):
@@ -166,19 +180,22 @@ class ScoringEngine:
                 forward(_DUMMY, _DUMMY[0])
 
 
-def _token_values(outputs: list[HeadOutput], step: Step, head_statistics: bool) -> dict[str, Tensor]:
-    """Values of the response tokens that one pass predicts, by column."""
-    logits, hidden = outputs[0].logits, outputs[0].hidden
-    pick = torch.from_numpy(step.pick).to(logits.device)
-    labels = torch.from_numpy(step.labels).to(logits.device)
-    values = {"token_logprobs": logits[pick, labels].float() - logsumexp(logits)[pick]}
-    reference = outputs[-1].logits.to(logits.device)  # the teacher's, or else the model's own
+def _token_values(
+    outputs: list[HeadOutput], chunk: slice, pick: NDArray, labels: NDArray, head_statistics: bool
+) -> dict[str, Tensor]:
+    """Values of the response tokens that a chunk of one pass's positions predicts, by column."""
+    logits = outputs[0].take_logits(chunk)
+    rows = torch.from_numpy(pick).to(logits.device)
+    chosen = logits[rows, torch.from_numpy(labels).to(logits.device)]
+    values = {"token_logprobs": chosen.float() - logsumexp(logits)[rows]}
+    reference = logits  # q of the inherent variance: the teacher's, or else the model's own
     if len(outputs) > 1:
-        values["token_kl"] = token_kl(reference, logits)[pick]
+        reference = outputs[1].take_logits(chunk).to(logits.device)
+        values["token_kl"] = token_kl(reference, logits)[rows]
     if head_statistics:
-        norm = hidden.float().norm(dim=-1).to(logits.device)
-        values["hidden_norm"] = norm[pick]
-        values["inherent_variance"] = (norm.square() * (1 - collision_probability(reference)))[pick]
+        norm = outputs[0].hidden[chunk].float().norm(dim=-1).to(logits.device)
+        values["hidden_norm"] = norm[rows]
+        values["inherent_variance"] = (norm.square() * (1 - collision_probability(reference)))[rows]
     return values
 
 

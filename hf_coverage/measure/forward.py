@@ -1,49 +1,71 @@
 """Forward passes of any causal language model that call the output head at chosen positions only.
 
 A hook before the head hands it the hidden states of those positions and nothing else, so a tensor of
-(batch, length, vocabulary) never exists, and whatever the model does after its head (bias, scaling, soft-capping)
-stays the model's own work.
+(batch, length, vocabulary) never exists, and whatever the model does after its head (scaling, soft-capping) stays the
+model's own work. Where the model does nothing after its head, the head can be called again for further positions of
+the same pass.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache
 
 from hf_coverage.measure.batching import IntArray
+from hf_coverage.measure.prefix_cache import is_repeatable
 
-__all__ = ["HeadForward", "HeadOutput", "inference", "is_sharded", "select_lines", "unwrap"]
-
-# Caches that hold one line of keys and values per sequence, so that a line can be given to several responses.
-# Recurrent states, quantised and offloaded caches are not among them.
-_REPEATABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+__all__ = ["HeadForward", "HeadOutput", "Probe", "inference", "is_sharded", "unwrap"]
 
 
-@dataclass(frozen=True)
 class HeadOutput:
     """What one forward pass gives.
 
     Args:
-        logits: Logits `(M, V)` at the chosen positions, as the model returns them.
-        hidden: Inputs of the head `(M, d)` there.
+        hidden: Inputs of the head `(M, d)` at the chosen positions.
         cache: The key-value cache, where one was asked for and the model has one.
+        logits: Logits `(m, V)` of the first m positions, as the model returns them.
+        head: What gives the logits of the others.
+    """
+
+    def __init__(self, hidden: Tensor, cache: Cache | None, logits: Tensor, head: nn.Module) -> None:
+        self.hidden = hidden
+        self.cache = cache
+        self._first: Tensor | None = logits
+        self._head = head
+
+    def take_logits(self, chunk: slice) -> Tensor:
+        """Logits of a chunk of the positions, each only once and the first ones first: they are not kept."""
+        if self._first is not None:
+            logits, self._first = self._first, None
+            return logits
+        return self._head(self.hidden[chunk].unsqueeze(0))[0]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one token tells about a model.
+
+    Args:
+        logits: The logits it gave `(1, V)`.
+        repeatable: Whether the cache it left can be continued by several responses.
+        plain_head: Whether the model returns what its head gives, untouched, so that the head may be called alone.
     """
 
     logits: Tensor
-    hidden: Tensor
-    cache: Cache | None
+    repeatable: bool
+    plain_head: bool
 
 
 class HeadForward:
@@ -70,13 +92,20 @@ class HeadForward:
         self._takes_use_cache = "use_cache" in inspect.signature(self.model.forward).parameters
 
     def __call__(
-        self, ids: IntArray, positions: IntArray, *, cache: Cache | None = None, keep_cache: bool = False
+        self,
+        ids: IntArray,
+        positions: IntArray,
+        *,
+        first: int | None = None,
+        cache: Cache | None = None,
+        keep_cache: bool = False,
     ) -> HeadOutput:
         """Run the model.
 
         Args:
             ids: Token ids `(S, T)`, right-padded; no mask: no token sees what is right of it.
-            positions: Positions `(M,)` of the flattened `ids` that the head is applied to.
+            positions: Positions `(M,)` of the flattened `ids` that logits are wanted at.
+            first: How many of them get their logits in this pass; None: all.
             cache: What came before `ids`; it grows in place.
             keep_cache: Whether to return a cache.
 
@@ -92,30 +121,32 @@ class HeadForward:
         if cache is not None:
             arguments["past_key_values"] = cache
         chosen = torch.from_numpy(positions).to(self.device)
-        with _select_before(self.head, chosen, ids.shape) as seen:
+        with _select_before(self.head, chosen, first, ids.shape) as seen:
             outputs = self.model(input_ids=torch.from_numpy(ids).to(self.device), **arguments)
-        if len(seen) != 1 or outputs.logits.shape[:-1] != (1, len(positions)):
+        expected = len(positions[:first])
+        if len(seen) != 1 or outputs.logits.shape[:-1] != (1, expected):
             raise RuntimeError(
                 f"Expected {type(self.model).__name__} to call its output head {type(self.head).__name__} once and to "
-                f"return its logits for the {len(positions)} chosen positions, got {len(seen)} calls and logits of "
+                f"return its logits for the {expected} chosen positions, got {len(seen)} calls and logits of "
                 f"shape {tuple(outputs.logits.shape)}; this architecture cannot be scored."
             )
-        return HeadOutput(outputs.logits[0], seen[0], outputs.get("past_key_values"))
+        return HeadOutput(seen[0], outputs.get("past_key_values"), outputs.logits[0], self.head)
 
-    def probe(self) -> tuple[Tensor, bool]:
-        """Read one token: the logits `(1, V)` it gives, and whether the cache it leaves can be shared by responses."""
-        first = torch.zeros((1, 1), dtype=torch.int64).numpy()
-        output = self(first, first[0], keep_cache=True)
-        return output.logits, _is_repeatable(output.cache)
-
-
-def select_lines(cache: Cache, lines: IntArray) -> Cache:
-    """Make a cache of the given lines of another one, which stays as it is; a line may be taken several times."""
-    selected = copy.copy(cache)
-    # The layers replace their tensors and never write into them, so shallow copies are independent of each other.
-    selected.layers = [copy.copy(layer) for layer in cache.layers]
-    selected.batch_select_indices(torch.from_numpy(lines))
-    return selected
+    def probe(self) -> Probe:
+        """Read one token, to see what the model returns."""
+        returned: list[tuple[int, int]] = []
+        handle = self.head.register_forward_hook(
+            lambda module, args, logits: returned.append((logits.data_ptr(), logits._version))
+        )
+        try:
+            one = np.zeros((1, 1), dtype=np.int64)
+            output = self(one, one[0], keep_cache=True)
+        finally:
+            handle.remove()
+        logits = output.take_logits(slice(None))
+        # The very tensor, and nobody wrote into it. A sharded head has its weights only while the whole model runs.
+        plain = not self.sharded and returned == [(logits.data_ptr(), logits._version)]
+        return Probe(logits, is_repeatable(output.cache), plain)
 
 
 @contextmanager
@@ -154,8 +185,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _select_before(head: nn.Module, positions: Tensor, shape: tuple[int, ...]) -> Iterator[list[Tensor]]:
-    """Let `head` see the hidden states at `positions` only, and collect them."""
+def _select_before(
+    head: nn.Module, positions: Tensor, first: int | None, shape: tuple[int, ...]
+) -> Iterator[list[Tensor]]:
+    """Collect the hidden states at `positions`, and let `head` see no others, and of them only the `first`."""
     seen: list[Tensor] = []
 
     def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -166,22 +199,13 @@ def _select_before(head: nn.Module, positions: Tensor, shape: tuple[int, ...]) -
                 f"{tuple(shape)}, got {tuple(hidden.shape)}; this architecture cannot be scored."
             )
         seen.append(hidden.reshape(-1, hidden.shape[-1])[positions.to(hidden.device)])
-        return (seen[-1].unsqueeze(0),)
+        return (seen[-1][:first].unsqueeze(0),)
 
     handle = head.register_forward_pre_hook(select)
     try:
         yield seen
     finally:
         handle.remove()
-
-
-def _is_repeatable(cache: Any) -> bool:
-    return (
-        type(cache) is DynamicCache
-        and not cache.offloading
-        and len(cache.layers) > 0
-        and all(type(layer) in _REPEATABLE_LAYERS for layer in cache.layers)
-    )
 
 
 def _device(model: nn.Module, sharded: bool) -> torch.device:

@@ -133,7 +133,12 @@ def _entries(profile: CoverageProfile, n: Sequence[float]) -> Iterator[tuple[str
         key = metric_key(value)
         name = profile.quantity.replace("Cov_N", f"Cov_{key}")
         ends = [round(end, 6) for end in profile.interval(value)]
-        yield prefix + key, name[0].upper() + name[1:], metrics[prefix + key], {"n": value, "interval_95": ends}
+        yield (
+            prefix + key,
+            name[0].upper() + name[1:],
+            metrics[prefix + key],
+            {"n": int(value) if float(value).is_integer() else value, "interval_95": ends},
+        )
     for key, name in (("kl", "KL, nats"), ("sequence_cross_entropy", "Sequence cross-entropy, nats")):
         if key in metrics:
             error = metrics[f"{key}_stderr"]

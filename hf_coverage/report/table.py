@@ -114,7 +114,7 @@ def format_number(value: float) -> str:
     size = abs(value)
     if isinstance(value, int):
         return f"{value:,}"
-    if size < 1e-12:  # rounding of float64 sums, such as the lower end of an interval that begins at zero
+    if value == 0:
         return "0"
     if size >= 1e6 or size < 5e-4:
         return f"{value:.3g}"

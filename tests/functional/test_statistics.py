@@ -48,6 +48,12 @@ def test_independent_rows_give_wilsons_interval(hits, rows):
     assert observed == pytest.approx((expected.low, expected.high))
 
 
+@pytest.mark.parametrize("groups", [None, [0, 0, 0, 1, 1, 1, 2, 2, 2]])
+def test_nothing_hit_begins_at_exactly_zero_and_everything_ends_at_exactly_one(groups):
+    assert proportion_interval([False] * 9, groups=groups)[0] == 0
+    assert proportion_interval([True] * 9, groups=groups)[1] == 1
+
+
 def test_copies_of_a_row_in_one_group_do_not_narrow_the_interval():
     rng = np.random.default_rng(0)
     hits = rng.random(60) < 0.3

@@ -149,5 +149,4 @@ def test_every_way_of_batching_gives_the_oracles_numbers(name: str) -> None:
 def test_sharing_is_decided_by_the_cache_the_model_returns(name: str) -> None:
     model = build(name)
     with inference(model):
-        _, repeatable = HeadForward(model).probe()
-    assert repeatable == ARCHITECTURES[name][2]
+        assert HeadForward(model).probe().repeatable == ARCHITECTURES[name][2]

@@ -133,7 +133,11 @@ def test_killed_at_any_point_the_same_command_goes_on(finished, tmp_path, moment
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    whole_checkpoints = [file.with_name("model.safetensors") for file in output.glob("*/*/trainer_state.json")]
+    written = {file: file.stat().st_mtime_ns for file in whole_checkpoints}
     run(output)
+    assert written
+    assert all(file.stat().st_mtime_ns == time_ for file, time_ in written.items()), "it began again, not went on"
     whole, _ = finished
     for name in profiles(whole):
         file = Path("profiles") / f"{name}.json"

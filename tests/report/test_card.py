@@ -39,6 +39,8 @@ def test_every_value_is_the_profile_s(tmp_path):
         assert results[key].metric_value == pytest.approx(PROFILE.cov(n), abs=1e-6)
         assert results[key].metric_args["interval_95"] == pytest.approx(PROFILE.interval(n), abs=1e-6)
         assert results[key].metric_name == f"Cov_{n} (lower is better)"
+    assert ModelCard.load(write(tmp_path, n=[2.0])).data.eval_results[0].metric_args["n"] == 2
+    assert "n: 2\n" in (tmp_path / "README.md").read_text(encoding="utf-8")
     assert results["kl"].metric_value == pytest.approx(PROFILE.kl, abs=1e-6)
     assert results["cov_2"].verified is None
     assert results["cov_2"].dataset_args == {"num_rows": 8, "num_prompts": 4}

@@ -18,7 +18,7 @@ from hf_coverage.report.table import Column, Interval, Table, format_cell, forma
         (98765.4, "98,765"),
         (2.5e7, "2.5e+07"),
         (0.00004, "4e-05"),
-        (6.2e-17, "0"),
+        (6.2e-17, "6.2e-17"),
         (-0.25, "-0.250"),
         (-math.inf, "-∞"),
     ],

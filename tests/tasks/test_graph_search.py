@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, chisquare
 from transformers import AutoTokenizer
 
+from hf_coverage.measure.corpus import encode_corpus, reference_kind
 from hf_coverage.tasks.graph_dataset import GraphSearchDataset, collate_rows
 from hf_coverage.tasks.graph_search import GraphSearch, PathClass
 from hf_coverage.tasks.graph_tokenizer import encode_prompts, graph_tokenizer, parse_prompts
@@ -257,9 +258,15 @@ def test_corpus_columns_and_text():
     assert ids.column_names == ["prompt", "completion", "reference_logprob", "path_class"]
     assert set(ids["path_class"]) <= {1, 2}
     assert set(ids["reference_logprob"]) == {0.0}
-    tokenizer = ALIGNED.tokenizer()
-    for a, b in zip(ids, text):
-        assert tokenizer(b["prompt"] + b["completion"])["input_ids"] == a["prompt"] + a["completion"]
+    assert reference_kind(ids) == "single_answer"
+    encoded = encode_corpus(text, ALIGNED.tokenizer())
+    assert encoded.prompts == ids["prompt"][:]
+    assert encoded.completions == ids["completion"][:]
+    mixed = ALIGNED.corpus(30, EQUAL, seed=12)
+    assert reference_kind(mixed) == "density"
+    assert np.exp(mixed["reference_logprob"]) == pytest.approx(
+        np.where(np.exp(mixed["reference_logprob"]) > 0.5, 0.75, 1 / 12)
+    )
 
 
 @pytest.mark.parametrize(("task", "weights"), TASKS.values(), ids=TASKS)
