@@ -22,6 +22,8 @@ __all__ = ["ChallengeCounts", "RowLayout", "count_challenges", "row_layout"]
 _COLUMNS = 1024
 _RUN = 32
 """Neighbouring rows that are read together."""
+_AT_ONCE = 16
+"""Defenders compared in one call: fewer calls, so that the comparisons take the time."""
 _COUNTER_BYTES = 64 * 2**20
 """Memory of one thread's counters."""
 
@@ -161,7 +163,7 @@ def _count_tile(
 ) -> NDArray[np.int32]:
     shape = (len(thresholds), len(defenders), len(table), layout.block.size)
     totals, bytes_ = np.zeros(shape, np.int32), np.zeros(shape, np.uint8)
-    reached = np.empty(shape[-2:], bool)
+    reached = np.empty((min(_AT_ONCE, len(defenders)), *shape[-2:]), bool)
     starts = np.cumsum(layout.widths) - layout.widths
     for done, layer in enumerate(layers, start=1):
         width = layout.widths[layer]
@@ -170,14 +172,15 @@ def _count_tile(
             block = np.stack([values[rows[0] : rows[-1] + 1] for values in table])
         else:
             block = np.stack([np.take(values, rows) for values in table])
-        hits = reached[:, :width]
         for k, threshold in enumerate(thresholds):
             # Adding to the defender differs from subtracting it by rounding, far below the tolerance. The lowest
             # float in place of -inf lets every finite challenger reach it, and no infinite one.
             bars = np.maximum(block[defenders] + threshold, np.finfo(np.float64).min)
-            for counter, bar in zip(bytes_[k, :, :, :width], bars):
-                np.greater_equal(block, bar, out=hits)
-                np.add(counter, hits.view(np.uint8), out=counter)
+            for first in range(0, len(defenders), _AT_ONCE):
+                counters = bytes_[k, first : first + _AT_ONCE, :, :width]
+                hits = reached[: len(counters), :, :width]
+                np.greater_equal(block, bars[first : first + _AT_ONCE, None], out=hits)
+                np.add(counters, hits.view(np.uint8), out=counters)
         if done % 255 == 0:
             totals += bytes_
             bytes_[:] = 0
