@@ -104,8 +104,8 @@ def score_responses(
 
     Response tokens alone count. The log-softmax runs in float32 whatever the dtype of the model, the sum in float64.
     Call it on every process of a job (`torchrun`, `accelerate launch`): each row is scored on one of them and each
-    process gets all rows, the same bits as one process gets with the same number of threads. The model comes back as
-    it was: its mode, configuration, gradients and the global random state.
+    process gets all rows, the same bits as one process gets with the same number of threads (a sharded model: the same
+    to rounding). The model comes back as it was: its mode, configuration, gradients and the global random state.
 
     Args:
         model: Any causal language model of transformers; may be wrapped by DDP or FSDP.

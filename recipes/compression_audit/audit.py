@@ -50,7 +50,8 @@ ORIGINAL = "original"
 SMOLLM2 = "SmolLM2-135M-Instruct"
 FIGURE_CAPTION = (
     "Left: the share of the original's responses that became at least N times less likely, with 95 % intervals over "
-    "prompts. Right: the same at one N against perplexity on a real text; the dotted line is the original's."
+    "prompts; dotted, what KL alone would make of it, were the damage many small independent losses. Right: the same "
+    "at one N against perplexity on a real text."
 )
 CARD_METADATA = {"license": "apache-2.0", "language": "en", "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 CARD_DESCRIPTION = (
@@ -179,12 +180,14 @@ def report(output: Path, args: AuditArguments, audit: Audit, corpus: Dataset, co
     """Write the page, the results, the figure and the card, and print the table."""
     tables, summary = [audit_table(audit), order_table(audit), disagreement_table(audit)], explain(audit)
     origin = provenance(shlex.join(["python", *sys.argv]), **facts(args, audit, corpus))
+    figure = output / "audit.png"
+    draw_audit(audit, figure)
     page = write_html_report(
         output / "report.html",
         title=f"{args.model}: what its compressions still cover",
         summary=summary,
         tables=tables,
-        figures=[Picture(draw_audit(audit, output / "audit.png"), FIGURE_CAPTION)],
+        figures=[Picture(figure, FIGURE_CAPTION)],
         provenance=origin,
     )
     results = coverage_results(audit.profiles, args.n, config=asdict(args))
@@ -243,7 +246,7 @@ def write_card(
 
 def show(table: Table, summary: Sequence[str], written: Sequence[Path], console: Console) -> None:
     """Print the table, the findings and where the files are."""
-    console.width = max(console.width, 160)  # a pipe has no width of its own
+    console.width = max(console.width, 200)  # a pipe has no width of its own
     shown = RichTable(caption=table.caption)
     for index, column in enumerate(table.headers):
         shown.add_column(column.title, justify="right" if table.is_numeric(index) else "left")
@@ -272,7 +275,7 @@ def read_arguments(arguments: Sequence[str]) -> AuditArguments:
 def keep_settings(output: Path, args: AuditArguments) -> None:
     """Keep what the corpus depends on beside it, and refuse to go on there with something else."""
     prompts = hashlib.sha256(Path(args.prompts).read_bytes()).hexdigest()
-    names = ("model", "num_prompts", "responses", "max_new_tokens", "text_windows", "text_tokens", "seed")
+    names = ("model", "num_prompts", "responses", "max_new_tokens", "seed")
     text = json.dumps({name: getattr(args, name) for name in names} | {"prompts": prompts}, indent=2)
     file = output / "settings.json"
     if file.exists() and file.read_text(encoding="utf-8") != text:

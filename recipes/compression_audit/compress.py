@@ -6,6 +6,7 @@ what the name says.
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
@@ -49,7 +50,7 @@ def compression(name: str, *, calibration: Tensor) -> Callable[[PreTrainedModel]
             return to_bfloat16
         case ["int8", "dynamic"]:
             return quantize_int8_dynamic
-        case [("int2" | "int3" | "int4" | "int8") as width, "rtn", group_size] if group_size.isdecimal():
+        case [width, "rtn", group_size] if re.fullmatch("int[2-8]", width) and group_size.isdecimal():
             return partial(quantize_weights, bits=int(width[3:]), group_size=int(group_size))
         case ["pruned", percent] if percent.isdecimal():
             return partial(prune_magnitude, share=int(percent) / 100)

@@ -9,14 +9,26 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
+from scipy import stats
 
 from hf_coverage import CoverageProfile
-from hf_coverage.functional.checks import metric_key
+from hf_coverage.functional.bounds import BestOfNBudget
+from hf_coverage.functional.checks import FloatArray, metric_key
 from hf_coverage.functional.paired import PairedDifference, paired_coverage_difference, paired_kl_difference
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Cell, Column, Interval, Table, format_number
 
-__all__ = ["Audit", "Disagreement", "audit_table", "disagreements", "draw_audit", "explain", "order_table"]
+__all__ = [
+    "Audit",
+    "Disagreement",
+    "audit_table",
+    "disagreements",
+    "draw_audit",
+    "explain",
+    "normal_coverage",
+    "order_table",
+]
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,14 @@ def perplexity(profile: CoverageProfile, num_tokens: int) -> float:
 def audit_table(audit: Audit) -> Table:
     """One row a model: coverage, KL, both perplexities and the samples that Best-of-N needs."""
     columns: list[Column | str] = ["model", *(Column(f"Cov_{metric_key(n)}", "lower") for n in audit.n)]
-    columns += ["KL (nats)", "perplexity, own responses", "perplexity, real text", "enough samples", "too few below"]
+    columns += [
+        f"{audit.headline} by KL alone",
+        "KL (nats)",
+        "perplexity, own responses",
+        "perplexity, real text",
+        "enough samples",
+        "necessary samples",
+    ]
     rows: list[list[Cell]] = []
     for profile, own, text in zip(audit.profiles, audit.response_perplexities(), audit.text_perplexities()):
         budget = profile.best_of_n_budget(audit.regret)
@@ -80,6 +99,7 @@ def audit_table(audit: Audit) -> Table:
             [
                 profile.name,
                 *(Interval(profile.cov(n), *profile.interval(n)) for n in audit.n),
+                round(float(normal_coverage(profile.kl, audit.headline_n)), 3) if 0 < profile.kl < math.inf else None,
                 f"{profile.kl:.3f} ± {profile.kl_standard_error:.3f}",
                 own,
                 text,
@@ -90,10 +110,24 @@ def audit_table(audit: Audit) -> Table:
     return Table(
         columns,
         rows,
-        "Coverage with 95 % intervals over prompts, sequence-level KL with its standard error, perplexity a token; "
+        "Coverage with 95 % intervals over prompts; what KL alone would make of it, were the damage many small "
+        "independent losses; sequence-level KL with its standard error; perplexity a token; "
         f"with 'enough samples' Best-of-N provably loses at most {format_number(audit.regret)} of expected reward to "
-        "the original, and with fewer than 'too few below' there is a reward on which it loses more.",
+        "the original; with fewer than the necessary ones there is a reward on which it loses more.",
     )
+
+
+def normal_coverage(kl: float, n: float | FloatArray) -> FloatArray:
+    """Cov_N that KL alone would make, `Phi((KL - log N) / sqrt(2 KL))`, were the damage many small independent losses.
+
+    A log ratio that is a sum of such losses is nearly normal, and since `E_D[exp(-r)] = 1` its variance is then twice
+    its mean: the whole profile follows from KL. Where the real one lies elsewhere, the damage is not of that kind.
+
+    Args:
+        kl: `D_KL(D || p)`, nats, positive and finite.
+        n: one N or many.
+    """
+    return stats.norm.cdf((kl - np.log(n)) / math.sqrt(2 * kl))
 
 
 def disagreements(audit: Audit) -> Iterator[Disagreement]:
@@ -163,22 +197,28 @@ def explain(audit: Audit) -> list[str]:
         f"times less likely, from best to worst: {ranking}. Lower is better."
     ]
     sentences.append(_orders(audit))
-    original = audit.profiles[0].best_of_n_budget(audit.regret)
+    least = samples(audit.profiles[0].best_of_n_budget(audit.regret).n)
     for profile in ordered:
         budget = profile.best_of_n_budget(audit.regret)
-        tail = np.sort(profile.log_ratios)[-max(1, profile.num_rows // 10) :]
+        worst = np.sort(profile.log_ratios)[-max(1, profile.num_rows // 10) :].mean()
         sentences.append(
-            f"{profile.name}: Best-of-N needs {samples(budget.n)} samples for a regret of "
-            f"{format_number(audit.regret)} (the original itself {samples(original.n)}); the worst tenth of the "
-            f"responses lost {tail.mean():.1f} nats on average, all together {profile.kl:.2f}."
+            f"{profile.name}: for Best-of-N to lose at most {format_number(audit.regret)} of expected reward to the "
+            f"original {_enough(budget)} (the original itself: {least}). A response lost {profile.kl:.2f} nats on "
+            f"average, the worst tenth {worst:.1f}."
         )
     return sentences
+
+
+def _enough(budget: BestOfNBudget) -> str:
+    if math.isinf(budget.n):
+        return "no number of samples is enough"
+    return f"{samples(budget.n)} samples are enough and {samples(budget.necessary_n)} necessary"
 
 
 def _orders(audit: Audit) -> str:
     pairs = list(disagreements(audit))
     total = math.comb(len(audit.profiles) - 1, 2)
-    sure = [pair for pair in pairs if max(pair.text.p_value, pair.coverage.p_value) < 0.05]
+    by_coverage, by_text = (sum(getattr(pair, name).p_value < 0.05 for pair in pairs) for name in ("coverage", "text"))
     start = (
         f"Perplexity on the real text orders {total - len(pairs)} of {total} pairs of compressions as "
         f"{audit.headline} does"
@@ -186,7 +226,10 @@ def _orders(audit: Audit) -> str:
     if not pairs:
         return f"{start}: all of them."
     named = "; ".join(f"{pair.a} and {pair.b}" for pair in pairs)
-    return f"{start}, the others not: {named}. In {len(sure)} of these both differences are significant at 5 %."
+    return (
+        f"{start}, the others not: {named}. At 5 % the paired tests tell {by_coverage} of these {len(pairs)} apart by "
+        f"coverage and {by_text} by the text."
+    )
 
 
 def samples(n: float) -> str:
@@ -198,29 +241,34 @@ def samples(n: float) -> str:
 
 def draw_audit(audit: Audit, path: str | PathLike[str] | None = None) -> Figure:
     """Draw the profiles, and coverage at the headline N against the text's perplexity."""
-    figure, (left, right) = new_axes(2, width=5.6, height=4.4)
+    figure, (left, right) = new_axes(2, width=5.4, height=4.6)
     grid = np.exp(np.linspace(0, math.log(1024), 97))
     originally, *perplexities = audit.text_perplexities()
+    lines = []
     for profile, color, at in zip(audit.profiles[1:], COLORS, perplexities):
         curve = profile.curve(grid)
-        left.plot(curve.n, curve.coverage, color=color, linewidth=1.8)
+        lines += left.plot(curve.n, curve.coverage, color=color, linewidth=1.8, label=profile.name)
         left.fill_between(curve.n, curve.low, curve.high, color=color, alpha=0.13, linewidth=0)
+        if 0 < profile.kl < math.inf:
+            left.plot(grid, normal_coverage(profile.kl, grid), color=color, linewidth=1, linestyle=":")
         value, (low, high) = profile.cov(audit.headline_n), profile.interval(audit.headline_n)
-        right.errorbar(
-            at, value, [[max(0, value - low)], [high - value]], color=color, marker="o", capsize=3, label=profile.name
-        )
+        right.errorbar(at, value, [[max(0, value - low)], [high - value]], color=color, marker="o", capsize=3)
     left.set_xscale("log", base=2)
     left.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     left.set_xlabel("N (samples that Best-of-N may draw)")
     left.set_ylabel("Cov$_N$ (lower is better)")
-    left.set_title("Coverage of the original's responses")
-    right.axvline(originally, color="#888888", linestyle=":", linewidth=1.2)
+    left.set_title("What is lost of the original's responses")
+    right.axvline(originally, color="#888888", linestyle="--", linewidth=1.2)
+    right.annotate(" original", (originally, 1.0), color="#666666", va="top")
     right.set_xscale("log")
+    right.xaxis.set_major_locator(MaxNLocator(6))
+    right.xaxis.set_minor_locator(NullLocator())
+    right.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     right.set_xlabel("perplexity a token on a real text")
     right.set_ylabel(f"Cov$_{{{metric_key(audit.headline_n)}}}$ (lower is better)")
-    right.set_title("Does perplexity tell?")
+    right.set_title("Beside perplexity")
     for ax in (left, right):
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(-0.015, 1.02)
     left.margins(x=0)
-    right.legend(frameon=False)
+    figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False)
     return save_figure(figure, path)

@@ -150,3 +150,12 @@ def test_sharing_is_decided_by_the_cache_the_model_returns(name: str) -> None:
     model = build(name)
     with inference(model):
         assert HeadForward(model).probe().repeatable == ARCHITECTURES[name][2]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_head_is_called_alone_only_where_the_model_adds_nothing(name: str) -> None:
+    model = build(name)
+    with inference(model):
+        assert HeadForward(model).probe().plain_head == (
+            name not in ("gemma2", "granite", "cohere", "recurrent_gemma")
+        )

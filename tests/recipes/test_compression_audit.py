@@ -217,7 +217,15 @@ def test_the_least_influential_layer_is_the_one_that_does_nothing(tiny, idle):
     assert compress.least_influential_layer(lazy, torch.randint(2, 48, (2, 9))) == idle
 
 
-@pytest.mark.parametrize("name", ["int4", "int4-rtn-many", "int5-rtn-8", "float8", "pruned-half", "without-layer-x"])
+def test_the_last_layer_is_not_judged_by_the_final_norm(tiny):
+    lazy = compress.to_bfloat16(tiny).float()
+    with torch.no_grad():
+        lazy.model.layers[3].self_attn.o_proj.weight.zero_()
+        lazy.model.layers[3].mlp.down_proj.weight.zero_()
+    assert compress.least_influential_layer(lazy, torch.randint(2, 48, (2, 9))) < 3
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-rtn-many", "int9-rtn-8", "float8", "pruned-half", "without-layer-x"])
 def test_an_unknown_compression_is_refused(name):
     with pytest.raises(ValueError, match=f"`compressions` must be .*{name}"):
         compress.compression(name, calibration=CALIBRATION)
@@ -245,7 +253,7 @@ def test_the_pairs_that_perplexity_orders_otherwise_are_found_and_tested():
     assert pair.coverage.p_value < 0.01
     sentence = findings.explain(made)[1]
     assert "orders 2 of 3 pairs of compressions as Cov_16 does, the others not: wide and narrow" in sentence
-    assert "In 1 of these both differences are significant" in sentence
+    assert "tell 1 of these 1 apart by coverage and 1 by the text" in sentence
     assert len(findings.disagreement_table(made).rows) == 1
 
 
@@ -256,12 +264,25 @@ def test_agreement_is_said_as_plainly():
     assert "There is none." in findings.disagreement_table(made).caption
 
 
+@pytest.mark.parametrize("kl", [0.1, 1.5, 6.0])
+def test_many_small_losses_have_the_coverage_that_kl_alone_makes(kl):
+    step = math.sqrt(2 * kl / 1000)  # 1000 tokens, each a little likelier or less likely, and E[exp(-r)] = 1
+    rise = 1 / (1 + math.exp(step))
+    falls = np.random.default_rng(0).binomial(1000, 1 - rise, 200_000)
+    ratios = (2 * falls - 1000) * step
+    assert np.exp(-ratios).mean() == pytest.approx(1, rel=0.1)
+    assert ratios.mean() == pytest.approx(kl, rel=0.05)
+    for n in (2, 16):
+        assert float(findings.normal_coverage(kl, n)) == pytest.approx(np.mean(ratios >= math.log(n)), abs=0.02)
+
+
 def test_where_no_number_of_samples_is_enough_the_table_says_so():
     lost = [math.inf] * 6 + [0.0] * 6
     made = profiles({"original": [0.0] * 12, "lost": lost}, {"original": [1.0] * 12, "lost": [1.0] * 12})
     table = findings.audit_table(made)
     assert table.rows[1][-2:] == ["no number of samples", "no number of samples"]
     assert table.rows[0][-2] == "5"
+    assert "no number of samples is enough (the original itself: 5)" in findings.explain(made)[2]
 
 
 def test_the_command_line_goes_over_the_configuration(tmp_path):
