@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from hf_coverage.measure.profile import CoverageProfile
     from hf_coverage.measure.score_table import ScoreTable
     from hf_coverage.measure.scoring import score_responses
+    from hf_coverage.select.result import TournamentResult
+    from hf_coverage.select.tournament import tournament
 
 __version__ = "0.1.0"
 
@@ -22,11 +24,13 @@ _HOMES = {
     "CoverageProfile": "measure.profile",
     "CoverageWarning": "measure.callback",
     "ScoreTable": "measure.score_table",
+    "TournamentResult": "select.result",
     "sample_corpus": "measure.builders",
     "score_answers": "measure.answers",
     "score_responses": "measure.scoring",
     "single_answer_corpus": "measure.builders",
     "teacher_scored_corpus": "measure.builders",
+    "tournament": "select.tournament",
     "windows_corpus": "measure.builders",
 }
 
@@ -35,12 +39,14 @@ __all__ = [
     "CoverageProfile",
     "CoverageWarning",
     "ScoreTable",
+    "TournamentResult",
     "evaluate_module",
     "sample_corpus",
     "score_answers",
     "score_responses",
     "single_answer_corpus",
     "teacher_scored_corpus",
+    "tournament",
     "windows_corpus",
 ]
 

@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from hf_coverage import __version__
-from hf_coverage.commands import compare, profile, report, sample, score
+from hf_coverage.commands import compare, profile, report, sample, score, tournament
 from hf_coverage.commands.console import print_error
 
 __all__ = ["app"]
@@ -31,6 +31,8 @@ hf-coverage profile scores/MODEL
 hf-coverage compare scores/BASE scores/MODEL
 
 hf-coverage report scores/BASE scores/MODEL --card
+
+hf-coverage tournament RUN/checkpoint-* --data corpus
 
 Exit codes: 0 done, 1 something failed, 2 the command line or the configuration file is wrong.
 """
@@ -93,5 +95,6 @@ for _command, _examples in (
     (profile.profile, profile.EXAMPLES),
     (compare.compare, compare.EXAMPLES),
     (report.report, report.EXAMPLES),
+    (tournament.tournament, tournament.EXAMPLES),
 ):
     app.command(help=_help(_command), epilog=_examples)(_command)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import ArrayLike
 
@@ -18,6 +19,7 @@ __all__ = [
     "COLORS",
     "ProfileCurve",
     "new_axes",
+    "plot_challenges",
     "plot_predictiveness",
     "plot_profiles",
     "plot_training_curves",
@@ -215,4 +217,56 @@ def plot_predictiveness(
         ax.set_ylabel(f"{pass_label} (higher is better)")
     if title:
         figure.suptitle(title)
+    return save_figure(figure, path)
+
+
+def plot_challenges(
+    names: Sequence[str],
+    challenges: ArrayLike,
+    path: str | PathLike[str] | None = None,
+    *,
+    winner: str | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Draw the challenges of a tournament as a heat map: a column for each defender, its darkest field its score.
+
+    Args:
+        names: the M candidates.
+        challenges: `(M, M)` how often a candidate (row) challenges another one (column); NaN is left white.
+        path: file to write, its format given by the suffix; None only returns the figure.
+        winner: the candidate whose column is framed.
+        title: title above the axes.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: if there is not one row and one column for each name.
+
+    Example:
+        >>> figure = plot_challenges(["a", "b"], [[0.0, 0.2], [0.1, 0.0]], winner="a")
+        >>> figure.axes[0].get_xlabel()
+        'challenged (score: the darkest field of its column)'
+
+    References:
+        arXiv 2510.15020, Eq. (28) and (29).
+    """
+    matrix = np.asarray(challenges, dtype=float)
+    if matrix.shape != (len(names), len(names)):
+        raise ValueError(f"`challenges` must have shape {(len(names), len(names))}, but has {matrix.shape}.")
+    side = min(14.0, 3.2 + 0.34 * len(names))
+    figure, (ax,) = new_axes(width=side + 1.0, height=side)
+    ax.grid(visible=False)
+    image = ax.imshow(matrix, cmap="Blues", vmin=min(0.0, float(np.nanmin(matrix))), interpolation="nearest")
+    figure.colorbar(image, ax=ax, shrink=0.8, label="share of responses")
+    places, size = range(len(names)), 9 if len(names) <= 24 else 6
+    ax.set_xticks(places, names, rotation=90, fontsize=size)
+    ax.set_yticks(places, names, fontsize=size)
+    ax.set_xlabel("challenged (score: the darkest field of its column)")
+    ax.set_ylabel("challenger")
+    if winner is not None:
+        left, bottom = names.index(winner) - 0.5, -0.5
+        ax.add_patch(Rectangle((left, bottom), 1, len(names), fill=False, edgecolor=COLORS[1], linewidth=2))
+    if title:
+        ax.set_title(title)
     return save_figure(figure, path)

@@ -1,16 +1,28 @@
 """Corpora, models and tokenizers by the names that stand on a command line."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_coverage.commands.console import is_main_process
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ORIGIN", "load_model", "load_tokenizer", "model_name", "read_dataset", "read_origin", "write_origin"]
+__all__ = [
+    "ORIGIN",
+    "decided_by_main_process",
+    "load_model",
+    "load_tokenizer",
+    "model_name",
+    "read_dataset",
+    "read_origin",
+    "write_origin",
+]
 
 ORIGIN = "origin.json"
 """Beside a corpus: the command and settings that made it."""
@@ -70,11 +82,10 @@ def load_model(
 ) -> "PreTrainedModel":
     """A causal language model, on its device and in evaluation mode."""
     import torch
-    from accelerate import PartialState
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    state = PartialState(cpu=device == "cpu" or (device is None and not torch.accelerator.is_available()))
+    state = _job(device)
     if not is_main_process():
         logging.disable_progress_bar()
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -96,6 +107,31 @@ def model_name(name: str, gguf_file: str | None = None) -> str:
     if gguf_file is not None:
         return Path(gguf_file).stem
     return Path(name).resolve().name if Path(name).exists() else name
+
+
+def decided_by_main_process(question: Callable[[], bool], device: str | None = None) -> bool:
+    """The main process's answer, on every process: files may change between two processes' looks at them."""
+    answer = [question() if is_main_process() else False]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate.utils import broadcast_object_list
+
+        _job(device)
+        broadcast_object_list(answer)
+    return answer[0]
+
+
+def leave_job(device: str | None = None) -> None:
+    """End what the processes of a job do together: those that are done may exit while the main process goes on."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _job(device).destroy_process_group()
+
+
+def _job(device: str | None) -> "PartialState":
+    """The processes of the job, on the accelerator unless there is none or the CPU is asked for."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=device == "cpu" or (device is None and not torch.accelerator.is_available()))
 
 
 def _existing(path: Path) -> str:

@@ -1,0 +1,234 @@
+"""`hf-coverage tournament`: which of several checkpoints covers best."""
+
+import json
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from hf_coverage.commands.console import is_main_process, print_table, say
+from hf_coverage.commands.inputs import decided_by_main_process, leave_job, read_dataset
+from hf_coverage.commands.options import (
+    AppendEos,
+    BatchTokens,
+    ConfigFile,
+    Device,
+    Dtype,
+    DtypeName,
+    Split,
+    TokenizerName,
+    parse_n,
+)
+from hf_coverage.commands.score import score_into
+from hf_coverage.commands.score_folder import Measured, check_same_rows, read_measured, read_reference
+from hf_coverage.functional.checks import metric_key
+from hf_coverage.report.table import Cell, Column, Table
+
+if TYPE_CHECKING:
+    from hf_coverage.select.result import TournamentResult
+
+__all__ = ["EXAMPLES", "tournament"]
+
+EXAMPLES = """\
+[bold]Examples[/]
+
+hf-coverage tournament RUN/checkpoint-* --data corpus --n 16 --output-dir tournament --link RUN/best
+
+hf-coverage tournament scores/step-1000 scores/step-2000 --n 8 --sweep 2,4,16
+
+torchrun --nproc_per_node 2 -m hf_coverage tournament RUN/checkpoint-* --data corpus -n 16
+"""
+
+_KEPT = "checkpoint.json"
+"""Beside a checkpoint's scores: what they were made of."""
+
+
+class _Contender(NamedTuple):
+    """A candidate's log p `(R,)`, the groups of all rows, its Cov_N where it can be known, and where its model is."""
+
+    logprobs: Any
+    groups: Any
+    coverage: float | None
+    checkpoint: str
+
+
+def tournament(
+    candidates: Annotated[
+        list[str], typer.Argument(help="Checkpoint folders or Hub ids; score folders as well.", metavar="CHECKPOINTS")
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option("--data", "--corpus", help="Held-out prompts and responses: folder, file or Hub id."),
+    ] = None,
+    n: Annotated[
+        float, typer.Option("--n", "-n", help="N of the challenges, a real number; the larger, the rarer they are.")
+    ] = 16,
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="More N to report, comma-separated, in the same pass.")
+    ] = None,
+    output_dir: Annotated[
+        Path, typer.Option("--output-dir", "-o", help="Folder for scores, the heat map and the JSON.")
+    ] = Path("tournament"),
+    link: Annotated[Path | None, typer.Option(help="Symbolic link to make to the winner's folder.")] = None,
+    bootstrap: Annotated[int, typer.Option(min=0, help="How often to draw the prompts anew for win rates.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    race: Annotated[
+        float | None,
+        typer.Option(help="Drop hopeless candidates early, with this confidence, such as 0.99; for hundreds of them."),
+    ] = None,
+    split: Split = None,
+    tokenizer: TokenizerName = None,
+    dtype: Dtype = DtypeName.auto,
+    device: Device = None,
+    append_eos: AppendEos = False,
+    group_by: Annotated[
+        str | None,
+        typer.Option(help="Column whose equal values make rows dependent; by default `document`, or else `prompt`."),
+    ] = None,
+    batch_tokens: BatchTokens = 4096,
+    shard_rows: Annotated[int, typer.Option(help="Rows per file of the scores: what an interruption costs.")] = 1024,
+    config: ConfigFile = None,
+) -> None:
+    """Choose the checkpoint with the best coverage, by a tournament that needs no density of the data.
+
+    Each checkpoint is scored once, one model at a time, and its scores are kept: run the command again to go on after
+    an interruption, or with one more checkpoint, and only what is new is scored. In the tournament, a checkpoint's
+    score is the largest share of responses that another one makes at least N times as likely; lower is better.
+
+    Writes best_checkpoint.json, tournament.json and tournament.png.
+    """
+    from hf_coverage.select.checkpoints import distinct_names
+
+    sources = [candidate.rstrip("/") for candidate in candidates]
+    names = distinct_names(sources)
+    loading = {"dtype": dtype.value, "device": device, "revision": None, "gguf_file": None}
+    options: dict[str, Any] = {"split": split, "tokenizer": tokenizer, "append_eos": append_eos}
+    options |= {"group_by": group_by, "batch_tokens": batch_tokens, "shard_rows": shard_rows}
+    folders = score_checkpoints(sources, names, output_dir / "scores", data, loading, options)
+    leave_job(device)
+    if not is_main_process():
+        return
+    measured = _read(dict(zip(names, folders)), n)
+    result = _hold(measured, n, sweep, bootstrap=bootstrap, seed=seed, race_confidence=race)
+    print_table(_table(result, measured))
+    if result.sweep:
+        print_table(_sweep_table(result))
+    say(result.sentence, result.guarantee())
+    _write(output_dir, result, {name: one.checkpoint for name, one in measured.items()}, link)
+
+
+def score_checkpoints(
+    sources: Sequence[str],
+    names: Sequence[str],
+    scores: Path,
+    data: str | None,
+    loading: dict[str, Any],
+    options: dict[str, Any],
+) -> list[Path]:
+    """Score those checkpoints whose scores are not there; every process of a job calls it.
+
+    Args:
+        sources: checkpoint folders, Hub ids or score folders.
+        names: what to call them.
+        scores: where their scores go.
+        data: the corpus.
+        loading: how models are loaded, see `load_model`.
+        options: how they are scored, see `score_into`.
+
+    Returns:
+        The score folder of each.
+    """
+    from hf_coverage.select.checkpoints import checkpoint_signature, distinct_names
+
+    # By two parts of the path at least: the checkpoints of another run can join later under the same names.
+    keys = [key.replace("/", "__") for key in distinct_names(sources, parts=2)]
+    done = [(Path(source) / "metadata.json").is_file() for source in sources]
+    folders = [Path(source) if scored else scores / key for source, scored, key in zip(sources, done, keys)]
+    if all(done):
+        return folders
+    if data is None:
+        raise ValueError(f"{sources[done.index(False)]} is no score folder: give the corpus to score it on, `--data`.")
+    reference = read_reference(read_dataset(data, options["split"]), options["group_by"])
+    corpus = blake2b(b"".join(part.tobytes() for part in (reference.rows, reference.groups)), digest_size=16)
+    corpus.update(b"" if reference.logprob is None else reference.logprob.tobytes())
+    facts = {"corpus": corpus.hexdigest(), "loading": loading, "options": options}
+    for source, name, folder, scored in zip(sources, names, folders, done):
+        made_of = facts | {"model": str(Path(source).absolute()), "files": checkpoint_signature(source)}
+        if scored or decided_by_main_process(lambda: _is_kept(folder, made_of), loading["device"]):  # noqa: B023
+            continue
+        score_into(folder, source, data, name=name, loading=loading, **options)
+        if is_main_process():
+            (folder / _KEPT).write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
+    return folders
+
+
+def _is_kept(folder: Path, made_of: dict[str, Any]) -> bool:
+    """Whether a folder holds the finished scores of this very checkpoint on this very corpus."""
+    record = folder / _KEPT
+    return bool(made_of["files"]) and record.is_file() and json.loads(record.read_text(encoding="utf-8")) == made_of
+
+
+def _read(folders: dict[str, Path], n: float) -> dict[str, _Contender]:
+    """The candidates' scores, after checking that they are of the same rows."""
+    contenders = {}
+    first: Measured | None = None
+    for name, folder in folders.items():
+        measured = read_measured(str(folder))
+        first = first or measured
+        check_same_rows([first, measured])
+        profile = measured.profile
+        contenders[name] = _Contender(
+            logprobs=profile.logprobs,
+            groups=first.reference.groups,
+            coverage=None if profile.is_upper_bound else profile.cov(n),
+            checkpoint=measured.facts.get("model", str(folder)),
+        )
+    return contenders
+
+
+def _hold(measured: dict[str, _Contender], n: float, sweep: list[str] | None, **options: Any) -> "TournamentResult":
+    from hf_coverage.select.tournament import tournament as hold
+
+    groups = next(iter(measured.values())).groups
+    logprobs = {name: one.logprobs for name, one in measured.items()}
+    return hold(logprobs, n, groups=groups, sweep=parse_n(sweep) if sweep else (), **options)
+
+
+def _table(result: "TournamentResult", measured: dict[str, _Contender]) -> Table:
+    level, known = metric_key(result.n), all(one.coverage is not None for one in measured.values())
+    columns: list[Column | str] = ["checkpoint", Column(f"score at N = {level}", "lower")]
+    columns += [Column("mean challenge", "lower"), Column("cross-entropy (nats)", "lower")]
+    columns += [Column("wins", "higher")] if result.win_rates else []
+    columns += [Column(f"Cov_{level}", "lower")] if known else []
+    rows: list[list[Cell]] = []
+    for name in result.ranking:
+        cells: list[Cell] = [name, result.scores[name], result.mean_challenges[name], result.cross_entropies[name]]
+        cells += [result.win_rates.get(name)] if result.win_rates else []
+        cells += [measured[name].coverage] if known else []
+        rows.append([*cells, _chosen_by(result, name)])
+    return Table([*columns, "chosen by"], rows, "Best first. Score: worst challenge by another checkpoint.")
+
+
+def _chosen_by(result: "TournamentResult", name: str) -> str:
+    chosen = {"tournament": result.winner, "cross-entropy": result.cross_entropy_choice}
+    note = ["tied"] if name in result.ties and name != result.winner else []
+    return ", ".join([*(rule for rule, choice in chosen.items() if choice == name), *note])
+
+
+def _sweep_table(result: "TournamentResult") -> Table:
+    rows: list[list[Cell]] = [[metric_key(p.n), p.winner, p.scores[p.winner], len(p.ties) or 1] for p in result.sweep]
+    return Table(["N", "winner", "score", "tied at it"], rows, "The tournament at other N.")
+
+
+def _write(folder: Path, result: "TournamentResult", checkpoints: dict[str, str], link: Path | None) -> None:
+    from hf_coverage.select.checkpoints import link_checkpoint, write_best_checkpoint
+
+    folder.mkdir(parents=True, exist_ok=True)
+    result.to_json(folder / "tournament.json")
+    result.plot(folder / "tournament.png")
+    path = write_best_checkpoint(folder / "best_checkpoint.json", result, checkpoints)
+    if link is not None:
+        link_checkpoint(link, checkpoints[result.winner])
+    say(f"Winner in {path}, all numbers in {folder / 'tournament.json'}, heat map in {folder / 'tournament.png'}.")

@@ -1,0 +1,1 @@
+"""Select for coverage: tournaments over checkpoints and other candidates."""

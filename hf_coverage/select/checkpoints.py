@@ -1,0 +1,119 @@
+"""Checkpoint folders: telling them apart, knowing them again, and leaving the winner where tools find it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_coverage.functional.checks import metric_key
+from hf_coverage.select.result import TournamentResult
+
+__all__ = ["checkpoint_signature", "distinct_names", "link_checkpoint", "write_best_checkpoint"]
+
+_TRAINING_STATE = (
+    "optimizer*",
+    "scheduler*",
+    "rng_state*",
+    "trainer_state*",
+    "training_args*",
+    "scaler*",
+    "global_step*",
+)
+
+
+def distinct_names(paths: Sequence[str | os.PathLike[str]], *, parts: int = 1) -> list[str]:
+    """Name paths by as few of their last parts as tell them all apart.
+
+    Args:
+        paths: folders, each another one.
+        parts: how many parts to use at least.
+
+    Returns:
+        One name each, parts joined by `/`.
+
+    Raises:
+        ValueError: if a folder is given twice.
+
+    Example:
+        >>> distinct_names(["runs/a/checkpoint-100", "runs/b/checkpoint-100"])
+        ['a/checkpoint-100', 'b/checkpoint-100']
+    """
+    split = [Path(path).absolute().parts for path in paths]
+    twice = next((path for path, own in zip(paths, split) if split.count(own) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is given twice: give each candidate once.")
+    while True:
+        names = ["/".join(own[-parts:]) for own in split]
+        if len(set(names)) == len(names):
+            return names
+        parts += 1
+
+
+def checkpoint_signature(folder: str | os.PathLike[str]) -> dict[str, list[int]]:
+    """Name, size and time of every file that a model is loaded from: equal as long as nobody touched the checkpoint.
+
+    The state of the training, which `load` does not read, is left out. A name of the Hub has no files here, and so no
+    signature.
+    """
+    path = Path(folder)
+    files = sorted(file for file in path.glob("*") if file.is_file()) if path.is_dir() else []
+    return {
+        file.name: [file.stat().st_size, file.stat().st_mtime_ns]
+        for file in files
+        if not any(file.match(pattern) for pattern in _TRAINING_STATE)
+    }
+
+
+def write_best_checkpoint(
+    path: str | os.PathLike[str], result: TournamentResult, checkpoints: Mapping[str, str | os.PathLike[str]]
+) -> Path:
+    """Write the winner of a tournament over checkpoints as JSON, in the words of `trainer_state.json`.
+
+    Args:
+        path: the file, by custom `best_checkpoint.json`.
+        result: the tournament.
+        checkpoints: the folder, or Hub id, of each candidate.
+
+    Returns:
+        The file's path.
+    """
+    record: dict[str, Any] = {
+        "best_model_checkpoint": str(checkpoints[result.winner]),
+        "best_metric": result.scores[result.winner],
+        "metric": f"tournament_{metric_key(result.n)}",
+        "greater_is_better": False,
+        "tied_with": [str(checkpoints[name]) for name in result.ties if name != result.winner],
+        "cross_entropy_checkpoint": str(checkpoints[result.cross_entropy_choice]),
+        "sentence": result.sentence,
+        "scores": {str(checkpoints[name]): result.scores[name] for name in result.ranking},
+    }
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.part")
+    unfinished.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(target)
+    return target
+
+
+def link_checkpoint(link: str | os.PathLike[str], checkpoint: str | os.PathLike[str]) -> Path:
+    """Make `link` a symbolic link to a checkpoint, in place of the link that was there.
+
+    Raises:
+        FileExistsError: if there is something other than a link.
+        FileNotFoundError: if the checkpoint is no folder.
+    """
+    target = Path(link)
+    if not Path(checkpoint).is_dir():
+        raise FileNotFoundError(f"a link needs a folder to point to, but {checkpoint} is none.")
+    if target.exists() and not target.is_symlink():
+        raise FileExistsError(f"{target} exists and is no symbolic link: choose another `link`.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A link is put in place whole: a reader finds the old winner or the new one.
+    unfinished = target.with_name(f".{target.name}.part")
+    unfinished.unlink(missing_ok=True)
+    unfinished.symlink_to(os.path.relpath(Path(checkpoint).absolute(), target.absolute().parent))
+    unfinished.replace(target)
+    return target

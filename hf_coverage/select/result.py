@@ -1,0 +1,196 @@
+"""What a tournament decided, how sure it is of it, and how it says so."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from hf_coverage.functional.checks import FloatArray, metric_key
+from hf_coverage.functional.guarantee import offset_guarantee, simple_guarantee
+from hf_coverage.functional.tournament import TieBreak
+from hf_coverage.plots import plot_challenges
+
+__all__ = ["SweepPoint", "TournamentResult"]
+
+_RULES = {
+    "mean challenge": "the mean challenge over all candidates",
+    "cross-entropy": "cross-entropy, their mean challenges being equal too",
+    "order": "the order in which they were given, since no rule tells them apart",
+}
+
+
+class SweepPoint(NamedTuple):
+    """The tournament at another N: its winner, who was tied with it, and all scores."""
+
+    n: float
+    winner: str
+    ties: tuple[str, ...]
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class TournamentResult:
+    """The outcome of a tournament; lower scores are better.
+
+    Attributes:
+        names: the M candidates, in the order given.
+        n: the N of the challenges.
+        rates: `(M, M)` C[a, b], how often a challenges b.
+        offsets: `(M, M)` 2 g O[a, b]; zeros in a simple tournament.
+        gamma: g of an offset tournament; None in a simple one.
+        scores: worst challenge of each candidate.
+        mean_challenges: mean challenge of each candidate, the first tie-break.
+        cross_entropies: E[-log p] of each candidate, nats a response, the second tie-break.
+        ranking: candidates, best first; those that racing dropped come last.
+        ties: the candidates with the least score, where there are several; else empty.
+        decided_by: what broke the tie; None where there was none.
+        win_rates: how often each candidate wins when prompts are drawn anew; empty without a bootstrap.
+        num_rows: R.
+        num_prompts: distinct prompts.
+        sweep: the tournament at other N.
+        suggested_n: where N is so large that several scores are 0, the largest N tried at which the least score is one
+            candidate's alone; None otherwise, or where there is none.
+        dropped: rows on which each candidate that racing dropped was challenged; its score is an estimate from them.
+        race_confidence: the confidence of the race; None without one.
+    """
+
+    names: tuple[str, ...]
+    n: float
+    rates: FloatArray = field(repr=False)
+    offsets: FloatArray = field(repr=False)
+    gamma: float | None
+    scores: dict[str, float]
+    mean_challenges: dict[str, float] = field(repr=False)
+    cross_entropies: dict[str, float] = field(repr=False)
+    ranking: tuple[str, ...]
+    ties: tuple[str, ...]
+    decided_by: TieBreak | None
+    win_rates: dict[str, float]
+    num_rows: int
+    num_prompts: int
+    sweep: tuple[SweepPoint, ...] = ()
+    suggested_n: float | None = None
+    dropped: dict[str, int] = field(default_factory=dict)
+    race_confidence: float | None = None
+
+    @property
+    def winner(self) -> str:
+        """The candidate that the tournament picks."""
+        return self.ranking[0]
+
+    @property
+    def matrix(self) -> FloatArray:
+        """`(M, M)` challenges that scores are the column maxima of: C[a, b], minus 2 g O[a, b] with an offset."""
+        return self.rates - self.offsets
+
+    @property
+    def cross_entropy_choice(self) -> str:
+        """The candidate that validation loss would pick, the first of several equal ones."""
+        return min(self.names, key=self.cross_entropies.__getitem__)
+
+    @property
+    def sentence(self) -> str:
+        """What was decided and how sure it is, in plain words."""
+        parts = [self._decision()]
+        if self.ties:
+            others = [name for name in self.ties if name != self.winner]
+            parts.append(f"Tied with it: {_listed(others)}; decided by {_RULES[self.decided_by or 'order']}.")
+        if self._has_zero_tie():
+            remedy = f"n={metric_key(round(self.suggested_n, 2))} separates them" if self.suggested_n else "no N does"
+            parts.append(
+                f"N = {metric_key(self.n)} is so large that {sum(v == 0 for v in self.scores.values())} of "
+                f"{len(self.names)} scores are 0 and tell nothing apart: {remedy}."
+            )
+        if self.winner in self.win_rates:
+            parts.append(f"With prompts drawn anew it wins {_percent(self.win_rates[self.winner])} of the time.")
+        if self.dropped:
+            parts.append(
+                f"Racing dropped {len(self.dropped)} of {len(self.names)} candidates before all rows were compared; "
+                f"none of them has the least score, with probability {_percent(self.race_confidence or 0.0)} or more."
+            )
+        return " ".join([*parts, self._against_cross_entropy()])
+
+    def guarantee(self, *, a: float = 0.5, delta: float = 0.05) -> str:
+        """What Theorem 6.3 (6.4 with an offset) promises of the winner, with this tournament's numbers in it.
+
+        Args:
+            a: trades what is promised against its slack, in [0, 1]; for the simple tournament.
+            delta: probability that the promise fails.
+        """
+        size = len(self.names), self.num_prompts
+        if self.gamma is not None:
+            return offset_guarantee(self.n, *size, gamma=self.gamma, delta=delta)
+        return simple_guarantee(self.n, *size, a=a, delta=delta)
+
+    def plot(self, path: str | PathLike[str] | None = None, *, title: str | None = None) -> Figure:
+        """Draw the challenges as a heat map, the winner's column framed.
+
+        Args:
+            path: file to write, its format given by the suffix; None only returns the figure.
+            title: title above the axes; by default N and the winner.
+        """
+        heading = title or f"Tournament at N = {metric_key(self.n)}: {self.winner} wins"
+        return plot_challenges(self.names, self.matrix, path, winner=self.winner, title=heading)
+
+    def to_json(self, path: str | PathLike[str] | None = None) -> str:
+        """Everything as strict JSON text, unknown and infinite numbers as null; also written to `path` where given."""
+        facts: dict[str, Any] = {"winner": self.winner, "sentence": self.sentence, "guarantee": self.guarantee()}
+        facts |= {name: value for name, value in vars(self).items() if name != "sweep"}
+        facts |= {"cross_entropy_choice": self.cross_entropy_choice, "sweep": [p._asdict() for p in self.sweep]}
+        text = json.dumps(_strict(facts), indent=2, ensure_ascii=False, allow_nan=False)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    def _has_zero_tie(self) -> bool:
+        return bool(self.ties) and self.scores[self.winner] == 0
+
+    def _decision(self) -> str:
+        size = f"{self.num_rows:,} responses to {self.num_prompts:,} prompts"
+        if len(self.names) == 1:
+            return f"{self.winner} wins, being the only candidate ({size})."
+        less = "" if self.gamma is None else ", less the offset"
+        level, (best, second) = metric_key(self.n), [_percent(self.scores[name]) for name in self.ranking[:2]]
+        return (
+            f"{self.winner} wins the tournament of {len(self.names)} candidates at N = {level} ({size}): its worst "
+            f"challenger gives {best} of the responses at least {level} times its probability{less}. Lower is better; "
+            f"the runner-up, {self.ranking[1]}, has {second}."
+        )
+
+    def _against_cross_entropy(self) -> str:
+        choice = self.cross_entropy_choice
+        if choice == self.winner:
+            return "Cross-entropy chooses it too."
+        return (
+            f"Cross-entropy would choose {choice} ({self.cross_entropies[choice]:.4g} nats a response against "
+            f"{self.cross_entropies[self.winner]:.4g}), whose score is {_percent(self.scores[choice])}."
+        )
+
+
+def _percent(share: float) -> str:
+    """A share for reading: two significant digits below 10 %, and never 0 or 100 unless it is."""
+    if 0.999 < share < 1:
+        return "more than 99.9 %"
+    return f"{100 * share:.3g} %" if abs(share) >= 0.1 else f"{100 * share:.2g} %"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:5])} and {len(names) - 5} more"
+
+
+def _strict(value: Any) -> Any:
+    """The same value in what JSON has."""
+    if isinstance(value, dict):
+        return {name: _strict(item) for name, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return _strict(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,216 @@
+"""`hf-coverage tournament` on checkpoints that fit in a test."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
+
+import hf_coverage
+from hf_coverage import tournament
+from hf_coverage.cli import app
+from hf_coverage.commands import tournament as command
+from hf_coverage.measure.score_table import ScoreTable
+
+ROOT = Path(hf_coverage.__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+OPTIONS = "--data corpus.jsonl --n 2 --bootstrap 50 --shard-rows 4 --device cpu --tokenizer none"
+
+
+def invoke(arguments, code=0):
+    result = CliRunner().invoke(app, ["tournament", *shlex.split(arguments)])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def save_checkpoint(folder, seed):
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        n_layer=1, n_embd=8, n_head=1, vocab_size=11, n_positions=32, bos_token_id=0, eos_token_id=1,
+        initializer_range=0.6,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run with three checkpoints, and a corpus of token ids."""
+    for step in (10, 20, 30):
+        save_checkpoint(tmp_path / "run" / f"checkpoint-{step}", step)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 11, 3).tolist() for _ in range(6) for _ in range(3)]
+    Dataset.from_dict({"prompt": prompts, "completion": [rng.integers(2, 11, 4).tolist() for _ in prompts]}).to_json(
+        tmp_path / "corpus.jsonl"
+    )
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    # a corpus of token ids needs no tokenizer
+    monkeypatch.setattr("hf_coverage.commands.score.load_tokenizer", lambda name, **_: None)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def checkpoints(run):
+    return " ".join(str(path.relative_to(run)) for path in sorted((run / "run").glob("checkpoint-*")))
+
+
+def outcome(folder):
+    """All that a tournament wrote but the picture, scores as bytes."""
+    shards = {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("scores/*/scores-*")}
+    return json.loads((folder / "tournament.json").read_text()), shards
+
+
+def test_the_command_decides_as_the_library_and_leaves_the_winner(run):
+    output = invoke(f"{checkpoints(run)} {OPTIONS} --sweep 4,8 --link run/best")
+    folders = {f"checkpoint-{step}": run / "tournament/scores" / f"run__checkpoint-{step}" for step in (10, 20, 30)}
+    groups = [str(row["prompt"]) for row in map(json.loads, (run / "corpus.jsonl").read_text().splitlines())]
+    expected = tournament(folders, 2, groups=groups, bootstrap=50, sweep=[4, 8])
+    facts, _ = outcome(run / "tournament")
+    assert facts["scores"] == expected.scores
+    assert facts["num_prompts"] == len(set(groups))
+    assert facts["sentence"] == expected.sentence in output
+    assert expected.guarantee() in output
+    best = json.loads((run / "tournament" / "best_checkpoint.json").read_text())
+    assert best["best_model_checkpoint"] == f"run/{expected.winner}"
+    assert (run / "run" / "best").resolve().name == expected.winner
+    assert (run / "tournament" / "tournament.png").read_bytes().startswith(b"\x89PNG")
+    line = re.findall(rf"│ {expected.winner} .*", output)[0]
+    assert "tournament" in line
+    assert "Cov_" not in output.replace("Cov_2.828", "").replace("Cov_1.414", "")  # D has no density here
+
+
+def test_a_further_checkpoint_costs_one_scoring_pass(run, monkeypatch):
+    invoke(f"{checkpoints(run)} {OPTIONS}")
+    scored = []
+    original = command.score_into
+    monkeypatch.setattr(
+        command, "score_into", lambda folder, *rest, **kw: (scored.append(folder), original(folder, *rest, **kw))
+    )
+    invoke(f"{checkpoints(run)} {OPTIONS} --bootstrap 0")
+    assert scored == []
+    save_checkpoint(run / "run" / "checkpoint-40", 40)
+    invoke(f"{checkpoints(run)} {OPTIONS}")
+    assert [folder.name for folder in scored] == ["run__checkpoint-40"]
+    # scores alone are enough, and those of another run can join
+    save_checkpoint(run / "other" / "checkpoint-40", 41)
+    output = invoke(f"tournament/scores/run__checkpoint-10 other/checkpoint-40 {OPTIONS}")
+    assert "run__checkpoint-10" in output
+    assert [folder.name for folder in scored[1:]] == ["other__checkpoint-40"]
+    assert json.loads((run / "tournament/best_checkpoint.json").read_text())["scores"].keys() == {
+        "run/checkpoint-10",
+        "other/checkpoint-40",
+    }
+
+
+def test_a_checkpoint_that_was_overwritten_is_not_taken_for_the_old_one(run):
+    invoke(f"{checkpoints(run)} {OPTIONS}")
+    save_checkpoint(run / "run" / "checkpoint-20", 99)
+    assert "holds the scores of something else (model.weights" in invoke(f"{checkpoints(run)} {OPTIONS}", code=1)
+
+
+def test_another_corpus_is_not_mixed_in(run):
+    invoke(f"{checkpoints(run)} {OPTIONS}")
+    lines = (run / "corpus.jsonl").read_text().splitlines()
+    (run / "small.jsonl").write_text("\n".join(lines[:6]) + "\n")
+    small = OPTIONS.replace("corpus.jsonl", "small.jsonl")
+    assert "holds the scores of something else" in invoke(f"{checkpoints(run)} {small}", code=1)
+    invoke(f"run/checkpoint-10 {small} --output-dir small")
+    output = invoke("tournament/scores/run__checkpoint-20 small/scores/run__checkpoint-10", code=1)
+    assert "were scored on different rows (18 and 6)" in " ".join(output.split())
+
+
+def test_an_interrupted_command_goes_on_and_ends_the_same(run, monkeypatch):
+    invoke(f"{checkpoints(run)} {OPTIONS} --output-dir whole")
+    write, written = ScoreTable.write, []
+
+    def write_seven(table, index, scores):
+        if len(written) == 7:
+            raise KeyboardInterrupt
+        written.append(index)
+        write(table, index, scores)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScoreTable, "write", write_seven)
+        invoke(f"{checkpoints(run)} {OPTIONS} --output-dir parts", code=130)
+    assert len(list((run / "parts").glob("scores/*/scores-*"))) == 7
+    assert not (run / "parts" / "best_checkpoint.json").exists()
+    invoke(f"{checkpoints(run)} {OPTIONS} --output-dir parts")
+    assert outcome(run / "parts") == outcome(run / "whole")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("run/checkpoint-10 run/checkpoint-20", "is no score folder: give the corpus to score it on, `--data`"),
+        ("run/checkpoint-10 run/checkpoint-10 --data corpus.jsonl", "is given twice"),
+        (f"run/checkpoint-10 {OPTIONS} --n 0.5", "`n` must be a finite number >= 1"),
+        (f"run/checkpoint-10 {OPTIONS} --race 2", "`confidence` must lie strictly between 0 and 1"),
+    ],
+)
+def test_a_failure_is_one_line(run, arguments, message):
+    assert message in " ".join(invoke(arguments, code=1).split())
+
+
+@pytest.fixture
+def text_run(run):
+    """The same run with a tokenizer beside each checkpoint, so that other processes can score it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(11)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    for folder in (run / "run").iterdir():
+        PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1").save_pretrained(folder)
+    return run
+
+
+def command_line(run, folder, *launcher):
+    # `-n`: torchrun takes `--n` for the beginning of an option of its own, wherever it stands
+    options = OPTIONS.replace("--tokenizer none", "").replace("--shard-rows 4", "--shard-rows 1")
+    options = options.replace("--n 2", "-n 2")
+    words = f"{checkpoints(run)} {options} --output-dir {folder}".split()
+    return [sys.executable, *launcher, "-m", "hf_coverage", "tournament", *words]
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_and_ends_the_same(text_run):
+    subprocess.run(command_line(text_run, "whole"), env=ENVIRONMENT, check=True, capture_output=True)
+    shards, kills = [], 0
+    for enough in (3, 25, 45):
+        job = subprocess.Popen(
+            command_line(text_run, "parts"), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while job.poll() is None and len(shards) < enough:
+            time.sleep(0.002)
+            shards = list((text_run / "parts").glob("scores/*/scores-*"))
+        if job.poll() is None:
+            job.send_signal(signal.SIGKILL)
+            kills += 1
+        job.wait()
+    assert kills
+    subprocess.run(command_line(text_run, "parts"), env=ENVIRONMENT, check=True, capture_output=True)
+    assert outcome(text_run / "parts") == outcome(text_run / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_decide_as_one(text_run):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    for folder, start in (("one", ()), ("two", launcher), ("two", launcher)):
+        done = subprocess.run(
+            command_line(text_run, folder, *start), env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-14000:]
+        assert done.stdout.count("wins the tournament") == 1
+    one, two = outcome(text_run / "one"), outcome(text_run / "two")
+    assert one == two
