@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ORIGIN",
     "decided_by_main_process",
+    "leave_job",
     "load_model",
     "load_tokenizer",
     "model_name",

@@ -98,7 +98,12 @@ ConfigFile = Annotated[
 Levels = Annotated[
     list[str] | None,
     typer.Option(
-        "--n", callback=_n_values, show_default=DEFAULT_N, help="N to report, comma-separated; real numbers."
+        # torchrun takes `--n` for a prefix of its own options and stops; `-n` passes
+        "--n",
+        "-n",
+        callback=_n_values,
+        show_default=DEFAULT_N,
+        help="N to report, comma-separated; real numbers.",
     ),
 ]
 Regret = Annotated[

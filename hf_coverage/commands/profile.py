@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_coverage.commands.console import is_main_process, print_table, say
-from hf_coverage.commands.inputs import model_name
+from hf_coverage.commands.inputs import leave_job, model_name
 from hf_coverage.commands.options import (
     AppendEos,
     ConfigFile,
@@ -114,7 +114,9 @@ def collect(
         folder = output_dir / "scores" / name.replace("/", "__")
         score_into(folder, source, corpus, name=name, loading=loading, **scoring)
         folders.append(str(folder))
-    return [read_measured(folder) for folder in folders]
+    measured = [read_measured(folder) for folder in folders]
+    leave_job(loading["device"])
+    return measured
 
 
 def draw(profiles: "Sequence[CoverageProfile]") -> "list[Figure]":

@@ -96,6 +96,8 @@ def score_into(
     **options: Any,
 ) -> None:
     """Score a model on a corpus into a score folder; every process of a job calls it."""
+    from accelerate import PartialState
+
     from hf_coverage.measure.scoring import score_responses
 
     rows = read_dataset(corpus, split)
@@ -118,6 +120,7 @@ def score_into(
     if is_main_process():
         facts = {"name": name, "model": model, "corpus": corpus, "origin": origin, "command": running_command()}
         write_reference(folder, reference, facts)
+    PartialState().wait_for_everyone()  # the others may read the folder next
     tokens, total = sum(scored["num_tokens"][:]), -sum(scored["logprob"][:])
     say(
         f"{name}: {len(scored):,} responses, {tokens:,} tokens, cross-entropy {total / len(scored):.4g} nats a "
