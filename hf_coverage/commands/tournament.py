@@ -156,6 +156,7 @@ def score_checkpoints(
     facts = {"corpus": corpus.hexdigest(), "loading": loading, "options": options}
     for source, name, folder, scored in zip(sources, names, folders, done):
         made_of = facts | {"model": str(Path(source).absolute()), "files": checkpoint_signature(source)}
+        # B023: the question is asked before the loop goes on
         if scored or decided_by_main_process(lambda: _is_kept(folder, made_of), loading["device"]):  # noqa: B023
             continue
         score_into(folder, source, data, name=name, loading=loading, **options)

@@ -176,6 +176,7 @@ class ScoreTable:
         try:
             with safe_open(path, framework="numpy") as file:
                 header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+                # SIM118: a safetensors file is no mapping and cannot be iterated over itself
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or is no safetensors file ({error}). {remedy}") from error
