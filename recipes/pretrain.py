@@ -121,7 +121,7 @@ def main() -> None:
         train_dataset=GraphSearchDataset(  # fresh data: every row is seen once, in order
             task, task_args.finetune_weights, rows_seen(finetune_args), seed=(run.seed, 1), cached_blocks=2
         ),
-        eval_dataset=GraphSearchDataset(task, task_args.finetune_weights, 512, seed=(measure.corpus_seed, 1)),
+        eval_dataset=GraphSearchDataset(task, task_args.finetune_weights, 512, seed=(measure.corpus_seed, 2)),
         processing_class=task.tokenizer(),
         callbacks=[coverage, KeepProfiles(coverage, output / "profiles")],
     )

@@ -17,12 +17,17 @@ __all__ = ["GraphSearchDataset", "collate_rows"]
 
 _Row = dict[str, np.ndarray]
 
+# numpy takes the seeds (0,), (0, 0) and (0, 0, 0) for one: without a last word of its own the first block would share
+# rows with a corpus
+_TRAINING = 0x7472
+
 
 class GraphSearchDataset:
     """A map-style dataset of token ids and labels, drawn block by block when first read.
 
     Row i depends on (task, weights, seed, block_rows, i) only, so a resumed run and every process of a distributed
-    one see the rows an uninterrupted single process would. Only response tokens carry labels.
+    one see the rows an uninterrupted single process would. They are other rows than a corpus of the same seed holds.
+    Only response tokens carry labels.
 
     Args:
         task: The task.
@@ -70,7 +75,7 @@ class GraphSearchDataset:
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids of a block's rows, how many of them are the prompt's, and how many there are."""
         if block not in self._blocks:
-            rows = self._task.sample(self._block_rows, self._weights, seed=(*self._seed, block))
+            rows = self._task.sample(self._block_rows, self._weights, seed=(*self._seed, block, _TRAINING))
             prompt_sizes = np.array(list(map(len, rows.prompts)))
             # int16 holds every id and keeps the paper's 512,000 prompts within 150 MB
             tokens = np.zeros((self._block_rows, self._task.max_tokens), dtype=np.int16)

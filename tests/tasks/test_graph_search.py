@@ -301,6 +301,17 @@ def test_dataset_rows_do_not_depend_on_the_order_of_reading(cached_blocks):
         forward[100]
 
 
+@pytest.mark.parametrize("seed", [0, (0,), (0, 0), (0, 1)])
+def test_training_shares_no_prompt_with_a_corpus(seed):
+    # numpy pads seeds with zeros, so the seeds of a corpus and of a block of training rows can mean the same
+    dataset = GraphSearchDataset(ALIGNED, NINE_TO_ONE, 4096, seed=seed)
+    size = len(ALIGNED.sample(1, NINE_TO_ONE, seed=0).prompts[0])
+    trained = {dataset[row]["input_ids"][:size].tobytes() for row in range(4096)}
+    for corpus in ((0,), (0, 0), (0, 1), (0, 0, 0), (0, 1, 0)):
+        prompts = ALIGNED.sample(4000, NINE_TO_ONE, seed=corpus).prompts
+        assert not trained & {prompt.astype(np.int16).tobytes() for prompt in prompts}
+
+
 def test_collation_pads_on_the_right():
     dataset = GraphSearchDataset(PAPER, EQUAL, 40, seed=0)
     rows = [dataset[i] for i in range(40)]
