@@ -19,7 +19,6 @@ from hf_coverage.commands.options import (
     Split,
     TokenizerName,
 )
-from hf_coverage.commands.score_folder import read_reference, write_reference
 from hf_coverage.report.provenance import running_command
 
 __all__ = ["EXAMPLES", "score", "score_into"]
@@ -98,6 +97,7 @@ def score_into(
     """Score a model on a corpus into a score folder; every process of a job calls it."""
     from accelerate import PartialState
 
+    from hf_coverage.measure.reference import read_reference, write_reference
     from hf_coverage.measure.scoring import score_responses
 
     rows = read_dataset(corpus, split)

@@ -1,11 +1,5 @@
-"""Score folders: a score table and, beside it, what it takes to make a profile of it without the corpus.
+"""Score folders: a score table and, beside it, what it takes to make a profile of it without the corpus."""
 
-`reference.safetensors` holds one code for each row's prompt group and one for the row itself, so that models with
-different tokenizers can be compared on the same rows, and log D(y|x) where it is known. `reference.json` says where
-they came from.
-"""
-
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,34 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_coverage.functional.checks import ReferenceKind
-
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from hf_coverage.measure.profile import CoverageProfile
+    from hf_coverage.measure.reference import Reference
 
-__all__ = ["Measured", "Reference", "check_same_rows", "read_measured", "read_reference", "write_reference"]
-
-_ARRAYS = "reference.safetensors"
-_FACTS = "reference.json"
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What a corpus knows of its rows, without their text.
-
-    Attributes:
-        rows: `(R,)` a code of prompt and completion.
-        groups: `(R,)` a code of what is one independent draw: the prompt, or the document that windows were cut from.
-        logprob: `(R,)` log D(y|x), nats; None where it is not known.
-        kind: what that makes of the reference.
-    """
-
-    rows: NDArray[np.uint64]
-    groups: NDArray[np.uint64]
-    logprob: NDArray[np.float64] | None
-    kind: ReferenceKind
+__all__ = ["Measured", "check_same_rows", "read_measured"]
 
 
 @dataclass(frozen=True)
@@ -49,55 +20,8 @@ class Measured:
     """A model's profile, the rows it is of, and where both came from."""
 
     profile: "CoverageProfile"
-    reference: Reference
+    reference: "Reference"
     facts: dict[str, Any] = field(default_factory=dict)
-
-
-def read_reference(corpus: "Dataset", group_by: str | None = None) -> Reference:
-    """What a corpus knows of its rows.
-
-    Args:
-        corpus: A reference corpus, or the rows of `score_answers`.
-        group_by: The column whose equal values make rows dependent; None: `document` where there is one, or `prompt`.
-
-    Raises:
-        ValueError: If the corpus is not valid, or has no such column.
-    """
-    from hf_coverage.functional.statistics import group_codes
-    from hf_coverage.measure.corpus import reference_kind, validate_corpus
-
-    kind = reference_kind(corpus)
-    if kind == "answer":
-        response, density = "answer", "reference_answer_logprob"
-    else:
-        validate_corpus(corpus)
-        response, density = "completion", "reference_logprob"
-    column = group_by or ("document" if "document" in corpus.column_names else "prompt")
-    if column not in corpus.column_names:
-        raise ValueError(
-            f"`group_by` must be a column of the corpus, one of {corpus.column_names}, but is {column!r}."
-        )
-    plain = corpus.with_format(None)
-    return Reference(
-        rows=group_codes(map(list, zip(plain["prompt"][:], plain[response][:]))),
-        groups=group_codes(plain[column][:]),
-        logprob=np.asarray(plain[density][:], dtype=np.float64) if density in plain.column_names else None,
-        kind=kind,
-    )
-
-
-def write_reference(folder: str | Path, reference: Reference, facts: dict[str, Any]) -> None:
-    """Write a reference beside a score table."""
-    from safetensors.numpy import save_file
-
-    arrays: dict[str, NDArray[Any]] = {"rows": reference.rows, "groups": reference.groups}
-    if reference.logprob is not None:
-        arrays["reference_logprob"] = reference.logprob
-    # in one step: a killed run leaves no half-written file that would pass for a reference
-    save_file(arrays, Path(folder) / f".{_ARRAYS}.part")
-    (Path(folder) / f".{_ARRAYS}.part").replace(Path(folder) / _ARRAYS)
-    text = json.dumps({"kind": reference.kind} | facts, indent=2, ensure_ascii=False)
-    (Path(folder) / _FACTS).write_text(text + "\n", encoding="utf-8")
 
 
 def read_measured(source: str, group_by: str | None = None) -> Measured:
@@ -114,6 +38,7 @@ def read_measured(source: str, group_by: str | None = None) -> Measured:
     if (Path(source) / "metadata.json").is_file():
         return _read_folder(Path(source))
     from hf_coverage.commands.inputs import read_dataset
+    from hf_coverage.measure.reference import read_reference
 
     rows = read_dataset(source)
     scores = "answer_logprob" if "answer_logprob" in rows.column_names else "logprob"
@@ -140,19 +65,11 @@ def check_same_rows(measured: Sequence[Measured]) -> None:
 
 
 def _read_folder(folder: Path) -> Measured:
-    from safetensors.numpy import load_file
-
+    from hf_coverage.measure.reference import load_reference
     from hf_coverage.measure.score_table import ScoreTable
 
     table = ScoreTable.open(folder)
-    if not ((folder / _ARRAYS).is_file() and (folder / _FACTS).is_file()):
-        raise ValueError(
-            f"{folder} has no {_ARRAYS}, so it is not known what its rows are: run `hf-coverage score` into it once "
-            "more with the same model and corpus; nothing is scored twice."
-        )
-    facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-    arrays = load_file(folder / _ARRAYS)
-    reference = Reference(arrays["rows"], arrays["groups"], arrays.get("reference_logprob"), facts["kind"])
+    reference, facts = load_reference(folder)
     facts |= {
         "scores": str(folder),
         "fingerprint": table.metadata["corpus"],
@@ -161,7 +78,7 @@ def _read_folder(folder: Path) -> Measured:
     return _measured(table.logprob, reference, facts["name"], facts)
 
 
-def _measured(logprob: Any, reference: Reference, name: str, facts: dict[str, Any]) -> Measured:
+def _measured(logprob: Any, reference: "Reference", name: str, facts: dict[str, Any]) -> Measured:
     from hf_coverage.measure.profile import CoverageProfile
 
     profile = CoverageProfile.from_logprobs(

@@ -22,7 +22,7 @@ from hf_coverage.commands.options import (
     parse_n,
 )
 from hf_coverage.commands.score import score_into
-from hf_coverage.commands.score_folder import Measured, check_same_rows, read_measured, read_reference
+from hf_coverage.commands.score_folder import Measured, check_same_rows, read_measured
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.report.table import Cell, Column, Table
 
@@ -140,6 +140,7 @@ def score_checkpoints(
     Returns:
         The score folder of each.
     """
+    from hf_coverage.measure.reference import read_reference
     from hf_coverage.select.checkpoints import checkpoint_signature, distinct_names
 
     # By two parts of the path at least: the checkpoints of another run can join later under the same names.

@@ -9,9 +9,9 @@ so a callback of this kind moves itself to the front.
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -19,7 +19,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import IntervalStrategy
 
-__all__ = ["CoverageWarning", "EvaluationCallback", "evaluation_prefix"]
+__all__ = ["CoverageWarning", "EvaluationCallback", "callers", "evaluation_prefix"]
+
+_T = TypeVar("_T")
 
 
 class CoverageWarning(UserWarning):
@@ -233,19 +235,26 @@ def evaluation_prefix(logs: dict[str, Any]) -> str | None:
     return prefixes[0] if prefixes and prefixes[0] != "train_" else None
 
 
-def _calling_handler(callback: TrainerCallback) -> CallbackHandler:
-    """The handler that is calling an event of this callback.
+def callers(kind: type[_T]) -> Iterator[_T]:
+    """Objects of a class whose methods are running now, the innermost first.
 
-    Events carry no reference to it, and the Trainer offers no way to place a callback in its list, so the handler is
-    looked for where it is certain to be: among the callers of the event.
+    Events of a callback carry no reference to the Trainer or its handler, so they are looked for where they are sure
+    to be: among the callers of the event.
     """
     # From the caller on: a frame whose own locals were read refers to itself, and keeps the model alive with it.
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
-        if isinstance(caller, CallbackHandler) and any(item is callback for item in caller.callbacks):
-            return caller
+        if isinstance(caller, kind):
+            yield caller
         frame = frame.f_back
+
+
+def _calling_handler(callback: TrainerCallback) -> CallbackHandler:
+    """The handler that is calling an event of this callback: the Trainer offers no way to place one in its list."""
+    for handler in callers(CallbackHandler):
+        if any(item is callback for item in handler.callbacks):
+            return handler
     raise RuntimeError(
         f"{type(callback).__name__} must be called by the `CallbackHandler` of a Trainer that holds it: pass it in "
         "`callbacks=[...]` or to `trainer.add_callback`, not inside another callback."

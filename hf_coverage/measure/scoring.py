@@ -7,16 +7,15 @@ float32 token log-probabilities; prompt tokens do not count.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub.utils import tqdm
 from torch import nn
@@ -28,12 +27,11 @@ from hf_coverage.measure.corpus import EncodedCorpus, encode_corpus
 from hf_coverage.measure.engine import ScoringEngine, ScoringOptions
 from hf_coverage.measure.fingerprint import config_fingerprint, tokenizer_fingerprint, weight_fingerprint
 from hf_coverage.measure.forward import inference, unwrap
+from hf_coverage.measure.processes import on_main_process
 from hf_coverage.measure.score_table import ScoreTable
 from hf_coverage.measure.scores import Scores
 
 __all__ = ["Scores", "score_encoded", "score_responses"]
-
-_T = TypeVar("_T")
 
 
 def score_encoded(
@@ -165,7 +163,7 @@ def score_responses(
         else:
             settings = {"shard_rows": shard_rows, "options": asdict(options) | {"append_eos": append_eos}}
             metadata = _describe_run(model, teacher, tokenizer, encoded, settings)
-            table = _on_main_process(lambda: ScoreTable.begin(output_dir, metadata))
+            table = on_main_process(lambda: ScoreTable.begin(output_dir, metadata))
             scores = _score_into_table(engine, encoded, table, bar)
     return concatenate_datasets([corpus.with_format(None), scores.to_dataset()], axis=1)
 
@@ -178,33 +176,18 @@ def _engine(model: nn.Module, teacher: nn.Module | None, options: ScoringOptions
 
 def _score_into_table(engine: ScoringEngine, corpus: EncodedCorpus, table: ScoreTable, bar: tqdm) -> Scores:
     """Score the shards that are missing, and read the others."""
-    missing = _on_main_process(table.missing)
+    missing = on_main_process(table.missing)
     parts = []
     for index in range(table.num_shards):
         rows = table.shard_rows(index)
         if index in missing:
             scores = engine.score(corpus, rows, bar.update)
-            _on_main_process(partial(table.write, index, scores))
+            on_main_process(partial(table.write, index, scores))
         else:
-            scores = _on_main_process(partial(table.read, index))
+            scores = on_main_process(partial(table.read, index))
             bar.update(sum(tokens_read(corpus, row) for row in rows))
         parts.append(scores)
     return Scores.concatenate(parts)
-
-
-def _on_main_process(function: Callable[[], _T]) -> _T:
-    """Call a function on the main process, and return its value, or raise its error, on all of them."""
-    state = PartialState()
-    outcome: list[Any] = [None, None]
-    if state.is_main_process:
-        try:
-            outcome[0] = function()
-        except Exception as error:  # raised below, on every process: the others would wait for ever
-            outcome[1] = error
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 def _describe_run(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_coverage.measure import callback as callback_module
+from hf_coverage.measure import corpus_callback
 from hf_coverage.measure.callback import CoverageCallback, CoverageWarning
 from hf_coverage.measure.scoring import Scores
 from tests.measure.callback_runs import (
@@ -80,7 +80,7 @@ def test_trackio_has_the_values(tmp_path, monkeypatch):
 
 def test_infinite_kl_is_reported_and_breaks_nothing(tmp_path, monkeypatch):
     scores = crafted_scores([[-math.inf, -1.0, -2.0]] * 4)
-    monkeypatch.setattr(callback_module, "score_encoded", scores)
+    monkeypatch.setattr(corpus_callback, "score_encoded", scores)
     trainer = make_trainer(
         tmp_path,
         CoverageCallback(reference_corpus(rows=3), N),
@@ -215,7 +215,7 @@ def test_other_best_metrics_are_none_of_its_business(tmp_path):
 
 @pytest.mark.parametrize("save_only_model", [False, True])
 def test_worsening_is_reported_once_and_names_the_best_checkpoint(tmp_path, monkeypatch, save_only_model):
-    monkeypatch.setattr(callback_module, "score_encoded", crafted_scores(FALLING_THEN_RISING))
+    monkeypatch.setattr(corpus_callback, "score_encoded", crafted_scores(FALLING_THEN_RISING))
     trainer = make_trainer(tmp_path, CoverageCallback(one_answer(), (2, 16)), save_only_model=save_only_model)
     with pytest.warns(CoverageWarning) as caught:
         trainer.train()
@@ -227,9 +227,9 @@ def test_worsening_is_reported_once_and_names_the_best_checkpoint(tmp_path, monk
 
 
 def test_worsening_is_reported_once_over_an_interruption(tmp_path, monkeypatch):
-    monkeypatch.setattr(callback_module, "score_encoded", crafted_scores(FALLING_THEN_RISING[:2]))
+    monkeypatch.setattr(corpus_callback, "score_encoded", crafted_scores(FALLING_THEN_RISING[:2]))
     make_trainer(tmp_path, CoverageCallback(one_answer(), (2, 16)), StopAt(4)).train()
-    monkeypatch.setattr(callback_module, "score_encoded", crafted_scores(FALLING_THEN_RISING[2:]))
+    monkeypatch.setattr(corpus_callback, "score_encoded", crafted_scores(FALLING_THEN_RISING[2:]))
     resumed = make_trainer(tmp_path, CoverageCallback(one_answer(), (2, 16)))
     with pytest.warns(CoverageWarning, match="From step 4 to step 6") as caught:
         resumed.train(resume_from_checkpoint=True)
@@ -237,7 +237,7 @@ def test_worsening_is_reported_once_over_an_interruption(tmp_path, monkeypatch):
 
 
 def test_best_evaluation_that_was_not_saved_is_said_to_be_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(callback_module, "score_encoded", crafted_scores(FALLING_THEN_RISING))
+    monkeypatch.setattr(corpus_callback, "score_encoded", crafted_scores(FALLING_THEN_RISING))
     trainer = make_trainer(tmp_path, CoverageCallback(one_answer(), (2, 16)), save_strategy="no")
     with pytest.warns(CoverageWarning, match=r"step 4 \(not saved as a checkpoint\)"):
         trainer.train()
@@ -245,7 +245,7 @@ def test_best_evaluation_that_was_not_saved_is_said_to_be_so(tmp_path, monkeypat
 
 
 def test_a_new_training_begins_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(callback_module, "score_encoded", crafted_scores(FALLING_THEN_RISING[1:3]))
+    monkeypatch.setattr(corpus_callback, "score_encoded", crafted_scores(FALLING_THEN_RISING[1:3]))
     trainer = make_trainer(tmp_path, CoverageCallback(one_answer(), (2, 16)), eval_steps=8, save_strategy="no")
     trainer.train()
     with warnings.catch_warnings():
