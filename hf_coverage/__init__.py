@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hf_coverage.measure.profile import CoverageProfile
     from hf_coverage.measure.score_table import ScoreTable
     from hf_coverage.measure.scoring import score_responses
+    from hf_coverage.select.predictiveness import PredictivenessResult, predictiveness
     from hf_coverage.select.result import TournamentResult
     from hf_coverage.select.tournament import tournament
 
@@ -23,8 +24,10 @@ _HOMES = {
     "CoverageCallback": "measure.callback",
     "CoverageProfile": "measure.profile",
     "CoverageWarning": "measure.callback",
+    "PredictivenessResult": "select.predictiveness",
     "ScoreTable": "measure.score_table",
     "TournamentResult": "select.result",
+    "predictiveness": "select.predictiveness",
     "sample_corpus": "measure.builders",
     "score_answers": "measure.answers",
     "score_responses": "measure.scoring",
@@ -38,9 +41,11 @@ __all__ = [
     "CoverageCallback",
     "CoverageProfile",
     "CoverageWarning",
+    "PredictivenessResult",
     "ScoreTable",
     "TournamentResult",
     "evaluate_module",
+    "predictiveness",
     "sample_corpus",
     "score_answers",
     "score_responses",

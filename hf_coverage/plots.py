@@ -169,6 +169,8 @@ def plot_predictiveness(
     coverage: Sequence[tuple[str, ArrayLike]],
     path: str | PathLike[str] | None = None,
     *,
+    kl_label: str = "KL in nats",
+    notes: Sequence[str] = (),
     title: str | None = None,
 ) -> Figure:
     """Draw Pass@N of checkpoints against their coverage (lower axis) and their KL (upper axis), a panel for each N.
@@ -181,13 +183,15 @@ def plot_predictiveness(
         kl: `(K,)` sequence-level KL, nats.
         coverage: label and `(K,)` values of the coverage to set against each panel's Pass@N.
         path: file to write, its format given by the suffix; None only returns the figure.
+        kl_label: what the upper axes show.
+        notes: a text above each panel, such as the rank correlations in it; none by default.
         title: title above the axes.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: if there is no panel, or not one coverage for each.
+        ValueError: if there is no panel, or not one coverage for each, or notes for some of them only.
 
     Example:
         >>> figure = plot_predictiveness(
@@ -203,11 +207,13 @@ def plot_predictiveness(
         raise ValueError(
             f"`passes` and `coverage` must go in pairs, but have {len(passes)} and {len(coverage)} entries."
         )
+    if len(notes) not in (0, len(passes)):
+        raise ValueError(f"`notes` must have one text for each of {len(passes)} panels, but has {len(notes)}.")
     figure, axes = new_axes(len(passes), width=3.8)
     for ax, (pass_label, pass_values), (cov_label, cov_values) in zip(axes, passes, coverage):
         upper = ax.twiny()
         upper.spines["right"].set_visible(False)
-        predictors = ((ax, cov_label, cov_values, "o", COLORS[0]), (upper, "KL in nats", kl, "^", COLORS[1]))
+        predictors = ((ax, cov_label, cov_values, "o", COLORS[0]), (upper, kl_label, kl, "^", COLORS[1]))
         for side, label, values, marker, color in predictors:
             side.plot(values, pass_values, marker=marker, color=color, markersize=5, linewidth=0.8, alpha=0.8)
             first = np.asarray(values)[0], np.asarray(pass_values)[0]
@@ -215,6 +221,8 @@ def plot_predictiveness(
             side.set_xlabel(f"{label} (lower is better)", color=color)
             side.tick_params(axis="x", colors=color)
         ax.set_ylabel(f"{pass_label} (higher is better)")
+    for ax, note in zip(axes, notes):
+        ax.set_title(note, fontsize=9)
     if title:
         figure.suptitle(title)
     return save_figure(figure, path)

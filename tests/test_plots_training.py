@@ -51,6 +51,14 @@ def test_predictiveness_sets_both_predictors_against_pass_at_n(tmp_path):
     assert (tmp_path / "right.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_notes_stand_above_the_panels_and_the_upper_axis_says_what_it_shows():
+    figure = plot_predictiveness(PASSES, KL, COVERAGE, kl_label="cross-entropy in nats", notes=["one", "two"])
+    assert [ax.get_title() for ax in figure.axes[:2]] == ["one", "two"]
+    assert figure.axes[2].get_xlabel() == "cross-entropy in nats (lower is better)"
+    with pytest.raises(ValueError, match="`notes` must have one text for each of 2 panels, but has 1"):
+        plot_predictiveness(PASSES, KL, COVERAGE, notes=["one"])
+
+
 @pytest.mark.parametrize(("passes", "coverage"), [([], []), (PASSES, COVERAGE[:1])])
 def test_predictiveness_wants_pairs(passes, coverage):
     with pytest.raises(ValueError, match="`passes` and `coverage` must go in pairs"):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_coverage.functional.checks import TIE_TOLERANCE, check_log_ratios, check_logprobs, check_n
+from hf_coverage.functional.checks import TIE_TOLERANCE, FloatArray, check_log_ratios, check_logprobs, check_n
 from hf_coverage.functional.coverage import coverage, smallest_n
 from hf_coverage.functional.statistics import row_weights
 
@@ -26,6 +26,7 @@ __all__ = [
     "exact_pass_at_n",
     "kl_bound_from_coverage",
     "largest_coverage_rate",
+    "pass_probabilities",
     "squared_hellinger",
 ]
 
@@ -295,10 +296,21 @@ def exact_pass_at_n(logprobs: ArrayLike, n: float, *, weights: ArrayLike | None 
     References:
         arXiv 2510.15020, Section 2.
     """
+    passes = pass_probabilities(logprobs, n)
+    return float(np.average(passes, weights=row_weights(weights, passes.size)))
+
+
+def pass_probabilities(logprobs: ArrayLike, n: float) -> FloatArray:
+    """Probability `1 - (1 - p(y|x))^N` of each right response `(R,)` to be among N samples, log p in nats.
+
+    Example:
+        >>> pass_probabilities([math.log(0.5), float("-inf")], n=2)
+        array([0.75, 0.  ])
+    """
     model = np.minimum(check_logprobs(logprobs), 0.0)
     with np.errstate(divide="ignore"):  # p = 1 gives log(0) = -inf, and so a pass, as it should
         misses = check_n(n) * np.log1p(-np.exp(model))
-    return float(np.average(-np.expm1(misses), weights=row_weights(weights, model.size)))
+    return -np.expm1(misses)
 
 
 _LOG_MAX = math.log(np.finfo(np.float64).max) - 1

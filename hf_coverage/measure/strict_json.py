@@ -1,0 +1,47 @@
+"""Results as JSON that every reader takes: strict, with null for what is unknown or infinite."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["strict_json"]
+
+
+def strict_json(facts: Mapping[str, Any], path: str | PathLike[str] | None = None) -> str:
+    """JSON text of mappings, sequences, arrays, text and numbers; NaN and infinities become null.
+
+    Args:
+        facts: what to write.
+        path: file to write it to as well.
+
+    Example:
+        >>> print(strict_json({"kl": float("inf"), "rates": np.array([0.5, np.nan])}))
+        {
+          "kl": null,
+          "rates": [
+            0.5,
+            null
+          ]
+        }
+    """
+    text = json.dumps(_strict(facts), indent=2, ensure_ascii=False, allow_nan=False)
+    if path is not None:
+        Path(path).write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _strict(item) for name, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return _strict(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
