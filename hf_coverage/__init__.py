@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_coverage.decode.best_of_n import evaluate_best_of_n, judge_best_of_n
+    from hf_coverage.decode.best_of_n_result import BestOfNResult
     from hf_coverage.measure.answers import score_answers
     from hf_coverage.measure.builders import sample_corpus, single_answer_corpus, teacher_scored_corpus, windows_corpus
     from hf_coverage.measure.callback import CoverageCallback, CoverageWarning
@@ -21,12 +23,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BestOfNResult": "decode.best_of_n_result",
     "CoverageCallback": "measure.callback",
     "CoverageProfile": "measure.profile",
     "CoverageWarning": "measure.callback",
     "PredictivenessResult": "select.predictiveness",
     "ScoreTable": "measure.score_table",
     "TournamentResult": "select.result",
+    "evaluate_best_of_n": "decode.best_of_n",
+    "judge_best_of_n": "decode.best_of_n",
     "predictiveness": "select.predictiveness",
     "sample_corpus": "measure.builders",
     "score_answers": "measure.answers",
@@ -38,13 +43,16 @@ _HOMES = {
 }
 
 __all__ = [
+    "BestOfNResult",
     "CoverageCallback",
     "CoverageProfile",
     "CoverageWarning",
     "PredictivenessResult",
     "ScoreTable",
     "TournamentResult",
+    "evaluate_best_of_n",
     "evaluate_module",
+    "judge_best_of_n",
     "predictiveness",
     "sample_corpus",
     "score_answers",

@@ -17,8 +17,10 @@ from numpy.typing import ArrayLike
 
 __all__ = [
     "COLORS",
+    "BestOfNCurve",
     "ProfileCurve",
     "new_axes",
+    "plot_best_of_n",
     "plot_challenges",
     "plot_predictiveness",
     "plot_profiles",
@@ -275,6 +277,69 @@ def plot_challenges(
     if winner is not None:
         left, bottom = names.index(winner) - 0.5, -0.5
         ax.add_patch(Rectangle((left, bottom), 1, len(names), fill=False, edgecolor=COLORS[1], linewidth=2))
+    if title:
+        ax.set_title(title)
+    return save_figure(figure, path)
+
+
+class BestOfNCurve(NamedTuple):
+    """What Best-of-N was observed to achieve: a value and its interval for each N, all `(K,)`."""
+
+    name: str
+    n: ArrayLike
+    value: ArrayLike
+    low: ArrayLike
+    high: ArrayLike
+
+
+def plot_best_of_n(
+    curves: Sequence[BestOfNCurve],
+    path: str | PathLike[str] | None = None,
+    *,
+    lines: Sequence[tuple[str, ArrayLike]] = (),
+    ylabel: str = "Pass@$N$ (higher is better)",
+    title: str | None = None,
+) -> Figure:
+    """Draw what Best-of-N achieves over N on a logarithmic axis, each curve with its band, and predictions dashed.
+
+    Args:
+        curves: observed, at least one.
+        path: file to write, its format given by the suffix; None only returns the figure.
+        lines: label and `(K,)` values of predictions, on the N of the first curve.
+        ylabel: what the vertical axis shows.
+        title: title above the axes.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: with no curve, or more curves and lines than there are distinguishable colours.
+
+    Example:
+        >>> curve = BestOfNCurve("model", [1, 2, 4], [0.2, 0.3, 0.5], [0.1, 0.2, 0.4], [0.3, 0.4, 0.6])
+        >>> figure = plot_best_of_n([curve], lines=[("guaranteed", [0.0, 0.1, 0.3])])
+        >>> [line.get_linestyle() for line in figure.axes[0].lines]
+        ['-', '--']
+    """
+    if not curves or len(curves) + len(lines) > len(COLORS):
+        raise ValueError(
+            f"`curves` and `lines` must be 1 to {len(COLORS)} together, at least one of them a curve, but are "
+            f"{len(curves)} and {len(lines)}."
+        )
+    figure, (ax,) = new_axes()
+    colors = iter(COLORS)
+    for curve in curves:
+        color = next(colors)
+        ax.plot(curve.n, curve.value, color=color, linewidth=1.8, label=curve.name)
+        ax.fill_between(curve.n, curve.low, curve.high, color=color, alpha=0.18, linewidth=0)
+    for label, values in lines:
+        ax.plot(curves[0].n, values, color=next(colors), linewidth=1.4, linestyle="--", label=label)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.set_xlabel("N (samples that Best-of-N may draw)")
+    ax.set_ylabel(ylabel)
+    ax.margins(x=0)
+    ax.legend(frameon=False)
     if title:
         ax.set_title(title)
     return save_figure(figure, path)

@@ -20,6 +20,7 @@ from hf_coverage.functional.checks import FloatArray, check_confidence
 
 __all__ = [
     "MeanEstimate",
+    "bounded_mean_interval",
     "clustered_mean",
     "group_codes",
     "mean_interval",
@@ -126,6 +127,28 @@ def mean_interval(estimate: MeanEstimate, confidence: float = 0.95) -> tuple[flo
         return math.nan, math.nan
     margin = estimate.standard_error * stats.t.ppf((1 + confidence) / 2, estimate.num_groups - 1)
     return estimate.mean - margin, estimate.mean + margin
+
+
+def bounded_mean_interval(estimate: MeanEstimate, confidence: float = 0.95) -> tuple[float, float]:
+    """Two-sided interval within [0, 1] for a mean of values in [0, 1]; of 0s and 1s, one a group, nearly Wilson's.
+
+    Wilson's interval with as many rows as a proportion of the same mean and standard error has, `mean (1 - mean) /
+    se^2`, or the number of groups where all values are 0 or all are 1, which a Student-t interval would call certain.
+    A single group tells nothing: (0, 1).
+
+    Example:
+        >>> low, high = bounded_mean_interval(clustered_mean([1.0] * 20))
+        >>> round(low, 3), high
+        (0.82, 1.0)
+    """
+    check_confidence(confidence)
+    if estimate.num_groups < 2:
+        return 0.0, 1.0
+    mean = min(1.0, max(0.0, estimate.mean))  # a mean of ones may round to more
+    error = estimate.standard_error
+    effective = mean * (1 - mean) / error**2 if error > 0 else 0.0
+    quantile = float(stats.t.ppf((1 + confidence) / 2, estimate.num_groups - 1))
+    return _wilson(mean, effective or float(estimate.num_groups), quantile)
 
 
 def proportion_interval(

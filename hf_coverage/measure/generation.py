@@ -123,6 +123,7 @@ class Sampler:
         prompts: Sequence[list[int]],
         *,
         stop: Callable[[list[int]], bool] | None = None,
+        first_batch: int = 0,
         progress: bool = False,
     ) -> list[Sample]:
         """Draw one response to each prompt.
@@ -130,6 +131,8 @@ class Sampler:
         Args:
             prompts: Token ids, never empty; repeat a prompt for several responses.
             stop: Tells from the tokens of a response so far whether it ends here; None: only EOS ends it early.
+            first_batch: Number of the first batch: prompts in ascending order of length, drawn in parts of whole
+                batches, get the samples that they get in one call.
             progress: Whether to show a progress bar on the main process.
 
         Returns:
@@ -147,9 +150,9 @@ class Sampler:
                 index = start + state.process_index
                 if index < len(batches):
                     rows = batches[index]
-                    parts += zip(rows, self._draw_batch([prompts[row] for row in rows], index, stop))
+                    parts += zip(rows, self._draw_batch([prompts[row] for row in rows], first_batch + index, stop))
                 elif self.sharded:  # the others cannot run the model without this process
-                    self._draw_batch([prompts[order[0]]], index, stop)
+                    self._draw_batch([prompts[order[0]]], first_batch + index, stop)
                 bar.update(sum(map(len, batches[start : start + state.num_processes])))
         samples = dict(gather_object(parts))
         return [samples[row] for row in range(len(prompts))]

@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 from hf_coverage.measure.scores import PER_TOKEN_COLUMNS, Scores
 
-__all__ = ["ScoreTable"]
+__all__ = ["ScoreTable", "write_atomically"]
 
 _FORMAT = "hf-coverage scores"
 _FORMAT_VERSION = 1
@@ -74,7 +74,7 @@ class ScoreTable:
         # What is compared later is what JSON made of it.
         metadata = json.loads(json.dumps(metadata))
         if not (path / _METADATA).exists():
-            _write_atomically(path / _METADATA, (json.dumps(metadata, indent=2) + "\n").encode())
+            write_atomically(path / _METADATA, (json.dumps(metadata, indent=2) + "\n").encode())
             return cls(path, metadata)
         existing = _read_metadata(path)
         before, now = _identity(existing), _identity(metadata)
@@ -157,7 +157,7 @@ class ScoreTable:
             for name, column in scores.columns().items()
         }
         header = self._header(index) | {"checksum": _checksum(arrays)}
-        _write_atomically(self.shard_path(index), save(arrays, {_HEADER: json.dumps(header, sort_keys=True)}))
+        write_atomically(self.shard_path(index), save(arrays, {_HEADER: json.dumps(header, sort_keys=True)}))
 
     def read(self, index: int) -> Scores:
         """Read a shard back.
@@ -254,7 +254,7 @@ def _checksum(arrays: dict[str, NDArray]) -> str:
     return state.hexdigest()
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Give `path` its content in one step that survives a crash of the machine."""
     # Always the same name: what a killed run left half-written is overwritten by the next one, not left behind.
     temporary = path.with_name(f".{path.name}.part")

@@ -1,0 +1,1 @@
+"""Decode with coverage in mind: Best-of-N with any verifier."""

@@ -1,0 +1,275 @@
+"""Evaluating Best-of-N: sample k responses to each prompt, judge them, and say what every N up to k achieves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from accelerate import PartialState
+from huggingface_hub.utils import tqdm
+
+from hf_coverage.decode.best_of_n_result import BestOfNResult
+from hf_coverage.decode.judging import Judging, Rows
+from hf_coverage.decode.prompt_table import PromptTable, digest
+from hf_coverage.decode.shards import JsonShards, read_metadata
+from hf_coverage.decode.verdict import Verdict
+from hf_coverage.measure.fingerprint import config_fingerprint, tokenizer_fingerprint, weight_fingerprint
+from hf_coverage.measure.forward import unwrap
+from hf_coverage.measure.generation import Sampler, Sampling, end_token_ids
+from hf_coverage.measure.processes import on_main_process
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["evaluate_best_of_n", "judge_best_of_n"]
+
+
+def evaluate_best_of_n(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    corpus: Dataset,
+    verifier: Callable[..., Any] | None = None,
+    *,
+    k: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    threshold: float | None = 1.0,
+    timeout: float | None = 10.0,
+    output_dir: str | PathLike[str] | None = None,
+    shard_rows: int = 256,
+    name: str | None = None,
+    progress: bool = True,
+) -> BestOfNResult:
+    """Sample k responses to each distinct prompt of a corpus, judge them, and estimate Best-of-N for every N <= k.
+
+    Responses are drawn by the model's own `generate`. They are those of `sample_corpus` with the same seed and batch
+    size, and depend on nothing else: not on the number of processes, and not on `shard_rows`. Call it on every process
+    of a job (`torchrun`, `accelerate launch`): each samples and judges its part, all get the same result.
+
+    A verifier that raises, hangs, crashes or answers nonsense costs the response that it was called for, which counts
+    as unsolved, with a named count in `errors`; never the run.
+
+    Args:
+        model: any causal language model.
+        tokenizer: its tokenizer; may be None where prompts are token ids.
+        corpus: dataset with `prompt` (text, chat messages or token ids) and the columns that the verifier reads. A
+            column that differs between rows of one prompt is not given to the verifier.
+        verifier: a callable like TRL's reward functions, `verifier(prompts, completions, **columns) -> list[float]`,
+            or one of `hf_coverage.decode.verifiers`; None: exact match with the column `answer`, or else `completion`.
+        k: responses to each prompt.
+        max_new_tokens: most tokens of a response.
+        temperature: what logits are divided by; 1 is the model itself.
+        top_k: keep the k likeliest tokens of every step; None: all.
+        top_p: keep the likeliest tokens that together reach this mass; None: all.
+        eos_token_id: the tokens that end a response; None: those of the model's generation config, or else the
+            tokenizer's.
+        batch_size: responses drawn at once, and judged at once by a verifier that runs in this process.
+        seed: what all random numbers follow from; the global generators are not touched.
+        threshold: least reward that solves a prompt; None where rewards do not say that, as a reward model's.
+        timeout: seconds for one response, after which the process that the verifier runs in is killed; None runs it
+            in this process, where nothing stops it.
+        output_dir: folder that keeps samples and judgements: an interrupted evaluation goes on there, and another
+            verifier judges the same samples.
+        shard_rows: responses sampled between two writes: what an interruption costs.
+        name: the model's name in the result; None: its folder's, or its Hub id.
+        progress: whether to show a progress bar on the main process.
+
+    Returns:
+        The rewards and what follows from them.
+
+    Raises:
+        TypeError: if a value has the wrong type, or the verifier cannot be sent to its process.
+        ValueError: if a number is out of its range, the verifier needs a column that is not there, or `output_dir`
+            holds samples of something else.
+
+    Example:
+        >>> import torch
+        >>> from datasets import Dataset
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> _ = torch.manual_seed(0)
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=4, n_positions=32))
+        >>> corpus = Dataset.from_dict({"prompt": [[1, 2], [3]], "completion": [[1], [2]]})
+        >>> result = evaluate_best_of_n(model, None, corpus, k=8, max_new_tokens=1, eos_token_id=0, progress=False)
+        >>> result.pass_at(8), 0 < result.pass_at(1) < 1
+        (1.0, True)
+
+    References:
+        arXiv 2510.15020, Section 2; arXiv 2107.03374, Section 2.1, for the unbiased estimate.
+    """
+    if k < 1 or shard_rows < 1:
+        raise ValueError(f"`k` and `shard_rows` must be at least 1, got {k} and {shard_rows}.")
+    table = PromptTable.from_corpus(corpus)
+    judging = Judging.prepare(verifier, table, timeout, batch_size)
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, end_token_ids(eos_token_id, model, tokenizer))
+    sampler = Sampler(model, sampling, batch_size=batch_size, seed=seed)
+    prompts = table.encode(tokenizer)
+    facts: dict[str, Any] = {"k": k, "batch_size": batch_size, "seed": seed, "sampling": asdict(sampling)}
+    facts |= {"rows_per_shard": max(1, shard_rows // batch_size) * batch_size, "prompts": digest(prompts)}
+    facts |= {"corpus": digest(table.codes.tolist())}
+    facts |= {
+        "weights": weight_fingerprint(model),
+        "config": config_fingerprint(model),
+        "dtype": str(sampler.model.dtype),
+    }
+    facts |= {"tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer)}
+    facts |= {"about": {"model": name or _name(model)}}
+    shards = None
+    if output_dir is not None:
+        shards = on_main_process(partial(JsonShards, output_dir, "samples", facts))
+    samples = _sampled(sampler, prompts, tokenizer, facts, shards)
+    verdicts = judging.verdicts(samples, table, output_dir)
+    return _collect(verdicts, table, facts, verifier=judging.name, threshold=threshold, progress=progress)
+
+
+def judge_best_of_n(
+    output_dir: str | PathLike[str],
+    corpus: Dataset,
+    verifier: Callable[..., Any] | None = None,
+    *,
+    threshold: float | None = 1.0,
+    timeout: float | None = 10.0,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> BestOfNResult:
+    """Judge the samples that `evaluate_best_of_n` kept, with another verifier and without the model.
+
+    Args:
+        output_dir: the folder of samples.
+        corpus: the corpus that they were sampled for.
+        verifier: see `evaluate_best_of_n`.
+        threshold: see `evaluate_best_of_n`.
+        timeout: see `evaluate_best_of_n`.
+        batch_size: responses judged at once by a verifier that runs in this process.
+        progress: whether to show a progress bar on the main process.
+
+    Raises:
+        FileNotFoundError: if there are no samples.
+        ValueError: if they are not complete, or of another corpus.
+    """
+    facts = on_main_process(partial(read_metadata, output_dir))
+    table = PromptTable.from_corpus(corpus)
+    if facts["corpus"] != digest(table.codes.tolist()):
+        raise ValueError(f"{output_dir} holds samples for other prompts than those of `corpus`.")
+    judging = Judging.prepare(verifier, table, timeout, batch_size)
+    shards = on_main_process(partial(JsonShards, output_dir, "samples", facts))
+    verdicts = judging.verdicts(_kept(shards, facts, table), table, output_dir)
+    return _collect(verdicts, table, facts, verifier=judging.name, threshold=threshold, progress=progress)
+
+
+def _collect(
+    shards: Iterable[tuple[Rows, list[Verdict]]],
+    table: PromptTable,
+    facts: dict[str, Any],
+    *,
+    verifier: str,
+    threshold: float | None,
+    progress: bool,
+) -> BestOfNResult:
+    """The result of samples and their verdicts, shard by shard."""
+    rewards = np.full((len(table), facts["k"]), np.nan)
+    failed = np.zeros(rewards.shape, dtype=bool)
+    failures: dict[tuple[int, int], tuple[str, dict[str, Any]]] = {}
+    hidden = not (progress and PartialState().is_main_process)
+    with tqdm(total=rewards.size, desc="Best-of-N", unit="response", disable=hidden) as bar:
+        for samples, verdicts in shards:
+            for sample, verdict in zip(samples, verdicts):
+                place = sample["prompt"], sample["sample"]
+                if verdict.reward is None:
+                    failed[place] = True
+                    shown = {"row": int(table.rows[place[0]]), "sample": place[1], "message": verdict.message}
+                    failures[place] = verdict.error, shown | {"response": table.completion(sample)}
+                else:
+                    rewards[place] = verdict.reward
+            bar.update(len(samples))
+    errors, examples = _counted(failures)
+    rewards[failed] = min(0.0, float(np.min(rewards[~failed], initial=0.0)))
+    return BestOfNResult(
+        name=facts["about"]["model"],
+        verifier=verifier,
+        rewards=rewards,
+        failed=failed,
+        rows=table.rows,
+        prompts=table.codes,
+        errors=errors,
+        examples=examples,
+        threshold=threshold,
+        settings=facts["sampling"] | {name: facts[name] for name in ("k", "seed", "batch_size")},
+    )
+
+
+def _sampled(
+    sampler: Sampler,
+    prompts: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    facts: dict[str, Any],
+    shards: JsonShards | None,
+) -> Iterator[Rows]:
+    """Shards of samples, read where they are kept and else drawn."""
+    size = facts["rows_per_shard"]
+    for index, places in enumerate(_shard_places(prompts, facts)):
+        kept = None if shards is None else on_main_process(partial(shards.read, index))
+        if kept is not None:
+            yield kept
+            continue
+        samples = sampler.draw(
+            [prompts[prompt] for prompt, _ in places], first_batch=index * (size // sampler.batch_size)
+        )
+        rows = [
+            {"prompt": prompt, "sample": number} | asdict(sample) for (prompt, number), sample in zip(places, samples)
+        ]
+        if tokenizer is not None:
+            texts = tokenizer.batch_decode([sample.ids for sample in samples], skip_special_tokens=True)
+            rows = [row | {"text": text} for row, text in zip(rows, texts)]
+        if shards is not None:
+            on_main_process(partial(shards.write, index, rows))
+        yield rows
+
+
+def _shard_places(prompts: list[list[int]], facts: dict[str, Any]) -> list[list[tuple[int, int]]]:
+    """Prompt and number of each sample, shard by shard, in the order that `Sampler.draw` takes them: by length."""
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    places = [(prompt, number) for prompt in order for number in range(facts["k"])]
+    size = facts["rows_per_shard"]
+    return [places[start : start + size] for start in range(0, len(places), size)]
+
+
+def _kept(shards: JsonShards, facts: dict[str, Any], table: PromptTable) -> Iterator[Rows]:
+    """Shards of samples that must be there."""
+    total = len(table) * facts["k"]
+    for index in range(-(-total // facts["rows_per_shard"])):
+        rows = on_main_process(partial(shards.read, index))
+        if rows is None:
+            raise ValueError(
+                f"{shards.folder} lacks samples (the first missing file is {shards.name}-{index:05d}.jsonl): run "
+                "`evaluate_best_of_n` with the same settings to finish them."
+            )
+        yield rows
+
+
+def _name(model: PreTrainedModel) -> str:
+    source = str(unwrap(model).config._name_or_path) or "model"
+    return Path(source).name if Path(source).is_dir() else source
+
+
+def _counted(
+    failures: dict[tuple[int, int], tuple[str, dict[str, Any]]],
+) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
+    """How often each error occurred, most often first, and its first example in the order of prompts."""
+    counts: dict[str, int] = {}
+    examples: dict[str, dict[str, Any]] = {}
+    for place in sorted(failures):
+        error, shown = failures[place]
+        counts[error] = counts.get(error, 0) + 1
+        examples.setdefault(error, shown)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))), examples

@@ -1,0 +1,282 @@
+"""What Best-of-N achieves with a model: rewards of k responses to each prompt, and what follows from them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from hf_coverage.functional.bounds import exact_pass_at_n
+from hf_coverage.functional.checks import FloatArray
+from hf_coverage.functional.selection import best_of_n_reward, least_regret_bound, pass_at_n
+from hf_coverage.functional.statistics import MeanEstimate, bounded_mean_interval, clustered_mean, mean_interval
+from hf_coverage.plots import BestOfNCurve, plot_best_of_n
+
+if TYPE_CHECKING:
+    from hf_coverage.measure.profile import CoverageProfile
+
+__all__ = ["BestOfNResult", "Estimate", "Prediction"]
+
+_FORMAT = 1
+
+
+class Estimate(NamedTuple):
+    """A mean over prompts with the two ends of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Prediction(NamedTuple):
+    """What a coverage profile says that Best-of-N achieves, for each N.
+
+    Attributes:
+        n: the N, 1 to k.
+        guaranteed: `(k,)` least expected reward, whatever the reward in [0, 1]: the reference's less D.6's bound.
+        exact: `(k,)` exact Pass@N where every prompt has one right answer; None otherwise.
+    """
+
+    n: NDArray[np.int64]
+    guaranteed: FloatArray
+    exact: FloatArray | None
+
+
+@dataclass(frozen=True, eq=False)
+class BestOfNResult:
+    """Rewards of k sampled responses to each of P prompts; higher is better.
+
+    Attributes:
+        name: the model's name.
+        verifier: the verifier's name.
+        rewards: `(P, k)` rewards; a response that could not be judged has 0, or the least reward that was given if
+            that is negative: it is unsolved, and never chosen for having failed.
+        failed: `(P, k)` which responses could not be judged.
+        rows: `(P,)` the first row of each prompt in the corpus.
+        prompts: `(P,)` code of each prompt, as `CoverageProfile.groups` has it.
+        errors: how many responses could not be judged, by what went wrong.
+        examples: one response for each of these errors: its row, sample, text, and the error's message.
+        threshold: least reward that solves a prompt; None where rewards do not say that.
+        settings: how the responses were sampled.
+
+    Example:
+        >>> result = BestOfNResult.from_rewards([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+        >>> round(result.pass_at(1), 3), result.pass_at(3), round(result.best_of(2).value, 3)
+        (0.5, 1.0, 0.833)
+    """
+
+    name: str
+    verifier: str
+    rewards: FloatArray = field(repr=False)
+    failed: NDArray[np.bool_] = field(repr=False)
+    rows: NDArray[np.int64] = field(repr=False)
+    prompts: NDArray[np.uint64] = field(repr=False)
+    errors: dict[str, int]
+    examples: dict[str, dict[str, Any]] = field(repr=False)
+    threshold: float | None
+    settings: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def from_rewards(
+        cls, rewards: Any, *, threshold: float | None = 1.0, name: str = "model", verifier: str = "rewards"
+    ) -> BestOfNResult:
+        """A result from rewards `(P, k)` alone, for instance those of another program.
+
+        Raises:
+            ValueError: if a reward is NaN or infinite.
+        """
+        table = np.array(rewards, dtype=np.float64)
+        best_of_n_reward(table)  # refuses what is no table of rewards
+        rows = np.arange(len(table))
+        return cls(
+            name, verifier, table, np.zeros(table.shape, bool), rows, rows.astype(np.uint64), {}, {}, threshold, {}
+        )
+
+    @property
+    def num_prompts(self) -> int:
+        """Number P of distinct prompts, the unit that intervals resample."""
+        return self.rewards.shape[0]
+
+    @property
+    def k(self) -> int:
+        """Responses to each prompt: the largest N there is."""
+        return self.rewards.shape[1]
+
+    def pass_at(self, n: int) -> float:
+        """Pass@N: the share of prompts that N responses solve, unbiased.
+
+        Raises:
+            ValueError: if n is not between 1 and k, or there is no `threshold`.
+        """
+        return self._pass_estimate(n).mean
+
+    def interval(self, n: int, confidence: float = 0.95) -> tuple[float, float]:
+        """Confidence interval of Pass@N, over prompts."""
+        return bounded_mean_interval(self._pass_estimate(n), confidence)
+
+    def best_of(self, n: int, confidence: float = 0.95) -> Estimate:
+        """Expected reward of the best of N responses, unbiased, with its confidence interval over prompts."""
+        estimate = clustered_mean(self._best[:, self._column(n)])
+        return Estimate(estimate.mean, *mean_interval(estimate, confidence))
+
+    def metrics(self, n: Iterable[int] | None = None) -> dict[str, float]:
+        """Flat metrics under the names of lm-evaluation-harness, each with its `_stderr`.
+
+        Args:
+            n: the N to report; None: the powers of 2 up to k, and k.
+
+        Returns:
+            `pass@<n>` where there is a threshold, `best_of_<n>`, and `failed`, the share that could not be judged.
+        """
+        estimates = {}
+        for value in self.levels() if n is None else n:
+            if self.threshold is not None:
+                estimates[f"pass@{value}"] = self._pass_estimate(value)
+            estimates[f"best_of_{value}"] = clustered_mean(self._best[:, self._column(value)])
+        flat = {}
+        for key, estimate in estimates.items():
+            flat[key], flat[f"{key}_stderr"] = estimate.mean, estimate.standard_error
+        return flat | {"failed": float(self.failed.mean())}
+
+    def levels(self) -> list[int]:
+        """The powers of 2 up to k, and k."""
+        return sorted({2**power for power in range(self.k.bit_length())} | {self.k})
+
+    def predict(self, profile: CoverageProfile, *, comparator_reward: float = 1.0) -> Prediction:
+        """What a profile of the same model on the same prompts says of Best-of-N.
+
+        The guarantee is `comparator_reward - min_M (Cov_M + exp(-N / (2 M)))` and holds for every reward in [0, 1].
+
+        Args:
+            profile: coverage of the reference by the distribution that was sampled from: at temperature 1 the model.
+            comparator_reward: mean reward of the reference's own responses; 1 where they are right.
+
+        Raises:
+            ValueError: if the profile is of other prompts, or the responses were sampled from another distribution
+                than the model itself.
+        """
+        changed = {key: self.settings[key] for key in ("temperature", "top_k", "top_p") if key in self.settings}
+        if changed and changed != {"temperature": 1.0, "top_k": None, "top_p": None}:
+            raise ValueError(f"`profile` is of the model itself, and responses were sampled with {changed}.")
+        if profile.groups is not None and set(profile.groups.tolist()) != set(self.prompts.tolist()):
+            raise ValueError(
+                f"`profile` must be of the same prompts, but has {profile.num_groups} prompts and this result "
+                f"{self.num_prompts}, not all the same; score the corpus that responses were sampled for."
+            )
+        n = np.arange(1, self.k + 1)
+        bounds = [least_regret_bound(profile.log_ratios, value, weights=profile.weights) for value in n.tolist()]
+        exact = None
+        if profile.kind == "single_answer" and profile.logprobs is not None:
+            logprobs = profile.logprobs
+            exact = np.array([exact_pass_at_n(logprobs, value, weights=profile.weights) for value in n.tolist()])
+        return Prediction(n, np.maximum(comparator_reward - np.array(bounds), 0.0), exact)
+
+    @property
+    def sentence(self) -> str:
+        """What came out, in plain words."""
+        size = f"{self.num_prompts:,} prompts"
+        if self.threshold is None:
+            parts = [
+                f"{self.name} gets a mean reward of {_interval(self.best_of(1), '.4g')} on {size} with one response "
+                f"and {_interval(self.best_of(self.k), '.4g')} with the best of {self.k} by {self.verifier}."
+            ]
+        else:
+            one, all_ = (Estimate(self.pass_at(n), *self.interval(n)) for n in (1, self.k))
+            parts = [
+                f"{self.name} solves {_interval(one, '.1%')} of {size} with one response and {_interval(all_, '.1%')} "
+                f"with {self.k}, by {self.verifier}."
+            ]
+        if self.errors:
+            kinds = ", ".join(f"{count:,} {name}" for name, count in self.errors.items())
+            parts.append(
+                f"{self.failed.sum():,} of {self.failed.size:,} responses could not be judged ({kinds}); they count "
+                "as unsolved."
+            )
+        return " ".join(parts)
+
+    def plot(
+        self,
+        path: str | PathLike[str] | None = None,
+        *,
+        profile: CoverageProfile | None = None,
+        comparator_reward: float = 1.0,
+        title: str | None = None,
+    ) -> Figure:
+        """Draw Pass@N (the reward of Best-of-N without a threshold) with its 95 % band, and a profile's prediction.
+
+        Args:
+            path: file to write, its format given by the suffix; None only returns the figure.
+            profile: see `predict`.
+            comparator_reward: see `predict`.
+            title: title above the axes.
+        """
+        n = range(1, self.k + 1)
+        solved = self.threshold is not None
+        points = [Estimate(self.pass_at(i), *self.interval(i)) if solved else self.best_of(i) for i in n]
+        value, low, high = np.array(points).T
+        curve = BestOfNCurve(f"{self.name}, sampled", np.array(n), value, low, high)
+        lines: list[tuple[str, Any]] = []
+        if profile is not None:
+            predicted = self.predict(profile, comparator_reward=comparator_reward)
+            lines = [("guaranteed by coverage", predicted.guaranteed)]
+            lines += [] if predicted.exact is None else [("exact, from log-probabilities", predicted.exact)]
+        ylabel = "Pass@$N$ (higher is better)" if solved else "reward of Best-of-$N$ (higher is better)"
+        return plot_best_of_n([curve], path, lines=lines, ylabel=ylabel, title=title)
+
+    def to_json(self, path: str | PathLike[str] | None = None) -> str:
+        """The result as JSON text, every number exact; also written to `path` where given."""
+        facts = {"format": _FORMAT} | {one.name: getattr(self, one.name) for one in fields(self)}
+        text = json.dumps(facts | {"sentence": self.sentence}, default=lambda array: array.tolist(), allow_nan=False)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | PathLike[str]) -> BestOfNResult:
+        """Read what `to_json` gave: its text, or the path it wrote.
+
+        Raises:
+            ValueError: if the text is not a result of a known format.
+        """
+        text = source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text()
+        try:
+            facts = json.loads(text)
+            if facts["format"] != _FORMAT:
+                raise ValueError(f"format {facts['format']} is not {_FORMAT}")
+            values = {one.name: facts[one.name] for one in fields(cls)}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"`source` is not a result written by `to_json`: {error!r}.") from error
+        types = {"rewards": np.float64, "failed": np.bool_, "rows": np.int64, "prompts": np.uint64}
+        return cls(**values | {name: np.asarray(values[name], dtype=kind) for name, kind in types.items()})
+
+    @cached_property
+    def _passes(self) -> FloatArray:
+        if self.threshold is None:
+            raise ValueError("Pass@N needs a `threshold`, the least reward that solves a prompt; see `best_of`.")
+        return pass_at_n(self.rewards >= self.threshold)
+
+    @cached_property
+    def _best(self) -> FloatArray:
+        return best_of_n_reward(self.rewards)
+
+    def _pass_estimate(self, n: int) -> MeanEstimate:
+        return clustered_mean(self._passes[:, self._column(n)])
+
+    def _column(self, n: int) -> int:
+        if n != int(n) or not 1 <= n <= self.k:
+            raise ValueError(f"`n` must be a whole number from 1 to k = {self.k}, the responses there are, got {n}.")
+        return int(n) - 1
+
+
+def _interval(estimate: Estimate, form: str) -> str:
+    value, low, high = (format(part, form) for part in estimate)
+    return value if math.isnan(estimate.low) else f"{value} [{low}, {high}]"

@@ -1,0 +1,85 @@
+"""Rows kept as JSON lines in a folder, shard by shard, each there whole or not at all."""
+
+import json
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from hf_coverage.measure.score_table import write_atomically
+
+__all__ = ["JsonShards", "read_metadata"]
+
+_METADATA = "metadata.json"
+_DESCRIPTIVE = "about"  # the one entry of the metadata that may differ from run to run
+
+
+class JsonShards:
+    """Shards `<name>-00000.jsonl`, ... and what they are of, `metadata.json`.
+
+    Args:
+        folder: where they are or will be; made if it does not exist.
+        name: what the files are called.
+        metadata: what decides the rows, JSON-serialisable; the entry `about` only describes.
+
+    Raises:
+        ValueError: if the folder holds something else.
+
+    Example:
+        >>> import tempfile
+        >>> shards = JsonShards(tempfile.mkdtemp(), "samples", {"seed": 0})
+        >>> shards.write(0, [{"text": "a"}])
+        >>> shards.read(0), shards.read(1)
+        ([{'text': 'a'}], None)
+    """
+
+    def __init__(self, folder: str | PathLike[str], name: str, metadata: dict[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.name = name
+        path = self.folder / _METADATA
+        now = json.loads(json.dumps(metadata))  # what is compared is what JSON makes of it
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, (json.dumps(now, indent=2) + "\n").encode())
+            return
+        before = read_metadata(self.folder)
+        changed = [key for key in sorted(before | now) if key != _DESCRIPTIVE and before.get(key) != now.get(key)]
+        if changed:
+            differences = "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in changed)
+            raise ValueError(
+                f"{self.folder} holds {name} of something else ({differences}). Choose a new `output_dir`, or remove "
+                "this one if it is no longer needed."
+            )
+
+    def read(self, index: int) -> list[dict[str, Any]] | None:
+        """The rows of a shard; None where it is not there.
+
+        Raises:
+            ValueError: if the shard is damaged.
+        """
+        path = self._path(index)
+        if not path.exists():
+            return None
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it and run the same command again.") from error
+
+    def write(self, index: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Write the rows of a shard."""
+        write_atomically(self._path(index), "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"{self.name}-{index:05d}.jsonl"
+
+
+def read_metadata(folder: str | PathLike[str]) -> dict[str, Any]:
+    """What the shards in a folder are of.
+
+    Raises:
+        FileNotFoundError: if there are none.
+    """
+    path = Path(folder) / _METADATA
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no samples of Best-of-N: there is no {_METADATA} in it.")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,265 @@
+"""Verifiers: callables that say what a response is worth.
+
+The protocol is that of TRL's reward functions, `verifier(prompts=..., completions=..., **columns) -> list[float]`, so
+those of `GRPOTrainer` work as they are. `prompts`, `completions` and `completion_ids` are lists with one entry a
+response, and so is each column of the corpus. Text prompts have text completions; chat prompts have completions that
+are one assistant message in a list; prompts of token ids have lists of token ids. A function gets what its signature
+names, or everything where it takes `**kwargs`.
+
+What follows are verifiers ready to use. This module is imported in the process that verifiers run in: it is light.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hf_coverage.decode.harmless import is_harmless, nothing_evaluated
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["ExactMatch", "MathVerify", "ReasoningGym", "RewardModel", "Verifier", "completion_text"]
+
+
+class Verifier(ABC):
+    """A verifier that comes with the package; your own can be any callable.
+
+    Attributes:
+        columns: columns of the corpus that it reads.
+        runs_here: whether it runs in this process, in batches, and not in a worker.
+    """
+
+    columns: tuple[str, ...] = ()
+    runs_here = False
+
+    @abstractmethod
+    def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float]:
+        """One reward a response."""
+
+
+class ExactMatch(Verifier):
+    """1 where a response is the right answer, whitespace around both aside; token ids are compared as they are.
+
+    Args:
+        column: the column that holds the answer.
+
+    Example:
+        >>> ExactMatch()(completions=[" 12", "13"], answer=["12", "12"])
+        [1.0, 0.0]
+    """
+
+    runs_here = True
+
+    def __init__(self, column: str = "answer") -> None:
+        self.columns = (column,)
+
+    def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float]:
+        """1 or 0 a response."""
+        answers = columns[self.columns[0]]
+        return [float(_comparable(given) == _comparable(right)) for given, right in zip(completions, answers)]
+
+
+class MathVerify(Verifier):
+    r"""1 where `math-verify` finds a response mathematically equal to the answer: 1/2 is 0.5 and \frac{1}{2}.
+
+    Its own time limits are off, since its signals only work in a main thread and do not stop a loop in C: run it with
+    a `timeout`, which does.
+
+    Args:
+        column: the column that holds the answer, as LaTeX or as a plain expression.
+
+    Raises:
+        ImportError: if `math-verify` is not installed.
+    """
+
+    def __init__(self, column: str = "answer") -> None:
+        try:
+            import math_verify
+        except ImportError as error:
+            raise ImportError("`MathVerify` needs math-verify: `pip install math-verify`.") from error
+        self.columns = (column,)
+        self._library = math_verify
+        for name in ("parser", "grader"):  # they warn that there is no time limit, which `timeout` is
+            logging.getLogger(f"math_verify.{name}").setLevel(logging.ERROR)
+
+    def __reduce__(self) -> Any:
+        return type(self), self.columns
+
+    def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float]:
+        """1 or 0 a response.
+
+        Raises:
+            ValueError: if an answer of the corpus is no mathematics.
+        """
+        return [self._compare(*pair) for pair in zip(completions, columns[self.columns[0]])]
+
+    def _compare(self, completion: Any, answer: str) -> float:
+        gold = self._library.parse(answer, parsing_timeout=None) or self._library.parse(
+            f"${answer}$", parsing_timeout=None
+        )
+        if not gold:
+            raise ValueError(f"the answer {answer!r} of the corpus cannot be parsed by math-verify")
+        target = self._library.parse(completion_text(completion), parsing_timeout=None)
+        return float(self._library.verify(gold, target, timeout_seconds=None))
+
+
+class ReasoningGym(Verifier):
+    r"""The score that a `reasoning_gym` task gives a response itself, in [0, 1], 1 being right.
+
+    Nine tasks of reasoning_gym evaluate the response as Python, some of them by `eval`. Text is never executed here:
+    for such tasks a response that is neither a literal nor a plain arithmetic expression is scored while nothing can
+    be evaluated, which makes it a wrong one.
+
+    Args:
+        task: the task's name, such as `"spell_backward"`.
+        tag: the answer is what stands in the last `<tag>...</tag>` of the response, and a response without has none;
+            None: the whole response, stripped.
+        config: the task's own settings, where scoring depends on them.
+
+    The corpus needs the columns `answer` and `metadata` of the task's entries; `metadata` may be JSON text, which
+    keeps what a table cannot hold: `json.dumps(entry["metadata"])`.
+
+    Raises:
+        ImportError: if `reasoning-gym` is not installed.
+        ValueError: if there is no such task.
+    """
+
+    columns = ("answer", "metadata")
+
+    def __init__(self, task: str, *, tag: str | None = None, **config: Any) -> None:
+        try:
+            import reasoning_gym
+        except ImportError as error:
+            raise ImportError("`ReasoningGym` needs reasoning-gym: `pip install reasoning-gym`.") from error
+        self._made_of = task, tag, config
+        self._tag = tag
+        self._dataset = reasoning_gym.create_dataset(task, size=1, seed=0, **config)
+        # What the installed version does, and not a list of what some version did.
+        scorer = inspect.getsource(type(self._dataset).score_answer)
+        self._evaluates = re.search(r"\b(eval|exec|parse_expr|sympify)\(", scorer) is not None
+
+    def __reduce__(self) -> Any:
+        task, tag, config = self._made_of
+        return functools.partial(type(self), tag=tag, **config), (task,)
+
+    def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float]:
+        """The task's score a response."""
+        entries = [
+            {"answer": right, "metadata": json.loads(facts) if isinstance(facts, str) else facts}
+            for right, facts in zip(columns["answer"], columns["metadata"])
+        ]
+        return [float(self._score(given, entry)) for given, entry in zip(completions, entries)]
+
+    def _score(self, completion: Any, entry: dict[str, Any]) -> float:
+        text: str | None = completion_text(completion).strip()
+        if self._tag is not None:
+            found = re.findall(f"<{re.escape(self._tag)}>(.*?)</{re.escape(self._tag)}>", text or "", re.DOTALL)
+            text = found[-1].strip() if found else None
+        if not self._evaluates or text is None or is_harmless(text):
+            return self._dataset.score_answer(text, entry)
+        with nothing_evaluated():
+            return self._dataset.score_answer(text, entry)
+
+
+class RewardModel(Verifier):
+    """The scalar that a reward model gives to prompt and response: a sequence classifier with one label.
+
+    Text is joined, chat messages pass through the reward model's own chat template, as TRL does it.
+
+    Args:
+        model: folder, Hub id, or the model; it stays on its device.
+        tokenizer: its tokenizer; None loads it from the same folder or id.
+        device: where to put a model that is loaded; None: an accelerator if there is one.
+
+    Raises:
+        TypeError: if a model comes without its tokenizer.
+        ValueError: if it has more than one label, or no trained head.
+    """
+
+    columns = ("prompts",)
+    runs_here = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        device: str | None = None,
+    ) -> None:
+        if isinstance(model, str):
+            self.model, self.tokenizer = _load_reward_model(model, tokenizer, device)
+        elif tokenizer is None:
+            raise TypeError("`tokenizer` must be given with a model that is loaded already.")
+        else:
+            self.model, self.tokenizer = model.eval(), tokenizer
+        if self.model.config.num_labels != 1:
+            raise ValueError(f"A reward model has one label, but this one has {self.model.config.num_labels}.")
+
+    def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float]:
+        """The logit of each response."""
+        import torch
+
+        texts = [self._text(prompt, completion) for prompt, completion in zip(columns["prompts"], completions)]
+        rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        length = max(map(len, rows))
+        # The classifier reads the last token before the padding, so both must agree on what padding is.
+        pad = self.model.config.get_text_config().pad_token_id
+        if pad is None and len(rows) > 1:
+            return [reward for row in zip(columns["prompts"], completions) for reward in self._alone(*row)]
+        ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=self.model.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=self.model.device)
+        with torch.inference_mode():
+            return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
+
+    def _alone(self, prompt: Any, completion: Any) -> list[float]:
+        return self([completion], prompts=[prompt])
+
+    def _text(self, prompt: Any, completion: Any) -> str:
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return prompt + completion
+        if isinstance(prompt[0], dict):
+            return str(self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))
+        raise TypeError("a reward model reads text or chat messages, and the corpus holds token ids")
+
+
+def completion_text(completion: Any) -> str:
+    """The text of a completion: itself, or what its one chat message says.
+
+    Raises:
+        TypeError: for token ids.
+
+    Example:
+        >>> completion_text([{"role": "assistant", "content": "12"}])
+        '12'
+    """
+    if isinstance(completion, list) and completion and isinstance(completion[-1], dict):
+        completion = completion[-1]["content"]
+    if not isinstance(completion, str):
+        raise TypeError("this verifier reads text, and the corpus holds token ids; give its prompts as text")
+    return completion
+
+
+def _comparable(completion: Any) -> Any:
+    if isinstance(completion, list) and not (completion and isinstance(completion[-1], dict)):
+        return completion
+    return completion_text(completion).strip()
+
+
+def _load_reward_model(name: str, tokenizer: Any, device: str | None) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model, facts = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, output_loading_info=True)
+    if facts["missing_keys"]:
+        raise ValueError(
+            f"{name} is no reward model: it has no weights for {', '.join(sorted(facts['missing_keys']))}."
+        )
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return model.to(device or accelerator).eval(), tokenizer or AutoTokenizer.from_pretrained(name)
