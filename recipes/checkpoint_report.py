@@ -23,7 +23,7 @@ from hf_coverage.report.provenance import provenance
 from hf_coverage.report.results import coverage_results, write_results
 from hf_coverage.report.table import Cell, Column, Interval, Table, format_cell, format_number, title
 
-__all__ = ["pass_at_n", "report_checkpoints"]
+__all__ = ["pass_at_n", "report_checkpoints", "show"]
 
 
 def report_checkpoints(
@@ -86,7 +86,7 @@ def report_checkpoints(
     for index, profile in enumerate(profiles):
         results["results"][profile.name] |= {f"pass@{value},none": passes[value][index] for value in pass_at}
         results["higher_is_better"][profile.name] |= {f"pass@{value}": True for value in pass_at}
-    _show([table, guides], [*summary, f"Written: {page}, {card} and {write_results(output, results)}"])
+    show([table, guides], [*summary, f"Written: {page}, {card} and {write_results(output, results)}"])
 
 
 def pass_at_n(profile: CoverageProfile, n: int) -> float:
@@ -192,7 +192,7 @@ def _notable(profiles: Sequence[CoverageProfile], coverage: Mapping[float, Seque
     return [profiles[index] for index in sorted({0, least, len(profiles) - 1})]
 
 
-def _show(tables: Sequence[Table], lines: Sequence[str]) -> None:
+def show(tables: Sequence[Table], lines: Sequence[str]) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 140

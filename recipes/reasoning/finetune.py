@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_coverage import CoverageCallback, CoverageProfile
 from hf_coverage.measure.corpus import EncodedCorpus, encode_corpus
 from hf_coverage.measure.scoring import score_encoded
-from recipes.reasoning.model import SMOLLM2, add_adapter, load_base
+from recipes.reasoning.model import SMOLLM2, add_adapter, load_base, load_tokenizer
 from recipes.reasoning.task import Entry, draw_entries, entry_corpus
 from recipes.settings import Settings, parse_section, read_settings, refuse_other_settings
 
@@ -140,7 +140,7 @@ def main() -> None:
     recipe = read_recipe(sys.argv[1:], __doc__)
     refuse_other_settings(recipe.output, kept_settings(recipe))
     use_threads(recipe)
-    base, tokenizer = load_base(recipe.model.name)
+    base, tokenizer = load_base(recipe.model.name), load_tokenizer(recipe.model.name)
     held_out = entry_corpus(recipe.held_out_entries())
     train = encode_corpus(entry_corpus(recipe.train_entries()), tokenizer, append_eos=True)
 

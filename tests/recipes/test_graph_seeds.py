@@ -1,0 +1,119 @@
+"""Several seeds of the main job at a size of seconds: the tournament of each, the tables over all, and going on."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hf_coverage import tournament
+
+ROOT = Path(__file__).parents[2]
+SMALL = ROOT / "recipes" / "graph_search" / "small.yaml"
+TINY = {
+    "selection_rows": 100,
+    "threads": 1,
+    "model.n_layer": 1,
+    "model.n_embd": 16,
+    "measure.rows": 50,
+    "pretrain.max_steps": 24,
+    "pretrain.save_steps": 24,
+    "pretrain.per_device_train_batch_size": 16,
+    "finetune.max_steps": 8,
+    "finetune.save_steps": 4,
+    "finetune.eval_steps": 4,
+    "finetune.per_device_train_batch_size": 16,
+}
+
+
+def run(output: Path, *seeds: str) -> str:
+    words = [str(ROOT / "recipes" / "seeds.py"), "--config", str(SMALL), "--output_dir", str(output)]
+    for name, value in TINY.items():
+        words += [f"--{name}", str(value)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *words, "--seeds", *seeds], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture
+def seeds(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import seeds
+
+    return seeds
+
+
+def test_one_seed_is_run_judged_and_only_read_when_asked_again(tmp_path):
+    output = tmp_path / "runs"
+    printed = run(output, "0")
+    assert "better in" in printed
+    assert (output / "seed-0" / "tournament" / "best_checkpoint.json").is_file()
+    table = (output / "table.md").read_text()
+    assert table.count("| tournament, N = 5.7 |") == 2
+    for name in ("seeds.png", "choice.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+
+    trained = {file: file.stat().st_mtime_ns for file in output.glob("seed-0/**/*.safetensors")}
+    assert any("scores" in file.name for file in trained)
+    run(output, "0")
+    assert {file: file.stat().st_mtime_ns for file in trained} == trained
+    assert (output / "table.md").read_text() == table
+
+
+@pytest.mark.slow
+def test_a_seed_can_join_later(tmp_path):
+    for seeds in (("0",), ("0", "1")):
+        run(tmp_path / "late", *seeds)
+    run(tmp_path / "both", "0", "1")
+    assert (tmp_path / "late" / "table.md").read_text() == (tmp_path / "both" / "table.md").read_text()
+
+
+def made_up(seeds, rng, number):
+    """A run of three checkpoints with a real tournament at N = 16 and 4."""
+    tables = {f"checkpoint-{step}": -rng.exponential(2, size=50) for step in (24, 4, 8)}
+    result = tournament(tables, 16, sweep=(4, 3), bootstrap=0)
+    facts = {
+        "names": list(result.names),
+        "n": result.n,
+        "winner": result.winner,
+        "sweep": [point._asdict() for point in result.sweep],
+        "cross_entropy_choice": result.cross_entropy_choice,
+        "suggested_n": 3.0,
+    }
+    curves = {4: rng.random(3), 8: rng.random(3)}
+    return seeds.SeedRun(number, [0, 4, 8], rng.random(3), {2.0: rng.random(3)}, curves, facts), result
+
+
+def test_rules_choose_what_the_tournament_says(seeds):
+    run, result = made_up(seeds, np.random.default_rng(0), 0)
+    winners = {16: result.winner} | {point.n: point.winner for point in result.sweep}
+    names = list(result.names)
+    assert run.choice("cross-entropy", 4) == names.index(result.cross_entropy_choice)
+    assert run.choice("tournament, N = 16", 4) == names.index(winners[16])
+    assert run.choice("tournament, N = samples", 4) == names.index(winners[4])
+    assert run.choice("tournament, suggested N", 8) == names.index(winners[3])
+    unsuggested = dataclasses.replace(run, tournament=run.tournament | {"suggested_n": None})
+    assert unsuggested.choice("tournament, suggested N", 8) == names.index(winners[16])
+
+
+def test_gains_are_differences_within_a_seed(seeds):
+    rng = np.random.default_rng(1)
+    runs = [made_up(seeds, rng, number)[0] for number in range(4)]
+    rules = ["cross-entropy", "tournament, N = 16"]
+    (row,) = seeds.gain_table(runs, rules).rows
+    for place, n in ((1, 4), (3, 8)):
+        gains = []
+        for run in runs:
+            names = run.tournament["names"]
+            picks = [names.index(run.tournament[key]) for key in ("winner", "cross_entropy_choice")]
+            gains.append(run.passes[n][picks[0]] - run.passes[n][picks[1]])
+        assert row[place].value == pytest.approx(np.mean(gains))
+        half_width = 3.1824463 * np.std(gains, ddof=1) / 2  # Student's t with three degrees of freedom
+        assert row[place].high - row[place].value == pytest.approx(half_width)
+        assert row[place + 1] == f"{sum(gain > 0 for gain in gains)} of 4"
