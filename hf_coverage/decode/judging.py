@@ -20,7 +20,7 @@ from hf_coverage.decode.judge import JudgeRows, needed_arguments, open_judge, ru
 from hf_coverage.decode.prompt_table import PromptTable, digest
 from hf_coverage.decode.shards import JsonShards
 from hf_coverage.decode.verdict import Verdict
-from hf_coverage.decode.verifiers import ExactMatch
+from hf_coverage.decode.verifiers import ExactMatch, Verifier
 from hf_coverage.measure.processes import on_main_process
 
 __all__ = ["Judging", "Rows", "verifier_name"]
@@ -107,8 +107,10 @@ def verifier_name(verifier: Callable[..., Any]) -> str:
 
     Example:
         >>> verifier_name(ExactMatch("answer")), verifier_name(len)
-        ('ExactMatch', 'len')
+        ('exact-match', 'len')
     """
+    if isinstance(verifier, Verifier):
+        return verifier.name
     name = getattr(verifier, "__name__", type(verifier).__name__)  # an instance has none
     return "verifier" if name == "<lambda>" else name
 

@@ -32,10 +32,12 @@ class Verifier(ABC):
     """A verifier that comes with the package; your own can be any callable.
 
     Attributes:
+        name: what it is called in tables and folders.
         columns: columns of the corpus that it reads.
         runs_here: whether it runs in this process, in batches, and not in a worker.
     """
 
+    name: str
     columns: tuple[str, ...] = ()
     runs_here = False
 
@@ -55,6 +57,7 @@ class ExactMatch(Verifier):
         [1.0, 0.0]
     """
 
+    name = "exact-match"
     runs_here = True
 
     def __init__(self, column: str = "answer") -> None:
@@ -78,6 +81,8 @@ class MathVerify(Verifier):
     Raises:
         ImportError: if `math-verify` is not installed.
     """
+
+    name = "math-verify"
 
     def __init__(self, column: str = "answer") -> None:
         try:
@@ -138,6 +143,7 @@ class ReasoningGym(Verifier):
             import reasoning_gym
         except ImportError as error:
             raise ImportError("`ReasoningGym` needs reasoning-gym: `pip install reasoning-gym`.") from error
+        self.name = f"reasoning-gym:{task}"
         self._made_of = task, tag, config
         self._tag = tag
         self._dataset = reasoning_gym.create_dataset(task, size=1, seed=0, **config)
@@ -183,6 +189,7 @@ class RewardModel(Verifier):
         ValueError: if it has more than one label, or no trained head.
     """
 
+    name = "reward-model"
     columns = ("prompts",)
     runs_here = True
 

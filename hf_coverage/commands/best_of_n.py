@@ -1,0 +1,201 @@
+"""`hf-coverage best-of-n`: what k samples of a model achieve, judged by a verifier."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hf_coverage.commands.console import is_main_process, print_table, say
+from hf_coverage.commands.inputs import leave_job, load_model, load_tokenizer, model_name, read_dataset
+from hf_coverage.commands.options import (
+    ConfigFile,
+    Device,
+    Dtype,
+    DtypeName,
+    GgufFile,
+    Revision,
+    Split,
+    TokenizerName,
+    parse_n,
+)
+from hf_coverage.commands.score_folder import read_measured
+from hf_coverage.report.provenance import running_command
+from hf_coverage.report.table import Cell, Column, Interval, Table
+
+if TYPE_CHECKING:
+    from hf_coverage.decode.best_of_n_result import BestOfNResult, Prediction
+    from hf_coverage.measure.profile import CoverageProfile
+
+__all__ = ["EXAMPLES", "best_of_n"]
+
+EXAMPLES = """\
+[bold]Examples[/]
+
+hf-coverage best-of-n MODEL problems.jsonl --verifier math-verify --k 64 --max-new-tokens 512 -o best_of_n
+
+hf-coverage best-of-n MODEL corpus --k 16 --profile scores/MODEL
+
+The samples kept in best_of_n, judged by a function of yours, without the model:
+
+hf-coverage best-of-n best_of_n problems.jsonl --verifier rewards.py:my_reward
+"""
+
+
+def best_of_n(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id; or a folder of samples to be judged.")],
+    data: Annotated[str, typer.Argument(help="Prompts, and what the verifier reads: folder, file or Hub id.")],
+    verifier: Annotated[
+        str,
+        typer.Option(
+            help="`exact-match`, `math-verify`, `reasoning-gym:TASK`, `reward-model:MODEL`, or your own callable, as "
+            "`module:function` or `file.py:function`, called like TRL's reward functions."
+        ),
+    ] = "exact-match",
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--output-dir", "-o", help="Folder for samples, judgements, plot and JSON.", show_default="best_of_n"
+        ),
+    ] = None,
+    k: Annotated[int, typer.Option("--k", "-k", help="Responses for each prompt: the largest N.")] = 16,
+    n: Annotated[
+        list[str] | None,
+        # torchrun takes `--n` for a prefix of its own options and stops; `-n` passes
+        typer.Option("--n", "-n", help="N to show, comma-separated; by default the powers of 2 up to k."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a response.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Temperature; 1 is the model itself.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep the likeliest tokens, renormalised.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the likeliest tokens up to this mass, renormalised.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Responses sampled at once.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Least reward that solves a prompt; by default 1, and none for a reward model."),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for one response, after which its verifier is killed.")] = 10,
+    answer_column: Annotated[
+        str | None,
+        typer.Option(help="Column of right answers; by default `answer`, or else `completion`."),
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(help="Score folder of the same model and prompts: show beside it what coverage predicts."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Use that many rows of the data, from its start.")] = None,
+    shard_rows: Annotated[int, typer.Option(help="Responses between two writes: what an interruption costs.")] = 256,
+    split: Split = None,
+    tokenizer: TokenizerName = None,
+    revision: Revision = None,
+    gguf_file: GgufFile = None,
+    dtype: Dtype = DtypeName.auto,
+    device: Device = None,
+    config: ConfigFile = None,
+) -> None:
+    """Measure what Best-of-N achieves: sample k responses to each prompt, judge them, report every N up to k.
+
+    Pass@N is the share of prompts that at least one of N responses solves; higher is better. Both it and the reward of
+    the best of N are unbiased, with 95 % intervals over prompts. Run the command again to go on after an interruption.
+
+    Writes best_of_n-VERIFIER.json, best_of_n-VERIFIER.png and the results as JSON.
+    """
+    from hf_coverage.decode.named_verifiers import named_verifier
+
+    rows = read_dataset(data, split)
+    rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+    column = answer_column or ("answer" if "answer" in rows.column_names else "completion")
+    chosen = named_verifier(verifier, column=column, device=device)
+    if threshold is None and not verifier.startswith("reward-model:"):
+        threshold = 1.0
+    judging = {"threshold": threshold, "timeout": timeout, "batch_size": batch_size}
+    measured = None if profile is None else read_measured(profile).profile
+    if _holds_samples(model):
+        folder, result = output_dir or Path(model), _judge(model, rows, chosen, judging)
+    else:
+        folder = output_dir or Path("best_of_n")
+        sampling: dict[str, Any] = {
+            "k": k,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+        }
+        sampling |= {"top_p": top_p, "seed": seed, "shard_rows": shard_rows, "output_dir": folder}
+        loading = {"revision": revision, "gguf_file": gguf_file}
+        words = load_tokenizer(tokenizer) if tokenizer else load_tokenizer(model, **loading)
+        weights = load_model(model, dtype=dtype.value, device=device, **loading)
+        result = _evaluate(weights, words, rows, chosen, judging | sampling | {"name": model_name(model, gguf_file)})
+    leave_job(device)
+    if is_main_process():
+        _report(result, _levels(n, result), measured, folder)
+
+
+def _holds_samples(folder: str) -> bool:
+    return (Path(folder) / "samples-00000.jsonl").is_file()
+
+
+def _judge(folder: str, rows: Any, verifier: Any, options: dict[str, Any]) -> "BestOfNResult":
+    from hf_coverage.decode.best_of_n import judge_best_of_n
+
+    return judge_best_of_n(folder, rows, verifier, progress=is_main_process(), **options)
+
+
+def _evaluate(model: Any, tokenizer: Any, rows: Any, verifier: Any, options: dict[str, Any]) -> "BestOfNResult":
+    from hf_coverage.decode.best_of_n import evaluate_best_of_n
+
+    return evaluate_best_of_n(model, tokenizer, rows, verifier, progress=is_main_process(), **options)
+
+
+def _levels(n: list[str] | None, result: "BestOfNResult") -> list[int]:
+    if n is None:
+        return result.levels()
+    levels = parse_n(n)
+    if any(level != int(level) or level > result.k for level in levels):
+        raise ValueError(f"`n` must be whole numbers from 1 to k = {result.k}, but are {', '.join(map(str, levels))}.")
+    return [int(level) for level in levels]
+
+
+def _report(result: "BestOfNResult", levels: list[int], profile: "CoverageProfile | None", folder: Path) -> None:
+    from hf_coverage.report.results import write_results
+
+    folder.mkdir(parents=True, exist_ok=True)
+    prediction = None if profile is None else result.predict(profile)
+    print_table(_table(result, levels, prediction))
+    say(result.sentence, *_examples(result))
+    name = f"best_of_n-{re.sub(r'[^0-9A-Za-z_-]', '_', result.verifier)}"
+    result.to_json(folder / f"{name}.json")
+    result.plot(folder / f"{name}.png", profile=profile)
+    metrics = {f"{key},none": value for key, value in result.metrics(levels).items()}
+    facts = {"command": running_command(), "verifier": result.verifier, "threshold": result.threshold}
+    content: dict[str, Any] = {"results": {result.name: {"alias": result.name} | metrics}, "errors": result.errors}
+    content |= {"config": facts | result.settings, "n-samples": {result.name: {"original": result.num_prompts}}}
+    path = write_results(folder, content)
+    say(f"Plot in {folder / name}.png, all rewards in {folder / name}.json, metrics in {path}.")
+
+
+def _table(result: "BestOfNResult", levels: list[int], prediction: "Prediction | None") -> Table:
+    columns: list[Column | str] = ["N"]
+    columns += [] if result.threshold is None else [Column("Pass@N", "higher")]
+    columns += [Column("reward of Best-of-N", "higher")]
+    exact = None if prediction is None else prediction.exact
+    columns += [] if exact is None else ["exact Pass@N"]
+    columns += [] if prediction is None else ["guaranteed reward"]
+    rows: list[list[Cell]] = []
+    for level in levels:
+        cells: list[Cell] = [str(level)]
+        cells += [] if result.threshold is None else [Interval(result.pass_at(level), *result.interval(level))]
+        cells += [Interval(*result.best_of(level))]
+        cells += [] if exact is None else [float(exact[level - 1])]
+        cells += [] if prediction is None else [float(prediction.guaranteed[level - 1])]
+        rows.append(cells)
+    return Table(columns, rows, f"{result.name}, {result.num_prompts:,} prompts, judged by {result.verifier}.")
+
+
+def _examples(result: "BestOfNResult") -> list[str]:
+    return [
+        f"The first that {name}: row {shown['row']}, sample {shown['sample']}"
+        + (f" ({shown['message']})." if shown["message"] else ".")
+        for name, shown in result.examples.items()
+    ]
