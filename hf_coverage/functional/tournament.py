@@ -11,25 +11,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hf_coverage.functional.challenges import RowLayout, count_challenges, row_layout
 from hf_coverage.functional.checks import FloatArray, check_logprobs, check_n
+from hf_coverage.functional.racing import race
+from hf_coverage.functional.standing import Rates, Standing, Tally, stand
 
 __all__ = [
     "OnPolicy",
-    "Standing",
-    "TieBreak",
     "challenge_rates",
     "hold_tournament",
     "separating_n",
 ]
-
-TieBreak = Literal["mean challenge", "cross-entropy", "order"]
 
 _BLOCKS = 1024
 """Units that a bootstrap resamples, at most."""
@@ -46,37 +43,6 @@ class OnPolicy(NamedTuple):
 
     logprobs: Sequence[ArrayLike]
     groups: Iterable[Any] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Standing:
-    """How M candidates stand in a tournament at one N.
-
-    Attributes:
-        n: the N of the challenges.
-        rates: `(M, M)` C[a, b], how often a challenges b; NaN in the columns of candidates that did not defend.
-        offsets: `(M, M)` 2 g O[a, b], what is taken off; zeros in a simple tournament.
-        scores: `(M,)` worst challenge of each, lower is better; NaN for candidates that did not defend.
-        mean_challenges: `(M,)` mean challenge of each, over the other candidates.
-        cross_entropies: `(M,)` E[-log p], nats a response.
-        ranking: defenders, best first.
-        tied: those whose score is the least, in the order of `ranking`.
-        decided_by: what broke the tie; None where there was none.
-        win_rates: `(M,)` how often each wins when prompts are drawn anew; None without a bootstrap.
-        num_groups: prompts.
-    """
-
-    n: float
-    rates: FloatArray
-    offsets: FloatArray
-    scores: FloatArray
-    mean_challenges: FloatArray
-    cross_entropies: FloatArray
-    ranking: tuple[int, ...]
-    tied: tuple[int, ...]
-    decided_by: TieBreak | None
-    win_rates: FloatArray | None
-    num_groups: int
 
 
 def challenge_rates(logprobs: Iterable[ArrayLike], n: float) -> FloatArray:
@@ -157,7 +123,7 @@ def hold_tournament(
     layout = row_layout(table[0].size, groups=groups, seed=seed, max_blocks=_BLOCKS if replicates else 1)
     draws = _draw(layout, replicates, rng)
     chosen = range(len(table)) if defenders is None else defenders
-    tallies = [_Tally(len(table), replicates) for _ in levels]
+    tallies = [Tally(len(table), replicates) for _ in levels]
     for part in count_challenges(table, levels, layout, defenders=chosen):
         for place, b in enumerate(part.defenders):
             offsets = (
@@ -169,13 +135,20 @@ def hold_tournament(
     entropy = np.array([-np.minimum(values, 0.0).mean() for values in table])
     drawn_entropy = _drawn_cross_entropies(table, layout, draws) if replicates else None
     return [
-        _standing(level, tally, entropy, drawn_entropy, list(chosen), layout.num_groups)
+        stand(level, tally, entropy, drawn_entropy, list(chosen), layout.num_groups)
         for level, tally in zip(levels, tallies)
     ]
 
 
-def separating_n(logprobs: Iterable[ArrayLike], n: float, **offset: Any) -> float | None:
-    """Largest of `n / sqrt(2)`, `n / 2`, ... above 1 at which the least score is one candidate's alone.
+def separating_n(
+    logprobs: Iterable[ArrayLike],
+    n: float,
+    *,
+    race_confidence: float | None = None,
+    seed: int = 0,
+    **offset: Any,
+) -> float | None:
+    """Largest of `n / sqrt(2)`, `n / 2`, ... above 1, to three digits, where the least score is one candidate's alone.
 
     As N grows all challenges cease and all scores become 0: the tournament then says only that no candidate is worse
     than the others by a factor of N anywhere.
@@ -183,48 +156,28 @@ def separating_n(logprobs: Iterable[ArrayLike], n: float, **offset: Any) -> floa
     Args:
         logprobs: as in `hold_tournament`.
         n: the N at which scores are tied.
-        **offset: `on_policy` and `gamma` of an offset tournament.
+        race_confidence: hold a race at each N first, such that all of them together keep whoever has the least score
+            with this probability; None compares all on all rows.
+        seed: of the races.
+        **offset: `on_policy` and `gamma` of an offset tournament, which cannot be raced.
 
     Returns:
         N; None where candidates are tied at all of them.
 
     Example:
         >>> separating_n([[-1.0, -1.0, -3.0], [-1.0, -3.0, -2.5]], n=16)
-        5.65...
+        5.66
     """
+    table = _checked(logprobs, "logprobs")
     halving = (n / math.sqrt(2) ** step for step in range(1, math.ceil(2 * math.log2(n)) + 1))
-    tied = (
-        (level, hold_tournament(logprobs, level, replicates=0, **offset)[0].tied) for level in halving if level > 1
-    )
-    return next((level for level, names in tied if len(names) == 1), None)
-
-
-class _Rates(NamedTuple):
-    """The challenges to one candidate: `(M,)`, and `(M, B)` in each bootstrap sample."""
-
-    value: FloatArray
-    drawn: FloatArray | None
-
-
-class _Tally:
-    """Scores of one N, filled in defender by defender."""
-
-    def __init__(self, num_candidates: int, replicates: int) -> None:
-        self.rates = np.full((num_candidates, num_candidates), np.nan)
-        self.offsets = np.zeros((num_candidates, num_candidates))
-        self.scores, self.means = np.full((2, num_candidates), np.nan)
-        self.drawn_scores, self.drawn_means = np.full((2, num_candidates, replicates), np.nan)
-
-    def add(self, b: int, rates: _Rates, offset: _Rates | None) -> None:
-        self.rates[:, b] = rates.value
-        if offset is not None:
-            self.offsets[:, b] = offset.value
-        challenges = self.rates[:, b] - self.offsets[:, b]
-        others = max(1, len(challenges) - 1)
-        self.scores[b], self.means[b] = challenges.max(), challenges.sum() / others
-        if rates.drawn is not None:
-            drawn = rates.drawn if offset is None or offset.drawn is None else rates.drawn - offset.drawn
-            self.drawn_scores[b], self.drawn_means[b] = drawn.max(0), drawn.sum(0) / others
+    levels = [level for level in (float(f"{level:.3g}") for level in halving) if 1 < level < n]
+    for level in levels:
+        # A race at n says nothing here: who was hopeless there may win at a smaller N.
+        each = None if race_confidence is None else 1 - (1 - race_confidence) / len(levels)
+        left = None if each is None else race(table, level, confidence=each, seed=seed).survivors
+        if len(hold_tournament(table, level, replicates=0, defenders=left, **offset)[0].tied) == 1:
+            return level
+    return None
 
 
 def _checked(logprobs: Iterable[ArrayLike], name: str) -> list[FloatArray]:
@@ -251,16 +204,16 @@ def _drawn_rows(layout: RowLayout, draws: FloatArray) -> FloatArray:
     return draws @ np.bincount(layout.block_of_row, minlength=layout.num_blocks)
 
 
-def _rates(counts: NDArray[np.int32], layout: RowLayout, draws: FloatArray) -> _Rates:
+def _rates(counts: NDArray[np.int32], layout: RowLayout, draws: FloatArray) -> Rates:
     value = counts.sum(axis=1) / layout.order.size
     if not len(draws):
-        return _Rates(value, None)
-    return _Rates(value, counts @ draws.T[layout.block] / _drawn_rows(layout, draws))
+        return Rates(value, None)
+    return Rates(value, counts @ draws.T[layout.block] / _drawn_rows(layout, draws))
 
 
 def _offset(
     generations: OnPolicy, b: int, levels: list[float], gamma: float, num_candidates: int, replicates: int, seed: int
-) -> list[_Rates]:
+) -> list[Rates]:
     """2 g O[., b] at each N: the challenges that b would face on its own responses."""
     table = _checked(generations.logprobs, f"on_policy[{b}]")
     if len(table) != num_candidates:
@@ -277,7 +230,7 @@ def _offset(
     draws = _draw(layout, replicates, np.random.default_rng(key))
     (part,) = count_challenges(table, levels, layout, defenders=[b])
     found = [_rates(part.counts[k, 0], layout, draws) for k in range(len(levels))]
-    return [_Rates(2 * gamma * value, None if drawn is None else 2 * gamma * drawn) for value, drawn in found]
+    return [Rates(2 * gamma * value, None if drawn is None else 2 * gamma * drawn) for value, drawn in found]
 
 
 def _drawn_cross_entropies(table: list[FloatArray], layout: RowLayout, draws: FloatArray) -> FloatArray:
@@ -289,49 +242,3 @@ def _drawn_cross_entropies(table: list[FloatArray], layout: RowLayout, draws: Fl
         excluded = np.bincount(layout.block_of_row, ~finite, layout.num_blocks)
         found.append(np.where(draws @ excluded > 0, np.inf, draws @ sums / rows))
     return np.array(found)
-
-
-def _keys(scores: FloatArray, means: FloatArray, entropies: FloatArray) -> tuple[FloatArray, ...]:
-    """What ranks candidates, the first first; rounded, so that rounding decides nothing."""
-    return np.round(scores, 12), np.round(means, 12), np.round(entropies, 9)
-
-
-def _standing(
-    n: float,
-    tally: _Tally,
-    entropies: FloatArray,
-    drawn_entropies: FloatArray | None,
-    defenders: list[int],
-    num_groups: int,
-) -> Standing:
-    keys = np.array(_keys(tally.scores, tally.means, entropies))[:, defenders]
-    order = np.lexsort((np.array(defenders), *keys[::-1]))
-    alike = [int((keys[: depth + 1, order] == keys[: depth + 1, order[:1]]).all(0).sum()) for depth in range(3)]
-    breaks: tuple[TieBreak | None, ...] = (None, "mean challenge", "cross-entropy")
-    ranking = tuple(defenders[place] for place in order)
-    wins = None
-    if drawn_entropies is not None and tally.drawn_scores.size:
-        wins = np.zeros(len(entropies))
-        drawn = _keys(tally.drawn_scores[defenders], tally.drawn_means[defenders], drawn_entropies[defenders])
-        wins[defenders] = _win_rates(drawn)
-    return Standing(
-        n=n,
-        rates=tally.rates,
-        offsets=tally.offsets,
-        scores=tally.scores,
-        mean_challenges=tally.means,
-        cross_entropies=entropies,
-        ranking=ranking,
-        tied=ranking[: alike[0]],
-        decided_by=next((rule for rule, number in zip(breaks, alike) if number == 1), "order"),
-        win_rates=wins,
-        num_groups=num_groups,
-    )
-
-
-def _win_rates(keys: Sequence[FloatArray]) -> FloatArray:
-    """Share of the columns that each row wins, by the first key, then the next; full ties share the win."""
-    leading = np.ones(keys[0].shape, bool)
-    for key in keys:
-        leading &= key == np.where(leading, key, np.inf).min(0)
-    return (leading / leading.sum(0)).mean(1)

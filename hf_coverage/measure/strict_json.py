@@ -1,4 +1,4 @@
-"""Results as JSON that every reader takes: strict, with null for what is unknown or infinite."""
+"""Results as JSON that every reader takes (strict, with null for what is unknown or infinite), and JSON read back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["strict_json"]
+__all__ = ["read_json", "strict_json"]
 
 
 def strict_json(facts: Mapping[str, Any], path: str | PathLike[str] | None = None) -> str:
@@ -35,6 +35,24 @@ def strict_json(facts: Mapping[str, Any], path: str | PathLike[str] | None = Non
     if path is not None:
         Path(path).write_text(text + "\n", encoding="utf-8")
     return text
+
+
+def read_json(source: str | PathLike[str], *, version: int) -> dict[str, Any]:
+    """Read a JSON object with a `format` from its text, or from the file that a path leads to.
+
+    Raises:
+        ValueError: if it is no such object, or of another format than `version`.
+
+    Example:
+        >>> read_json('{"format": 1, "name": "model"}', version=1)
+        {'format': 1, 'name': 'model'}
+    """
+    is_text = isinstance(source, str) and source.lstrip().startswith("{")
+    facts = json.loads(str(source) if is_text else Path(source).read_text(encoding="utf-8"))
+    if not isinstance(facts, dict) or facts.get("format") != version:
+        found = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
+        raise ValueError(f"format {found} is not {version}")
+    return facts
 
 
 def _strict(value: Any) -> Any:

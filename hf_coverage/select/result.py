@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,11 +11,14 @@ from matplotlib.figure import Figure
 
 from hf_coverage.functional.checks import FloatArray, metric_key
 from hf_coverage.functional.guarantee import offset_guarantee, simple_guarantee
-from hf_coverage.functional.tournament import TieBreak
+from hf_coverage.functional.standing import TieBreak
+from hf_coverage.measure.strict_json import read_json, strict_json
 from hf_coverage.plots import plot_challenges
 
 __all__ = ["SweepPoint", "TournamentResult"]
 
+_FORMAT = 1
+_DERIVED = ("format", "winner", "sentence", "guarantee", "cross_entropy_choice")
 _RULES = {
     "mean challenge": "the mean challenge over all candidates",
     "cross-entropy": "cross-entropy, their mean challenges being equal too",
@@ -103,7 +103,11 @@ class TournamentResult:
             others = [name for name in self.ties if name != self.winner]
             parts.append(f"Tied with it: {_listed(others)}; decided by {_RULES[self.decided_by or 'order']}.")
         if self._has_zero_tie():
-            remedy = f"n={metric_key(round(self.suggested_n, 2))} separates them" if self.suggested_n else "no N does"
+            remedy = (
+                f"n={metric_key(self.suggested_n)} separates them"
+                if self.suggested_n
+                else "no smaller N that was tried does"
+            )
             parts.append(
                 f"N = {metric_key(self.n)} is so large that {sum(v == 0 for v in self.scores.values())} of "
                 f"{len(self.names)} scores are 0 and tell nothing apart: {remedy}."
@@ -141,13 +145,37 @@ class TournamentResult:
 
     def to_json(self, path: str | PathLike[str] | None = None) -> str:
         """Everything as strict JSON text, unknown and infinite numbers as null; also written to `path` where given."""
-        facts: dict[str, Any] = {"winner": self.winner, "sentence": self.sentence, "guarantee": self.guarantee()}
-        facts |= {name: value for name, value in vars(self).items() if name != "sweep"}
-        facts |= {"cross_entropy_choice": self.cross_entropy_choice, "sweep": [p._asdict() for p in self.sweep]}
-        text = json.dumps(_strict(facts), indent=2, ensure_ascii=False, allow_nan=False)
-        if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
-        return text
+        facts: dict[str, Any] = {"format": _FORMAT, "winner": self.winner, "sentence": self.sentence}
+        facts |= {"guarantee": self.guarantee(), "cross_entropy_choice": self.cross_entropy_choice}
+        return strict_json(facts | vars(self) | {"sweep": [point._asdict() for point in self.sweep]}, path)
+
+    @classmethod
+    def from_json(cls, source: str | PathLike[str]) -> TournamentResult:
+        """Read what `to_json` gave: its text, or the path it wrote.
+
+        Raises:
+            ValueError: if the text is not the result of a tournament, of a known format, that agrees with itself.
+        """
+        try:
+            return cls(**_read_fields(read_json(source, version=_FORMAT)))._checked()
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"`source` is not a tournament written by `to_json`: {error!r}.") from error
+
+    def _checked(self) -> TournamentResult:
+        """Itself, unless its parts do not fit together."""
+        size = len(self.names)
+        if self.rates.shape != (size, size) or self.offsets.shape != (size, size):
+            raise ValueError(f"`rates` and `offsets` must have shape {(size, size)}, one row for each of `names`")
+        by_name: dict[str, Any] = {"scores": self.scores, "mean_challenges": self.mean_challenges}
+        by_name |= {"cross_entropies": self.cross_entropies, "ranking": self.ranking}
+        by_name |= {f"sweep[{k}].scores": point.scores for k, point in enumerate(self.sweep)}
+        for what, named in by_name.items():
+            if sorted(named) != sorted(self.names):
+                raise ValueError(f"`{what}` must have an entry for each of {list(self.names)}, but has {list(named)}")
+        for what, some in (("ties", self.ties), ("win_rates", self.win_rates), ("dropped", self.dropped)):
+            if not set(some) <= set(self.names):
+                raise ValueError(f"`{what}` must be of {list(self.names)}, but has {list(some)}")
+        return self
 
     def _has_zero_tie(self) -> bool:
         return bool(self.ties) and self.scores[self.winner] == 0
@@ -185,12 +213,20 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:5])} and {len(names) - 5} more"
 
 
-def _strict(value: Any) -> Any:
-    """The same value in what JSON has."""
-    if isinstance(value, dict):
-        return {name: _strict(item) for name, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return _strict(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _read_fields(facts: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a result from what JSON keeps of them."""
+    known = {item.name for item in fields(TournamentResult)}
+    odd = sorted(set(facts) ^ (known | set(_DERIVED)))
+    if odd:
+        raise ValueError(f"it lacks, or has besides, {', '.join(map(repr, odd))}")
+    if facts["winner"] != facts["ranking"][0]:
+        raise ValueError(f"its winner {facts['winner']!r} is not the first of its ranking, {facts['ranking'][0]!r}")
+    read = {name: facts[name] for name in known}
+    read |= {name: tuple(facts[name]) for name in ("names", "ranking", "ties")}
+    # null is an unknown challenge (to a candidate that was dropped) and an infinite cross-entropy
+    read |= {name: np.array(facts[name], dtype=np.float64) for name in ("rates", "offsets")}
+    read["cross_entropies"] = {
+        name: np.inf if value is None else value for name, value in facts["cross_entropies"].items()
+    }
+    read["sweep"] = tuple(SweepPoint(**point | {"ties": tuple(point["ties"])}) for point in facts["sweep"])
+    return read

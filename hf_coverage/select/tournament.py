@@ -10,7 +10,8 @@ from numpy.typing import ArrayLike
 
 from hf_coverage.functional.checks import FloatArray, check_logprobs, check_n
 from hf_coverage.functional.racing import Race, race
-from hf_coverage.functional.tournament import OnPolicy, Standing, hold_tournament, separating_n
+from hf_coverage.functional.standing import Standing
+from hf_coverage.functional.tournament import OnPolicy, hold_tournament, separating_n
 from hf_coverage.measure.score_table import ScoreTable
 from hf_coverage.select.result import SweepPoint, TournamentResult
 
@@ -99,9 +100,10 @@ def tournament(
         for other in others
     )
     suggested = None
-    if len(standing.tied) > 1 and standing.scores[standing.ranking[0]] == 0 and raced is None:
+    if len(standing.tied) > 1 and standing.scores[standing.ranking[0]] == 0:
         fitting = [point.n for point in points if not point.ties and point.n < standing.n]
-        suggested = max(fitting, default=None) or separating_n(table, standing.n, **offset)
+        search = offset | {"race_confidence": race_confidence, "seed": seed}
+        suggested = max(fitting, default=None) or separating_n(table, standing.n, **search)
     return _result(names, standing, raced, gamma if offset else None, table[0].size, points, suggested)
 
 

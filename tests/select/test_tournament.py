@@ -16,6 +16,7 @@ from hf_coverage.select.checkpoints import (
     link_checkpoint,
     write_best_checkpoint,
 )
+from hf_coverage.select.result import TournamentResult
 from hf_coverage.select.tournament import tournament
 
 
@@ -113,13 +114,13 @@ def test_too_large_an_n_is_said_to_be_so_and_another_one_proposed():
     assert set(result.ties) == set(candidates)
     assert result.decided_by == "cross-entropy"
     assert "is so large that 4 of 4 scores are 0" in result.sentence
-    assert f"n={round(result.suggested_n, 2):.12g} separates them" in result.sentence
+    assert f"n={result.suggested_n:.12g} separates them" in result.sentence
     assert not tournament(candidates, result.suggested_n).ties
     # one that was asked for anyway is proposed first
     assert tournament(candidates, 1e9, sweep=[2, 3]).suggested_n == 3
     same = tournament({"a": candidates["step-0"], "b": candidates["step-0"]}, 4)
     assert same.suggested_n is None
-    assert "no N does" in same.sentence
+    assert "no smaller N that was tried does" in same.sentence
     assert "the order in which they were given" in same.sentence
 
 
@@ -166,6 +167,70 @@ def test_racing_finds_the_same_winner_and_says_who_was_dropped():
     assert f"Racing dropped {len(raced.dropped)} of 10" in raced.sentence
     with pytest.raises(ValueError, match="`race_confidence` is for one N"):
         tournament(candidates, 4, sweep=[2], race_confidence=0.99)
+
+
+def test_a_race_proposes_an_n_among_all_and_not_among_its_survivors():
+    # At N = 1000 only "late" is worse than others anywhere; at smaller N it is the best of all, after "early" and
+    # "even", which nothing tells apart, give up a third of the responses against it.
+    rng = np.random.default_rng(0)
+    rows = np.full(20_000, -20.0)
+    hole, third = rng.random(20_000) < 0.2, rng.random(20_000) < 0.33
+    late = np.where(hole, rows - 8.0, rows)
+    candidates = {"early": np.where(third, rows - 3.0, rows), "even": np.where(third, rows - 3.0, rows), "late": late}
+    raced = tournament(candidates, 1000, race_confidence=0.99, bootstrap=0)
+    full = tournament(candidates, 1000, bootstrap=0)
+    assert set(raced.dropped) == {"late"}
+    assert raced.suggested_n == full.suggested_n
+    assert tournament(candidates, full.suggested_n, bootstrap=0).winner == "late"
+    assert f"n={full.suggested_n:.12g} separates them" in raced.sentence
+
+
+def results():
+    candidates = random_candidates(4, 2_000)
+    yield tournament({"a": [-1.0, -math.inf], "b": [-2.0, -3.0]}, 4, sweep=[2, 3])
+    yield tournament({"only": [-1.0]}, bootstrap=0)
+    yield tournament(
+        {name: values - 4.0 * m for m, (name, values) in enumerate(candidates.items())}, 4, race_confidence=0.9
+    )
+    drawn = {b: {a: candidates[a][:50] for a in candidates} for b in candidates}
+    yield tournament(candidates, 1e9, on_policy=drawn, gamma=2.0, bootstrap=10)
+
+
+@pytest.mark.parametrize("result", list(results()), ids=["sweep", "one", "race", "offset"])
+def test_json_reads_back_as_it_was(result, tmp_path):
+    text = result.to_json(tmp_path / "result.json")
+    for source in (text, tmp_path / "result.json", str(tmp_path / "result.json")):
+        read = TournamentResult.from_json(source)
+        for name, value in vars(result).items():
+            assert type(getattr(read, name)) is type(value), name
+            np.testing.assert_equal(getattr(read, name), value, name)
+        assert read.to_json() == text
+    assert read.sentence == result.sentence
+    assert read.plot().axes[0].get_title() == result.plot().axes[0].get_title()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format 2 is not 1"),
+        ({"format": None}, "format None is not 1"),
+        ({"extra": 1}, "'extra'"),
+        ({"winner": "b"}, "its winner 'b' is not the first of its ranking, 'a'"),
+        ({"rates": [[0.0]]}, r"`rates` and `offsets` must have shape \(2, 2\)"),
+        ({"scores": {"a": 0.0}}, "`scores` must have an entry for each of"),
+        ({"ties": ["c"]}, "`ties` must be of"),
+        ({"sweep": [{"n": 2}]}, "KeyError"),
+    ],
+)
+def test_json_of_something_else_is_refused(change, message):
+    facts = json.loads(tournament({"a": [-1.0, -2.0], "b": [-2.0, -3.0]}, 4).to_json())
+    with pytest.raises(ValueError, match=f"`source` is not a tournament written by `to_json`.*{message}"):
+        TournamentResult.from_json(json.dumps(facts | change))
+    del facts["names"]
+    with pytest.raises(ValueError, match="'names'"):
+        TournamentResult.from_json(json.dumps(facts))
+    with pytest.raises(ValueError, match="`source` is not a tournament"):
+        TournamentResult.from_json("{")
 
 
 def test_json_is_strict_and_whole(tmp_path):
