@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from hf_coverage.measure.profile import CoverageProfile
     from hf_coverage.measure.score_table import ScoreTable
     from hf_coverage.measure.scoring import score_responses
+    from hf_coverage.optim.groups import layer_groups
+    from hf_coverage.optim.normalized import NormalizedGradient
+    from hf_coverage.optim.sgd import NormalizedSGD
+    from hf_coverage.optim.trainer import SequenceLossMixin, normalized_optimizer
     from hf_coverage.select.predictiveness import PredictivenessResult, predictiveness
     from hf_coverage.select.result import TournamentResult
     from hf_coverage.select.tournament import tournament
@@ -27,11 +31,16 @@ _HOMES = {
     "CoverageCallback": "measure.callback",
     "CoverageProfile": "measure.profile",
     "CoverageWarning": "measure.callback",
+    "NormalizedGradient": "optim.normalized",
+    "NormalizedSGD": "optim.sgd",
     "PredictivenessResult": "select.predictiveness",
     "ScoreTable": "measure.score_table",
+    "SequenceLossMixin": "optim.trainer",
     "TournamentResult": "select.result",
     "evaluate_best_of_n": "decode.best_of_n",
     "judge_best_of_n": "decode.best_of_n",
+    "layer_groups": "optim.groups",
+    "normalized_optimizer": "optim.trainer",
     "predictiveness": "select.predictiveness",
     "sample_corpus": "measure.builders",
     "score_answers": "measure.answers",
@@ -47,12 +56,17 @@ __all__ = [
     "CoverageCallback",
     "CoverageProfile",
     "CoverageWarning",
+    "NormalizedGradient",
+    "NormalizedSGD",
     "PredictivenessResult",
     "ScoreTable",
+    "SequenceLossMixin",
     "TournamentResult",
     "evaluate_best_of_n",
     "evaluate_module",
     "judge_best_of_n",
+    "layer_groups",
+    "normalized_optimizer",
     "predictiveness",
     "sample_corpus",
     "score_answers",

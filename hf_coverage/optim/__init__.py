@@ -1,0 +1,1 @@
+"""Optimise for coverage: normalised gradients, and the loss that they are normalised for."""
