@@ -8,9 +8,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-__all__ = ["SMOLLM2", "add_adapter", "load_base", "load_checkpoint", "load_tokenizer"]
+__all__ = ["SMOLLM2", "SMOLLM2_HUB_ID", "add_adapter", "load_base", "load_checkpoint", "load_tokenizer"]
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
+SMOLLM2_HUB_ID = f"HuggingFaceTB/{SMOLLM2}"
 
 
 def load_base(name: str) -> PreTrainedModel:
@@ -25,6 +26,7 @@ def load_base(name: str) -> PreTrainedModel:
     model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
+    model.config._name_or_path = SMOLLM2_HUB_ID  # what the adapter's configuration names as its base
     return model
 
 

@@ -1,0 +1,230 @@
+"""What each rule would have chosen of a run's checkpoints, and what sampling from the choice achieves.
+
+    python -m recipes.reasoning.compare --config recipes/reasoning/chain_sum.yaml
+
+Reads the profiles that `recipes.reasoning.finetune` has left, and what `recipes.reasoning.sample` has drawn, if it
+has, and writes tables, figures, a page and a model card into `<output_dir>/comparison`. No model is run: it takes
+seconds.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from hf_coverage import CoverageProfile, tournament
+from hf_coverage.functional.checks import metric_key
+from hf_coverage.measure.corpus import encode_corpus
+from hf_coverage.plots import plot_training_curves
+from hf_coverage.report.card import write_model_card
+from hf_coverage.report.html import Picture, write_html_report
+from hf_coverage.report.provenance import provenance
+from hf_coverage.report.results import coverage_results, write_results
+from hf_coverage.report.table import Cell, Column, Interval, Table
+from hf_coverage.report.terminal import rich_table
+from hf_coverage.select.predictiveness import PredictivenessResult, predictiveness
+from recipes.reasoning.choices import CROSS_ENTROPY, Checkpoints, choice_table, choose, split_table
+from recipes.reasoning.finetune import Recipe, read_recipe
+from recipes.reasoning.model import SMOLLM2, SMOLLM2_HUB_ID, load_tokenizer
+from recipes.reasoning.sample import read_samples, sampled_table
+from recipes.reasoning.task import entry_corpus
+
+
+def main() -> None:
+    recipe = read_recipe(sys.argv[1:], __doc__)
+    profiles = read_profiles(recipe.output / "profiles")
+    checkpoints = checkpoints_of(profiles, recipe)
+    folder = recipe.output / "comparison"
+    folder.mkdir(exist_ok=True)
+
+    predictive = predictiveness(profiles[1:], recipe.measure.pass_at, recipe.measure.n)
+    tables = [
+        checkpoint_table(profiles, checkpoints),
+        choice_table(checkpoints),
+        split_table(checkpoints),
+        predictiveness_table(predictive),
+        probability_table(checkpoints),
+    ]
+    samples = read_samples(recipe)
+    if samples:
+        tables.append(sampled_table(samples, checkpoints))
+    (folder / "tables.md").write_text(
+        "\n\n".join(f"{table.caption}\n\n{table.to_markdown()}" for table in tables) + "\n", encoding="utf-8"
+    )
+    summary = [*findings(checkpoints), tournament_sentence(profiles, checkpoints)]
+    figures = draw(folder, profiles, checkpoints, predictive)
+    write(recipe, folder, profiles, checkpoints, tables, summary, figures)
+
+    console = Console()
+    for table in tables:
+        console.print(rich_table(table))
+    for line in [*summary, f"Written: {folder}"]:
+        console.print(line, highlight=False, markup=False)
+
+
+def read_profiles(folder: Path) -> list[CoverageProfile]:
+    """Read the profiles of a run, in the order of their steps."""
+    files = sorted(folder.glob("step-*.json"), key=lambda file: int(file.stem.removeprefix("step-")))
+    if len(files) < 4:
+        raise ValueError(f"{folder} holds {len(files)} profiles, and a comparison takes 4: run the fine-tuning first.")
+    return [CoverageProfile.from_json(file) for file in files]
+
+
+def checkpoints_of(profiles: list[CoverageProfile], recipe: Recipe) -> Checkpoints:
+    """Arrange the profiles as a table; the first one is the model as it came."""
+    return Checkpoints(
+        steps=[int(profile.name.removeprefix("step ")) for profile in profiles],
+        logprobs=np.array([profile.logprobs for profile in profiles]),
+        n=tuple(recipe.measure.n),
+        pass_at=tuple(recipe.measure.pass_at),
+    )
+
+
+def checkpoint_table(profiles: list[CoverageProfile], checkpoints: Checkpoints) -> Table:
+    """Give the measures of every checkpoint."""
+    columns = [Column("step"), Column("cross-entropy = KL", "lower")]
+    columns += [Column(f"Cov_{metric_key(n)}", "lower") for n in checkpoints.n]
+    columns += [Column(f"Pass@{n}", "higher") for n in checkpoints.pass_at]
+    passes = [checkpoints.passes(n).mean(axis=1) for n in checkpoints.pass_at]
+    rows: list[list[Cell]] = []
+    for index, profile in enumerate(profiles):
+        covered = [Interval(profile.cov(n), *profile.interval(n)) for n in checkpoints.n]
+        rows.append([checkpoints.steps[index], profile.kl, *covered, *(float(values[index]) for values in passes)])
+    return Table(
+        columns,
+        rows,
+        f"Checkpoints on {profiles[0].num_rows} held-out questions with one right answer each; cross-entropy in nats "
+        "an answer, 95 % intervals over questions, exact Pass@N. Step 0 is the model as it came.",
+    )
+
+
+def predictiveness_table(result: PredictivenessResult) -> Table:
+    """Give the rank correlation of each measure with each Pass@N."""
+    found = result.correlations
+    rows: list[list[Cell]] = [
+        [guide, *(Interval(*map(float, cells)) for cells in zip(found.values[k], found.low[k], found.high[k]))]
+        for k, guide in enumerate(found.guides)
+    ]
+    return Table(
+        ["measure", *(Column(outcome, "lower") for outcome in found.outcomes)],
+        rows,
+        f"Rank correlation over the {len(result.names)} checkpoints of the training: -1 is a perfect guide, a "
+        f"positive one misleads; 95 % intervals over {found.num_prompts} questions.",
+    )
+
+
+def probability_table(checkpoints: Checkpoints) -> Table:
+    """Say where the questions lie, by the probability of their right answer."""
+    edges = (1 / 1024, 1 / 64, 1 / 16, 1 / 4, 1 / 2)
+    names = ["< 1/1024", "1/1024 to 1/64", "1/64 to 1/16", "1/16 to 1/4", "1/4 to 1/2", "> 1/2"]
+    p = np.exp(checkpoints.logprobs)
+    rows: list[list[Cell]] = []
+    for step, values, logprobs in zip(checkpoints.steps, p, checkpoints.logprobs):
+        bins = np.bincount(np.digitize(values, edges), minlength=len(names)) / values.size
+        worst = np.sort(-logprobs)[-(values.size // 10) :].sum() / -logprobs.sum()
+        rows.append([step, *bins.tolist(), float(worst)])
+    return Table(
+        ["step", *names, "worst tenth's share"],
+        rows,
+        "Share of the questions by the probability of the right answer, and how much of cross-entropy comes from the "
+        "worst tenth of them.",
+    )
+
+
+def findings(checkpoints: Checkpoints) -> list[str]:
+    """Say what cross-entropy's choice costs for each N, and which rules do better."""
+    chosen = choose(checkpoints)
+    lines = []
+    for n in checkpoints.pass_at:
+        passes = checkpoints.passes(n).mean(axis=1)
+        best = int(passes.argmax())
+        rules = [name for name, index in chosen.items() if passes[index] > passes[chosen[CROSS_ENTROPY]] + 1e-12]
+        better = ", ".join(name for name in rules if not name.startswith("best")) or "no rule"
+        lines.append(
+            f"Pass@{n} is {passes[chosen[CROSS_ENTROPY]]:.3f} at the checkpoint with the least cross-entropy (step "
+            f"{checkpoints.steps[chosen[CROSS_ENTROPY]]}) and {passes[best]:.3f} at the best one (step "
+            f"{checkpoints.steps[best]}). Better than cross-entropy here: {better}."
+        )
+    return lines
+
+
+def tournament_sentence(profiles: list[CoverageProfile], checkpoints: Checkpoints) -> str:
+    """Let the tournament at the largest N speak for itself."""
+    tables = {profile.name: profile.logprobs for profile in profiles if profile.logprobs is not None}
+    return tournament(tables, max(checkpoints.n), groups=profiles[0].groups).sentence
+
+
+def draw(
+    folder: Path, profiles: list[CoverageProfile], checkpoints: Checkpoints, predictive: PredictivenessResult
+) -> list[Picture]:
+    """Draw the run's curves, Pass@N against its guides, and the profiles of the checkpoints that are chosen."""
+    steps, kl = checkpoints.steps[1:], [profile.kl for profile in profiles[1:]]
+    curves = [(f"Cov$_{{{metric_key(n)}}}$", [profile.cov(n) for profile in profiles[1:]]) for n in checkpoints.n[:5]]
+    plot_training_curves(steps, kl, curves, folder / "curves.png")
+    predictive.plot(folder / "predictiveness.png")
+    chosen = choose(checkpoints)
+    notable = sorted({0, chosen[CROSS_ENTROPY], chosen[f"best Pass@{max(checkpoints.pass_at)}"], len(profiles) - 1})
+    first, *others = [profiles[index] for index in notable]
+    first.plot(folder / "profiles.png", others=others)
+    return [
+        Picture(folder / "curves.png", "KL and Cov_N over the training steps; dots mark the best checkpoint."),
+        Picture(folder / "predictiveness.png", "Pass@N of the checkpoints against Cov_N and KL; hollow: the first."),
+        Picture(
+            folder / "profiles.png",
+            "Coverage profiles of the model as it came, of the checkpoints that cross-entropy and the largest Pass@N "
+            "take, and of the last one: the share of questions whose right answer has probability 1/N or less.",
+        ),
+    ]
+
+
+def write(
+    recipe: Recipe,
+    folder: Path,
+    profiles: list[CoverageProfile],
+    checkpoints: Checkpoints,
+    tables: list[Table],
+    summary: list[str],
+    figures: list[Picture],
+) -> None:
+    """Write the page, the results and the card of the checkpoint that the tournament at the largest N takes."""
+    name = f"{recipe.model.name} fine-tuned on {recipe.task['name']}"
+    encoded = encode_corpus(
+        entry_corpus(recipe.held_out_entries()), load_tokenizer(recipe.model.name), append_eos=True
+    )
+    origin = provenance(f"python -m recipes.reasoning.compare {' '.join(sys.argv[1:])}", seed=recipe.run.seed)
+    write_html_report(
+        folder / "report.html",
+        title=name,
+        summary=summary,
+        tables=tables,
+        figures=figures,
+        kinds=["single_answer"],
+        provenance=origin | dict(recipe.settings),
+    )
+    index = choose(checkpoints)[f"tournament, N = {metric_key(max(checkpoints.n))}"]
+    write_model_card(
+        folder / "card",
+        replace(profiles[index], name=f"{name}, step {checkpoints.steps[index]}"),
+        corpus=f"reasoning_gym {recipe.task['name']}",
+        provenance=origin,
+        n=checkpoints.n,
+        others=[profiles[0], profiles[-1]],
+        description="\n\n".join(summary),
+        tables=tables[:3],
+        corpus_fingerprint=encoded.fingerprint,
+        metadata={"license": "apache-2.0", "base_model": SMOLLM2_HUB_ID, "library_name": "peft"}
+        if recipe.model.name == SMOLLM2
+        else None,
+    )
+    results = coverage_results(profiles, checkpoints.n, config=recipe.settings)
+    for n in checkpoints.pass_at:
+        for profile, value in zip(profiles, checkpoints.passes(n).mean(axis=1)):
+            results["results"][profile.name][f"pass@{n},none"] = float(value)
+            results["higher_is_better"][profile.name][f"pass@{n}"] = True
+    write_results(folder, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""The reasoning recipe at a size of seconds: fine-tuned, sampled and compared, and what its rules choose."""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from hf_coverage import CoverageProfile
+from hf_coverage.decode.best_of_n_result import BestOfNResult
+from hf_coverage.measure.corpus import encode_corpus
+from hf_coverage.measure.scoring import score_encoded
+from recipes.reasoning import compare, finetune, sample
+from recipes.reasoning.choices import Checkpoints, choice_table, choose, chosen_in_halves, split_table
+from recipes.reasoning.model import SMOLLM2, load_base, load_checkpoint, load_tokenizer
+from recipes.reasoning.task import draw_entries, entry_corpus
+
+RECIPE = Path(finetune.__file__).parent
+TASK = {"name": "chain_sum", "max_terms": 2, "max_digits": 1}
+
+# peft asks a model for a property that transformers 5.23 has renamed
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The folder of a random Llama over single characters."""
+    folder = tmp_path_factory.mktemp("tiny")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({character: index for index, character in enumerate([*alphabet, "</s>"])}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="</s>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=160,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(monkeypatch, main, model, output, *more):
+    words = ["--config", str(RECIPE / "chain_sum.yaml"), "--output_dir", str(output), "--model.name", str(model)]
+    small = {
+        "data.train_rows": 32, "data.rows": 12, "measure.samples": 4, "measure.sample_prompts": 5,
+        "measure.sample_every": 2, "measure.max_new_tokens": 3, "measure.pass_at": "1 4", "measure.n": "2 16 256",
+        "finetune.num_train_epochs": 2, "finetune.save_steps": 1, "finetune.logging_steps": 1,
+        "finetune.learning_rate": 0.02, "finetune.report_to": "none",
+    }  # fmt: skip
+    for name, value in small.items():
+        words += [f"--{name}", *str(value).split()]
+    monkeypatch.setattr(sys, "argv", ["recipe", *words, *more])
+    main()
+    logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """The folder of a run through all three steps, and what it printed."""
+    output = tmp_path_factory.mktemp("reasoning") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for main in (finetune.main, sample.main, compare.main):
+            run(monkeypatch, main, tiny, output)
+    return output
+
+
+def test_a_run_leaves_profiles_samples_tables_figures_and_a_card(finished):
+    steps = {f"step-{step}.json" for step in range(5)}
+    assert {file.name for file in (finished / "profiles").iterdir()} == steps
+    assert {file.name for file in (finished / "samples").glob("*.json")} == {f"step-{step}.json" for step in (0, 2, 4)}
+    for name in ("curves.png", "predictiveness.png", "profiles.png"):
+        assert (finished / "comparison" / name).read_bytes().startswith(b"\x89PNG")
+    tables = (finished / "comparison" / "tables.md").read_text()
+    for part in ("Cov_256 ↓", "less cross-entropy's", "tournament, N = 16", "random halves", "Pass@4, sampled"):
+        assert part in tables
+    card = ModelCard.load(finished / "comparison" / "card" / "README.md")
+    assert {entry.metric_type for entry in card.data.eval_results} >= {"cov_2", "kl"}
+    (file,) = (finished / "comparison").glob("results_*.json")
+    results = json.loads(file.read_text())["results"]
+    assert results["step 4"]["kl,none"] < results["step 0"]["kl,none"]
+
+
+def test_profiles_are_those_of_the_kept_checkpoints_with_their_end_of_sequence(finished, tiny):
+    recipe = finetune.read_recipe(["--config", str(RECIPE / "chain_sum.yaml")], None)
+    corpus = entry_corpus(draw_entries(recipe.task, 12, seed=recipe.data.seed))
+    tokenizer = load_tokenizer(str(tiny))
+    encoded = encode_corpus(corpus, tokenizer, append_eos=True)
+    assert all(ids[-1] == tokenizer.eos_token_id for ids in encoded.completions)
+    model = load_checkpoint(load_base(str(tiny)), finished / "finetune" / "checkpoint-3")
+    profile = CoverageProfile.from_json(finished / "profiles" / "step-3.json")
+    np.testing.assert_allclose(score_encoded(model, encoded).logprob, profile.logprobs, atol=1e-4)
+
+
+def test_exact_pass_at_n_is_within_what_sampling_shows(tiny, tmp_path, monkeypatch, finished):
+    shutil.copytree(finished / "finetune", tmp_path / "run" / "finetune")
+    more = ["--measure.samples", "256", "--measure.sample_every", "4", "--measure.max_new_tokens", "5"]
+    run(monkeypatch, sample.main, tiny, tmp_path / "run", *more)
+    result = BestOfNResult.from_json(tmp_path / "run" / "samples" / "step-4.json")
+    profile = CoverageProfile.from_json(finished / "profiles" / "step-4.json")
+    p = np.exp(profile.logprobs[result.rows])
+    assert not result.failed.any()
+    # a sample may spell the answer with other tokens, so it may be right more often than the exact value says
+    assert result.rewards.mean() > p.mean() - 4 * math.sqrt((p * (1 - p)).sum() / 256) / len(p)
+    assert result.rewards.mean() < p.mean() + 0.02 + 4 * math.sqrt((p * (1 - p)).sum() / 256) / len(p)
+
+
+def test_a_stopped_run_goes_on_where_it_was(finished, tiny, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    for step in (3, 4):
+        shutil.rmtree(output / "finetune" / f"checkpoint-{step}")
+        (output / "profiles" / f"step-{step}.json").unlink()
+    kept = output / "finetune" / "checkpoint-2" / "adapter_model.safetensors"
+    before = kept.stat().st_mtime_ns
+    run(monkeypatch, finetune.main, tiny, output)
+    assert kept.stat().st_mtime_ns == before
+    for step in (3, 4):
+        file = Path("profiles") / f"step-{step}.json"
+        assert (output / file).read_bytes() == (finished / file).read_bytes()
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        run(monkeypatch, finetune.main, tiny, output, "--finetune.learning_rate", "0.01")
+
+
+def test_the_loss_counts_answers_alone(tiny):
+    model, tokenizer = load_base(str(tiny)), load_tokenizer(str(tiny))
+    encoded = encode_corpus(entry_corpus(draw_entries(TASK, 6, seed=3)), tokenizer, append_eos=True)
+    batch = finetune.AnswerCollator(tokenizer.pad_token_id)(list(zip(encoded.prompts, encoded.completions)))
+    assert len({len(prompt) + len(answer) for prompt, answer in zip(encoded.prompts, encoded.completions)}) > 1
+    with torch.no_grad():
+        loss = model(**batch).loss.item()
+    assert loss * encoded.num_completion_tokens == pytest.approx(
+        -score_encoded(model, encoded).logprob.sum(), rel=1e-5
+    )
+
+
+def test_questions_are_distinct_and_not_those_of_the_training():
+    held_out = draw_entries(TASK, 40, seed=0)
+    train = draw_entries(TASK, 40, seed=0, besides=held_out)
+    questions = [entry["question"] for entry in held_out + train]
+    assert len(set(questions)) == 80
+    with pytest.raises(ValueError, match="chain_sum gave 200 new questions in 6000 tries"):
+        draw_entries(TASK, 300, seed=0)
+
+
+def small_run(rows=40, seed=0):
+    rng = np.random.default_rng(seed)
+    logprobs = -rng.exponential(1.5, size=(6, rows)) * np.linspace(0.5, 2, 6)[:, None]
+    return Checkpoints(list(range(0, 60, 10)), logprobs, n=(2, 8.5), pass_at=(1, 4))
+
+
+def test_choices_are_those_of_a_slow_loop():
+    run = small_run()
+    chosen = choose(run)
+    rows = run.logprobs.tolist()
+    entropy = [-sum(row) / len(row) for row in rows]
+    assert chosen["least cross-entropy"] == entropy.index(min(entropy))
+    for n in (2, 8.5):
+        uncovered = [(sum(-value >= math.log(n) for value in row), e) for row, e in zip(rows, entropy)]
+        assert chosen[f"least Cov_{n}"] == uncovered.index(min(uncovered))
+        score = [max(sum(a - b >= math.log(n) for a, b in zip(other, row)) for other in rows) for row in rows]
+        assert score[chosen[f"tournament, N = {n}"]] == min(score)
+    for n in (1, 4):
+        passes = [sum(1 - (1 - math.exp(value)) ** n for value in row) for row in rows]
+        assert chosen[f"best Pass@{n}"] == passes.index(max(passes))
+    assert chosen["the last"] == 5
+
+
+def test_a_choice_is_judged_on_the_other_half():
+    # One checkpoint is right on one question of two, the other one on the other: whoever chooses on a half is
+    # always disappointed by the other half.
+    run = small_run(rows=2)
+    sure, lost = math.log(0.9), math.log(0.001)
+    run = Checkpoints([0, 10], np.array([[sure, lost], [lost, sure]]), n=(2,), pass_at=(1,))
+    for picks in (chosen_in_halves(run, 8, 0)[rule] for rule in ("least cross-entropy", "least Cov_2", "best Pass@1")):
+        assert [passes for _, passes in picks] == [[pytest.approx(0.001)]] * 8
+
+
+def test_tables_compare_with_cross_entropy():
+    table = choice_table(small_run())
+    assert table.rows[0][0] == "least cross-entropy"
+    assert table.rows[0][3] is None
+    for cells in table.rows:
+        if cells[3] is not None:
+            assert cells[3].value == pytest.approx(cells[2] - table.rows[0][2])
+            assert cells[3].low <= cells[3].value <= cells[3].high
+    assert [cells[0] for cells in split_table(small_run(), splits=3).rows] == [cells[0] for cells in table.rows]
+
+
+def test_the_committed_configurations_leave_room_for_every_answer():
+    tokenizer = load_tokenizer(SMOLLM2)
+    files = sorted(RECIPE.glob("*.yaml"))
+    assert len(files) >= 2
+    for file in files:
+        recipe = finetune.read_recipe(["--config", str(file)], None)
+        assert len(recipe.train_entries()) == recipe.data.train_rows
+        encoded = encode_corpus(entry_corpus(recipe.held_out_entries()), tokenizer, append_eos=True)
+        assert len(encoded) == recipe.data.rows
+        assert max(map(len, encoded.completions)) <= recipe.measure.max_new_tokens
+
+
+@pytest.mark.slow
+def test_the_packaged_model_can_be_trained_and_saved(smollm2, tmp_path):
+    model = load_base(SMOLLM2)
+    ids = torch.arange(100, 120)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, smollm2[0](ids).logits)
+    model.save_pretrained(tmp_path)
