@@ -11,17 +11,17 @@ import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table as RichTable
-from scipy.stats import spearmanr
 
 from hf_coverage import CoverageProfile
 from hf_coverage.functional.bounds import exact_pass_at_n
 from hf_coverage.functional.checks import metric_key
-from hf_coverage.plots import plot_predictiveness, plot_training_curves
+from hf_coverage.plots import plot_training_curves
 from hf_coverage.report.card import write_model_card
 from hf_coverage.report.html import Picture, write_html_report
 from hf_coverage.report.provenance import provenance
 from hf_coverage.report.results import coverage_results, write_results
 from hf_coverage.report.table import Cell, Column, Interval, Table, format_cell, format_number, title
+from hf_coverage.select.predictiveness import PredictivenessResult, predictiveness
 
 __all__ = ["pass_at_n", "report_checkpoints", "show"]
 
@@ -55,7 +55,8 @@ def report_checkpoints(
     passes = {value: [pass_at_n(profile, value) for profile in profiles] for value in pass_at}
 
     table = _table(steps, profiles, n, passes)
-    guides = _guides(kl, coverage, passes)
+    predictive = predictiveness(profiles, pass_at, n)
+    guides = _guides(predictive)
     text = "\n\n".join(shown.to_markdown() for shown in (table, guides))
     (output / "table.md").write_text(text + "\n", encoding="utf-8")
     summary = _findings(steps, kl, coverage, passes)
@@ -66,7 +67,7 @@ def report_checkpoints(
         title=name,
         summary=summary,
         tables=[table, guides],
-        figures=_pictures(output, steps, profiles, kl, coverage, passes),
+        figures=_pictures(output, steps, profiles, coverage, predictive),
         kinds=[profile.kind for profile in profiles],
         provenance=origin | dict(settings),
     )
@@ -122,17 +123,18 @@ def _table(
     return Table(columns, rows, caption="Checkpoints; cross entropy and KL in nats a response, 95 % intervals.")
 
 
-def _guides(
-    kl: Sequence[float], coverage: Mapping[float, Sequence[float]], passes: Mapping[int, Sequence[float]]
-) -> Table:
+def _guides(predictive: PredictivenessResult) -> Table:
     """How well each measure orders the checkpoints by their Pass@N."""
-    measures = {"KL": kl} | {f"Cov_{metric_key(n)}": values for n, values in coverage.items()}
+    found = predictive.correlations
     rows: list[list[Cell]] = []
-    for name, values in measures.items():
-        constant = len(set(values)) == 1  # has no order to correlate
-        rows.append([name, *(None if constant else spearmanr(values, found)[0] for found in passes.values())])
-    caption = "Rank correlation over the checkpoints: -1 is a perfect guide, a positive one misleads."
-    return Table(["measure", *(Column(f"Pass@{n}", "lower") for n in passes)], rows, caption=caption)
+    for name, *numbers in zip(found.guides, found.values, found.low, found.high):
+        # a measure that is the same everywhere has no order to correlate
+        rows.append([name, *(None if np.isnan(cell[0]) else Interval(*map(float, cell)) for cell in zip(*numbers))])
+    caption = (
+        "Rank correlation over the checkpoints: -1 is a perfect guide, a positive one misleads. "
+        f"{100 * found.confidence:g} % intervals over prompts."
+    )
+    return Table(["measure", *(Column(outcome, "lower") for outcome in found.outcomes)], rows, caption=caption)
 
 
 def _findings(
@@ -163,20 +165,14 @@ def _pictures(
     output: Path,
     steps: Sequence[int],
     profiles: Sequence[CoverageProfile],
-    kl: Sequence[float],
     coverage: Mapping[float, Sequence[float]],
-    passes: Mapping[int, Sequence[float]],
+    predictive: PredictivenessResult,
 ) -> list[Picture]:
     """Figure 1, left and right, and the profiles of three checkpoints."""
-    labelled = {n: (f"Cov$_{{{metric_key(n)}}}$", values) for n, values in coverage.items()}
-    half = [min(coverage, key=lambda n: abs(n - value / 2)) for value in passes]  # the paper sets Cov_{N/2} to Pass@N
-    left = plot_training_curves(steps, kl, list(labelled.values()), output / "figure_1_left.png")
-    right = plot_predictiveness(
-        [(f"Pass@{value}", values) for value, values in passes.items()],
-        kl,
-        [labelled[n] for n in half],
-        output / "figure_1_right.png",
-    )
+    kl = [profile.kl for profile in profiles]
+    labelled = [(f"Cov$_{{{metric_key(n)}}}$", values) for n, values in coverage.items()]
+    left = plot_training_curves(steps, kl, labelled, output / "figure_1_left.png")
+    right = predictive.plot(output / "figure_1_right.png")
     first, *others = _notable(profiles, coverage)
     least = f"the one with the least Cov_{metric_key(max(coverage))}"
     return [
@@ -211,5 +207,5 @@ def _stacked(cell: Cell) -> str:
     """A cell in which the interval stands below its value."""
     if isinstance(cell, Interval):
         value, low, high = map(format_number, cell)
-        return f"{value}\n{low}-{high}"
+        return f"{value}\n[{low}, {high}]"
     return format_cell(cell)
