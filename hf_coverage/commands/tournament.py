@@ -1,6 +1,7 @@
 """`hf-coverage tournament`: which of several checkpoints covers best."""
 
 import json
+import os
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -38,6 +39,8 @@ hf-coverage tournament RUN/checkpoint-* --data corpus --n 16 --output-dir tourna
 
 hf-coverage tournament scores/step-1000 scores/step-2000 --n 8 --sweep 2,4,16
 
+hf-coverage tournament RUN_1/tournament/step-* RUN_2/tournament/step-*
+
 torchrun --nproc_per_node 2 -m hf_coverage tournament RUN/checkpoint-* --data corpus -n 16
 """
 
@@ -46,17 +49,21 @@ _KEPT = "checkpoint.json"
 
 
 class _Contender(NamedTuple):
-    """A candidate's log p `(R,)`, the groups of all rows, its Cov_N where it can be known, and where its model is."""
+    """A candidate's log p `(R,)`, the groups of all rows, and, where they can be known, its Cov_N and its model."""
 
     logprobs: Any
     groups: Any
     coverage: float | None
-    checkpoint: str
+    checkpoint: str | None
 
 
 def tournament(
     candidates: Annotated[
-        list[str], typer.Argument(help="Checkpoint folders or Hub ids; score folders as well.", metavar="CHECKPOINTS")
+        list[str],
+        typer.Argument(
+            help="Checkpoint folders or Hub ids; score folders, and what TournamentCallback kept, as well.",
+            metavar="CHECKPOINTS",
+        ),
     ],
     data: Annotated[
         str | None,
@@ -116,7 +123,7 @@ def tournament(
     if result.sweep:
         print_table(_sweep_table(result))
     say(result.sentence, result.guarantee())
-    _write(output_dir, result, {name: one.checkpoint for name, one in measured.items()}, link)
+    _write(output_dir, result, {name: one.checkpoint for name, one in measured.items() if one.checkpoint}, link)
 
 
 def score_checkpoints(
@@ -185,9 +192,17 @@ def _read(folders: dict[str, Path], n: float) -> dict[str, _Contender]:
             logprobs=profile.logprobs,
             groups=first.reference.groups,
             coverage=None if profile.is_upper_bound else profile.cov(n),
-            checkpoint=measured.facts.get("model", str(folder)),
+            checkpoint=_checkpoint(folder, measured.facts),
         )
     return contenders
+
+
+def _checkpoint(folder: Path, facts: dict[str, Any]) -> str | None:
+    """Where the model of a score folder is; None for a step of a training that was evaluated and not saved."""
+    if "checkpoint" not in facts:
+        return str(facts.get("model", folder))
+    path = Path(os.path.normpath(folder / facts["checkpoint"]))
+    return str(path) if path.is_dir() else None
 
 
 def _hold(measured: dict[str, _Contender], n: float, sweep: list[str] | None, **options: Any) -> "TournamentResult":
@@ -230,7 +245,12 @@ def _write(folder: Path, result: "TournamentResult", checkpoints: dict[str, str]
     folder.mkdir(parents=True, exist_ok=True)
     result.to_json(folder / "tournament.json")
     result.plot(folder / "tournament.png")
+    say(f"All numbers are in {folder / 'tournament.json'}, the heat map in {folder / 'tournament.png'}.")
+    best = next((name for name in result.ranking if name in checkpoints), None)
+    if best is None:
+        say("No candidate has a checkpoint that is still there: there is no winner to load.")
+        return
     path = write_best_checkpoint(folder / "best_checkpoint.json", result, checkpoints)
     if link is not None:
-        link_checkpoint(link, checkpoints[result.winner])
-    say(f"Winner in {path}, all numbers in {folder / 'tournament.json'}, heat map in {folder / 'tournament.png'}.")
+        link_checkpoint(link, checkpoints[best])
+    say(f"Winner in {path}." if best == result.winner else f"Best that has a checkpoint, {best}, in {path}.")

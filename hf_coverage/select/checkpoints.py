@@ -75,20 +75,32 @@ def write_best_checkpoint(
     Args:
         path: the file, by custom `best_checkpoint.json`.
         result: the tournament.
-        checkpoints: the folder, or Hub id, of each candidate.
+        checkpoints: the folder, or Hub id, of each candidate that can be loaded; the best of these is written.
 
     Returns:
         The file's path.
+
+    Raises:
+        ValueError: if no candidate has a checkpoint.
     """
+    best = next((name for name in result.ranking if name in checkpoints), None)
+    if best is None:
+        raise ValueError(f"`checkpoints` must hold one of the candidates {list(result.names)}, but has none of them.")
+    found = {name: str(checkpoints.get(name, name)) for name in result.names}
+    sentence = result.sentence
+    if best != result.winner:
+        sentence += (
+            f" {result.winner} has no checkpoint to load; of the {len(checkpoints)} that have one, {best} is the best."
+        )
     record: dict[str, Any] = {
-        "best_model_checkpoint": str(checkpoints[result.winner]),
-        "best_metric": result.scores[result.winner],
+        "best_model_checkpoint": found[best],
+        "best_metric": result.scores[best],
         "metric": f"tournament_{metric_key(result.n)}",
         "greater_is_better": False,
-        "tied_with": [str(checkpoints[name]) for name in result.ties if name != result.winner],
-        "cross_entropy_checkpoint": str(checkpoints[result.cross_entropy_choice]),
-        "sentence": result.sentence,
-        "scores": {str(checkpoints[name]): result.scores[name] for name in result.ranking},
+        "tied_with": [found[name] for name in result.ties if name != best and best in result.ties],
+        "cross_entropy_checkpoint": found[result.cross_entropy_choice],
+        "sentence": sentence,
+        "scores": {found[name]: result.scores[name] for name in result.ranking},
     }
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
