@@ -11,6 +11,7 @@ import typer
 
 from hf_coverage.commands.console import is_main_process, print_table, say
 from hf_coverage.commands.inputs import decided_by_main_process, leave_job, read_dataset
+from hf_coverage.commands.on_policy import Generations, offset_arguments
 from hf_coverage.commands.options import (
     AppendEos,
     BatchTokens,
@@ -41,9 +42,12 @@ hf-coverage tournament scores/step-1000 scores/step-2000 --n 8 --sweep 2,4,16
 
 hf-coverage tournament RUN_1/tournament/step-* RUN_2/tournament/step-*
 
+hf-coverage tournament RUN/checkpoint-* --data corpus --n 16 --on-policy --generations 2000
+
 torchrun --nproc_per_node 2 -m hf_coverage tournament RUN/checkpoint-* --data corpus -n 16
 """
 
+_OFFSET = "Offset tournament"
 _KEPT = "checkpoint.json"
 """Beside a checkpoint's scores: what they were made of."""
 
@@ -85,6 +89,34 @@ def tournament(
         float | None,
         typer.Option(help="Drop hopeless candidates early, with this confidence, such as 0.99; for hundreds of them."),
     ] = None,
+    on_policy: Annotated[
+        bool,
+        typer.Option(
+            "--on-policy",
+            help="Hold the offset tournament: each checkpoint writes responses as well, scored under all.",
+            rich_help_panel=_OFFSET,
+        ),
+    ] = False,
+    gamma: Annotated[
+        float, typer.Option(help="Weight g of the offset; the theorem asks for N >= 8 g^2.", rich_help_panel=_OFFSET)
+    ] = 1.0,
+    generations: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Responses of each checkpoint, to rows drawn at random; by default one to every row.",
+            rich_help_panel=_OFFSET,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Most tokens of them; by default those of the data's longest response.",
+            rich_help_panel=_OFFSET,
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Responses written at once.", rich_help_panel=_OFFSET)] = 16,
     split: Split = None,
     tokenizer: TokenizerName = None,
     dtype: Dtype = DtypeName.auto,
@@ -103,22 +135,33 @@ def tournament(
     Each checkpoint is scored once, one model at a time, and its scores are kept: run the command again to go on after
     an interruption, or with one more checkpoint, and only what is new is scored. In the tournament, a checkpoint's
     score is the largest share of responses that another one makes at least N times as likely; lower is better.
+    With --on-policy, 2 g times the share that this other one has among the checkpoint's own responses is taken off:
+    another one that stakes all on few responses then misleads no more.
 
     Writes best_checkpoint.json, tournament.json and tournament.png.
     """
     from hf_coverage.select.checkpoints import distinct_names
 
+    if on_policy and race is not None:
+        raise typer.BadParameter("`--race` is for the simple tournament: leave it or `--on-policy` out.")
+    if not gamma > 0:
+        raise typer.BadParameter(f"`--gamma` must be positive, but is {gamma}.")
     sources = [candidate.rstrip("/") for candidate in candidates]
     names = distinct_names(sources)
     loading = {"dtype": dtype.value, "device": device, "revision": None, "gguf_file": None}
     options: dict[str, Any] = {"split": split, "tokenizer": tokenizer, "append_eos": append_eos}
     options |= {"group_by": group_by, "batch_tokens": batch_tokens, "shard_rows": shard_rows}
+    offset: dict[str, Any] = {}
+    if on_policy:
+        asked = Generations(generations, max_new_tokens, batch_size, seed)
+        offset = offset_arguments(sources, names, output_dir / "on_policy", data, asked, loading, options)
+        offset["gamma"] = gamma
     folders = score_checkpoints(sources, names, output_dir / "scores", data, loading, options)
     leave_job(device)
     if not is_main_process():
         return
     measured = _read(dict(zip(names, folders)), n)
-    result = _hold(measured, n, sweep, bootstrap=bootstrap, seed=seed, race_confidence=race)
+    result = _hold(measured, n, sweep, bootstrap=bootstrap, seed=seed, race_confidence=race, **offset)
     print_table(_table(result, measured))
     if result.sweep:
         print_table(_sweep_table(result))

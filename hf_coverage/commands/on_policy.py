@@ -1,0 +1,223 @@
+"""What the offset tournament needs besides the data: responses that each checkpoint writes, scored under all."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_coverage.commands.console import is_main_process, say
+from hf_coverage.commands.inputs import decided_by_main_process, load_model, load_tokenizer, read_dataset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Generations", "offset_arguments"]
+
+_KEPT = "made_of.json"
+"""Beside generations, and beside their scores: what they were made of."""
+
+
+@dataclass(frozen=True)
+class Generations:
+    """How checkpoints write responses to prompts of the data.
+
+    Attributes:
+        number: of responses, each to another row of the data, drawn at random; None for one to every row.
+        max_new_tokens: of a response; None for those of the longest response in the data.
+        batch_size: responses written at once.
+        seed: of the draws.
+    """
+
+    number: int | None
+    max_new_tokens: int | None
+    batch_size: int
+    seed: int
+
+
+def offset_arguments(
+    sources: Sequence[str],
+    names: Sequence[str],
+    folder: Path,
+    data: str | None,
+    generations: Generations,
+    loading: dict[str, Any],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Let each checkpoint write responses, and score them under all; every process of a job calls it.
+
+    One model is loaded at a time. What is written and scored is kept in `folder`, and what is there is used again.
+
+    Args:
+        sources: checkpoint folders or Hub ids, all of one tokenizer.
+        names: what to call them.
+        folder: where responses and scores go.
+        data: the corpus whose prompts are continued.
+        generations: how they are continued.
+        loading: how models are loaded, see `load_model`.
+        options: how data are read and scored, see `score_checkpoints`.
+
+    Returns:
+        `on_policy` and `on_policy_groups` of `hf_coverage.tournament`; nothing on other processes than the main one.
+    """
+    from datasets import load_from_disk
+
+    from hf_coverage.measure.score_table import ScoreTable
+    from hf_coverage.select.checkpoints import checkpoint_signature, distinct_names
+
+    scored = next((source for source in sources if (Path(source) / "metadata.json").is_file()), None)
+    if scored is not None or data is None:
+        what = "`--data` is not given" if scored is None else f"{scored} is a score folder"
+        raise ValueError(f"`--on-policy` continues prompts of the data with every candidate's model, but {what}.")
+    tokenizer = _common_tokenizer(sources, options["tokenizer"])
+    prompts, length = _prompts(data, tokenizer, generations, options)
+    keys = [key.replace("/", "__") for key in distinct_names(sources, parts=2)]
+    models = [
+        {"model": str(Path(s).absolute()), "files": checkpoint_signature(s), "loading": loading} for s in sources
+    ]
+    asked = asdict(generations) | {"max_new_tokens": length}
+    asked["prompts"] = blake2b(json.dumps(prompts).encode(), digest_size=16).hexdigest()
+    for source, key, model in zip(sources, keys, models):
+        _generate(source, folder / key, model | asked, prompts, tokenizer, loading)
+    for source, key, model in zip(sources, keys, models):
+        others = [folder / other for other in keys if other != key]
+        _score(source, others, key, model | asked, tokenizer, loading, options)
+    if not is_main_process():
+        return {}
+    written = {name: load_from_disk(folder / key) for name, key in zip(names, keys)}
+    # A candidate's own density is the one that its responses were drawn from.
+    logprobs = {
+        b: {
+            a: np.asarray(written[b]["reference_logprob"][:])
+            if a == b
+            else ScoreTable.open(folder / keys[names.index(b)] / "scores" / key).logprob
+            for a, key in zip(names, keys)
+        }
+        for b in names
+    }
+    return {"on_policy": logprobs, "on_policy_groups": {b: rows["prompt"][:] for b, rows in written.items()}}
+
+
+def _common_tokenizer(sources: Sequence[str], chosen: str | None) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer of all candidates: one's token ids have to be the other's."""
+    from hf_coverage.measure.fingerprint import tokenizer_fingerprint
+
+    if chosen is not None:
+        return load_tokenizer(chosen)
+    first, *others = [load_tokenizer(source) for source in sources]
+    for source, other in zip(sources[1:], others):
+        if tokenizer_fingerprint(other) != tokenizer_fingerprint(first):
+            raise ValueError(
+                f"`--on-policy` scores each candidate's tokens under all others, but {source} and {sources[0]} have "
+                "different tokenizers; if their token ids are the same, give one with `--tokenizer`."
+            )
+    return first
+
+
+def _prompts(
+    data: str, tokenizer: "PreTrainedTokenizerBase | None", generations: Generations, options: dict[str, Any]
+) -> tuple[list[list[int]], int]:
+    """Token ids of the prompts to continue, and how many tokens a response may have."""
+    from hf_coverage.measure.corpus import encode_corpus
+
+    encoded = encode_corpus(read_dataset(data, options["split"]), tokenizer, append_eos=options["append_eos"])
+    rows = np.arange(len(encoded))
+    if generations.number is not None and generations.number < len(rows):
+        rows = np.sort(np.random.default_rng(generations.seed).choice(rows, generations.number, replace=False))
+    return [encoded.prompts[row] for row in rows], generations.max_new_tokens or max(map(len, encoded.completions))
+
+
+def _generate(
+    source: str,
+    folder: Path,
+    made_of: dict[str, Any],
+    prompts: list[list[int]],
+    tokenizer: "PreTrainedTokenizerBase | None",
+    loading: dict[str, Any],
+) -> None:
+    """Write one response to each prompt into a folder, unless they are there."""
+    from accelerate import PartialState
+
+    from hf_coverage.measure.builders import sample_corpus
+
+    if decided_by_main_process(lambda: _is_kept(folder, made_of), loading["device"]):
+        return
+    responses = sample_corpus(
+        load_model(source, **loading),
+        tokenizer,
+        prompts,
+        k=1,
+        max_new_tokens=made_of["max_new_tokens"],
+        batch_size=made_of["batch_size"],
+        seed=made_of["seed"],
+        progress=is_main_process(),
+    )
+    if is_main_process():
+        # In one step: what a killed run leaves behind does not pass for generations.
+        unfinished = folder.with_name(f".{folder.name}.part")
+        responses.save_to_disk(unfinished)
+        _keep(unfinished, made_of)
+        unfinished.replace(folder)
+    PartialState().wait_for_everyone()
+    say(f"{source}: {len(responses):,} responses of its own in {folder}.")
+
+
+def _score(
+    source: str,
+    others: Sequence[Path],
+    key: str,
+    made_of: dict[str, Any],
+    tokenizer: "PreTrainedTokenizerBase | None",
+    loading: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    """Score the others' responses under a candidate into `other / "scores" / key`, those that are not scored yet."""
+    from accelerate import PartialState
+    from datasets import load_from_disk
+
+    from hf_coverage.measure.scoring import score_responses
+
+    missing = [
+        other
+        for other in others
+        # B023: the question is asked before the loop goes on
+        if not decided_by_main_process(lambda: _is_kept(other / "scores" / key, made_of), loading["device"])  # noqa: B023
+    ]
+    if not missing:
+        return
+    model = load_model(source, **loading)
+    for other in missing:
+        score_responses(
+            model,
+            tokenizer,
+            load_from_disk(other),
+            output_dir=other / "scores" / key,
+            batch_tokens=options["batch_tokens"],
+            shard_rows=options["shard_rows"],
+            progress=is_main_process(),
+        )
+        if is_main_process():
+            _keep(other / "scores" / key, made_of)
+        PartialState().wait_for_everyone()
+    say(f"{source}: scored the responses of {len(missing)} other candidates.")
+
+
+def _keep(folder: Path, made_of: dict[str, Any]) -> None:
+    (folder / _KEPT).write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_kept(folder: Path, made_of: dict[str, Any]) -> bool:
+    """Whether a folder is finished, and was made of the very same; otherwise the user has to decide."""
+    record = folder / _KEPT
+    if not record.is_file():
+        return False
+    before = json.loads(record.read_text(encoding="utf-8"))
+    changed = sorted(name for name in before | made_of if before.get(name) != made_of.get(name))
+    if changed:
+        raise ValueError(
+            f"{folder} was made otherwise ({', '.join(changed)} changed): choose another `--output-dir`, or remove it."
+        )
+    return True
