@@ -77,6 +77,7 @@ def test_the_scorer_takes_it_as_any_causal_model(bigram):
     assert CoverageProfile.from_logprobs(scored["logprob"], corpus["reference_logprob"]).cov(1.01) == 0
 
 
+@torch.no_grad()
 def test_inherent_variance_and_bound_by_their_definitions(bigram):
     responses, logprobs = enumerate_responses(bigram, [3], 3)
     total, largest = 0.0, 0.0
