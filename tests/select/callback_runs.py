@@ -11,10 +11,10 @@ ROWS = 40
 
 
 class SetWeights(TrainerCallback):
-    """Makes the weights a function of the step alone, whatever the optimizer and the number of processes."""
+    """Makes the weights a function of the step alone, whatever the optimizer and the number of processes; 4 wins."""
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        generator = torch.Generator().manual_seed(state.global_step)
+        generator = torch.Generator().manual_seed(60 + state.global_step)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
