@@ -9,6 +9,7 @@ seconds.
 
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def main() -> None:
         choice_table(checkpoints),
         split_table(checkpoints),
         predictiveness_table(predictive),
-        probability_table(checkpoints),
+        area_table(checkpoints),
     ]
     samples = read_samples(recipe)
     if samples:
@@ -115,21 +116,20 @@ def predictiveness_table(result: PredictivenessResult) -> Table:
     )
 
 
-def probability_table(checkpoints: Checkpoints) -> Table:
-    """Say where the questions lie, by the probability of their right answer."""
-    edges = (1 / 1024, 1 / 64, 1 / 16, 1 / 4, 1 / 2)
-    names = ["< 1/1024", "1/1024 to 1/64", "1/64 to 1/16", "1/16 to 1/4", "1/4 to 1/2", "> 1/2"]
-    p = np.exp(checkpoints.logprobs)
+def area_table(checkpoints: Checkpoints) -> Table:
+    """Split KL by the N that it comes from: `KL = E[r] = integral of Cov_N d log N`, r = -log p."""
+    edges = [1, 2, 8, 32, 128, 1024]
+    names = [f"N = {low} to {high}" for low, high in pairwise(edges)] + [f"N > {edges[-1]}"]
+    starts, ends = np.log(edges), np.log([*edges[1:], np.inf])
     rows: list[list[Cell]] = []
-    for step, values, logprobs in zip(checkpoints.steps, p, checkpoints.logprobs):
-        bins = np.bincount(np.digitize(values, edges), minlength=len(names)) / values.size
-        worst = np.sort(-logprobs)[-(values.size // 10) :].sum() / -logprobs.sum()
-        rows.append([step, *bins.tolist(), float(worst)])
+    for step, logprobs in zip(checkpoints.steps, checkpoints.logprobs):
+        areas = [np.clip(-logprobs - low, 0, high - low).mean() for low, high in zip(starts, ends)]
+        rows.append([step, float(-logprobs.mean()), *map(float, areas)])
     return Table(
-        ["step", *names, "worst tenth's share"],
+        [Column("step"), Column("KL", "lower"), *(Column(name, "lower") for name in names)],
         rows,
-        "Share of the questions by the probability of the right answer, and how much of cross-entropy comes from the "
-        "worst tenth of them.",
+        "KL is the area under the coverage profile over log N. The nats that each range of N contributes: Pass@N "
+        "depends on what is near its own N.",
     )
 
 

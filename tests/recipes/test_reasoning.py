@@ -205,6 +205,18 @@ def test_tables_compare_with_cross_entropy():
     assert [cells[0] for cells in split_table(small_run(), splits=3).rows] == [cells[0] for cells in table.rows]
 
 
+def test_areas_add_up_to_kl():
+    run = small_run()
+    for cells, logprobs in zip(compare.area_table(run).rows, run.logprobs):
+        assert cells[1] == pytest.approx(-logprobs.mean())
+        assert sum(cells[2:]) == pytest.approx(cells[1])
+        # between N = 2 and 8: the integral of Cov_N over log N, by the midpoint rule
+        grid = np.linspace(math.log(2), math.log(8), 20001)
+        middle = (grid[1:] + grid[:-1]) / 2
+        covered = [(-logprobs >= at).mean() for at in middle]
+        assert cells[3] == pytest.approx(np.mean(covered) * (grid[-1] - grid[0]), abs=1e-4)
+
+
 def test_the_committed_configurations_leave_room_for_every_answer():
     tokenizer = load_tokenizer(SMOLLM2)
     files = sorted(RECIPE.glob("*.yaml"))
