@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_coverage.measure.batching import IntArray
 from hf_coverage.measure.prefix_cache import is_repeatable
 
-__all__ = ["HeadForward", "HeadOutput", "Probe", "inference", "is_sharded", "unwrap"]
+__all__ = ["HeadForward", "HeadOutput", "Probe", "inference", "is_sharded", "refuse_zero3", "unwrap"]
 
 
 class HeadOutput:
@@ -75,10 +76,12 @@ class HeadForward:
         model: Any causal language model with output embeddings; may be wrapped by DDP or FSDP, or compiled.
 
     Raises:
+        RuntimeError: Under DeepSpeed ZeRO-3.
         ValueError: If the model has no output embeddings to select positions for.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        refuse_zero3()
         self.model = unwrap(model)
         head = self.model.get_output_embeddings()
         if head is None:
@@ -171,6 +174,19 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
         isinstance(parameter, DTensor) for parameter in model.parameters()
     )
+
+
+def refuse_zero3() -> None:
+    """Refuse models whose parameters DeepSpeed ZeRO-3 holds in parts, of which no process ever sees a whole one.
+
+    Asked as transformers' own `generate` asks: while such a configuration is alive, `from_pretrained` shards as well.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise RuntimeError(
+            "A model under DeepSpeed ZeRO-3 can neither be scored nor sampled from: its parameters are split over the "
+            "processes. Save it (`trainer.save_model`) and score the checkpoint in a process without DeepSpeed, "
+            "for example with `hf-coverage score`; or shard by ZeRO-2 or FSDP instead."
+        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -26,7 +26,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from hf_coverage.measure.forward import inference, is_sharded, unwrap
+from hf_coverage.measure.forward import inference, is_sharded, refuse_zero3, unwrap
 
 __all__ = ["Sample", "Sampler", "Sampling", "end_token_ids", "require_room"]
 
@@ -103,6 +103,7 @@ class Sampler:
         seed: What all random numbers follow from; the global generators stay as they are.
 
     Raises:
+        RuntimeError: Under DeepSpeed ZeRO-3.
         TypeError: If the model is wrapped by FSDP1.
         ValueError: If `batch_size` is not positive.
     """
@@ -110,6 +111,7 @@ class Sampler:
     def __init__(self, model: PreTrainedModel, sampling: Sampling, *, batch_size: int, seed: int) -> None:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        refuse_zero3()
         self.model: PreTrainedModel = unwrap(model)
         if isinstance(self.model, FullyShardedDataParallel):
             raise TypeError("The model is wrapped by FSDP1, through which `generate` does not run; shard it by FSDP2.")
