@@ -1,11 +1,8 @@
 """The coverage profile of one model on one reference corpus."""
 
-import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import Any, get_args, overload
 
 import numpy as np
@@ -16,12 +13,13 @@ from hf_coverage.functional.bounds import BestOfNBudget, best_of_n_budget
 from hf_coverage.functional.checks import FloatArray, ReferenceKind, check_log_ratios, check_logprobs, metric_key
 from hf_coverage.functional.coverage import coverage, coverage_interval, log_ratios, reached, smallest_n
 from hf_coverage.functional.statistics import MeanEstimate, clustered_mean, group_codes, row_weights
-from hf_coverage.plots import ProfileCurve, plot_profiles
+from hf_coverage.measure.profile_json import read_profile_fields, write_profile_fields
+from hf_coverage.measure.profile_merge import merged_fields
+from hf_coverage.measure.profile_plot import draw_profiles, profile_grid
+from hf_coverage.plots import ProfileCurve
 
 __all__ = ["CoverageProfile"]
 
-_FORMAT = 1
-_FIELDS = ("log_ratios", "logprobs", "groups", "weights", "kind", "name")
 _QUANTITY = {
     "density": "Cov_N",
     "single_answer": "Cov_N",
@@ -255,29 +253,13 @@ class CoverageProfile:
         Raises:
             ValueError: if the parts know different things of their reference or only one of them has groups.
         """
-        for what, mine, theirs in (
-            ("`kind`", self.kind, other.kind),
-            ("whether log p is known", self.logprobs is None, other.logprobs is None),
-            ("whether rows have `groups`", self.groups is None, other.groups is None),
-        ):
-            if mine != theirs:
-                raise ValueError(f"profiles to merge must agree on {what}, but have {mine!r} and {theirs!r}.")
-        unweighted = self.weights is None and other.weights is None
-        weights = [row_weights(part.weights, part.num_rows) for part in (self, other)]
-        return CoverageProfile(
-            np.concatenate([self.log_ratios, other.log_ratios]),
-            _concatenate(self.logprobs, other.logprobs),
-            _concatenate(self.groups, other.groups),
-            None if unweighted else np.concatenate(weights),
-            self.kind,
-            self.name,
-        )
+        return CoverageProfile(*merged_fields(self, other))
 
     __add__ = merge
 
     def curve(self, n: Iterable[float] | None = None, confidence: float = 0.95) -> ProfileCurve:
         """Cov_N (or its upper bound) with its interval on a grid of N; by default up to where the profile ends."""
-        grid = np.asarray(self._grid() if n is None else list(n), dtype=np.float64)
+        grid = np.asarray(profile_grid(self.log_ratios) if n is None else list(n), dtype=np.float64)
         bounds = np.asarray([self.interval(value, confidence) for value in grid])
         return ProfileCurve(
             self.name, grid, coverage(self.log_ratios, grid, weights=self.weights), bounds[:, 0], bounds[:, 1]
@@ -302,21 +284,11 @@ class CoverageProfile:
         Raises:
             ValueError: if the profiles do not all show the same quantity.
         """
-        profiles = (self, *others)
-        quantities = sorted({profile.quantity for profile in profiles})
-        if len(quantities) > 1:
-            raise ValueError(f"`others` must show the same quantity as this profile, but there are {quantities}.")
-        grid = max((profile._grid() for profile in profiles), key=lambda values: values[-1]) if n is None else list(n)
-        ylabel = self.quantity.replace("Cov_N", "Cov$_N$") + " (lower is better)"
-        return plot_profiles([profile.curve(grid) for profile in profiles], path, ylabel=ylabel, title=title)
+        return draw_profiles((self, *others), path, n=n, title=title)
 
     def to_json(self, path: str | PathLike[str] | None = None) -> str:
         """The profile as JSON text, every number exact; also written to `path` where given."""
-        fields = {"format": _FORMAT} | {name: getattr(self, name) for name in _FIELDS}
-        text = json.dumps(fields, default=_encode)
-        if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
-        return text
+        return write_profile_fields(vars(self), path)
 
     @classmethod
     def from_json(cls, source: str | PathLike[str]) -> "CoverageProfile":
@@ -325,22 +297,10 @@ class CoverageProfile:
         Raises:
             ValueError: if the text is not a coverage profile of a known format.
         """
-        text = source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text()
         try:
-            data = json.loads(text)
-            if data["format"] != _FORMAT:
-                raise ValueError(f"format {data['format']} is not {_FORMAT}")
-            ratios, logprobs, groups, weights, kind, name = (data[name] for name in _FIELDS)
-            codes = None if groups is None else np.asarray(groups, dtype=np.uint64)
-            ratios = check_log_ratios(np.asarray(ratios, dtype=np.float64))
-            return cls._checked(ratios, _float_array(logprobs), codes, _float_array(weights), kind, name)
+            return cls._checked(*read_profile_fields(source))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"`source` is not a coverage profile written by `to_json`: {error!r}.") from error
-
-    def _grid(self) -> FloatArray:
-        finite = self.log_ratios[np.isfinite(self.log_ratios)]
-        top = float(finite.max()) + 0.25 if finite.size else 0.0
-        return np.exp(np.linspace(0.0, min(max(top, math.log(16)), math.log(1e6)), 97))
 
     def _require_density(self, what: str, instead: str) -> None:
         if self.is_upper_bound:
@@ -353,16 +313,3 @@ class CoverageProfile:
         if self.logprobs is None:
             raise ValueError(f"`{what}` needs the model's log-probabilities: make the profile with `from_logprobs`.")
         return self.logprobs
-
-
-def _concatenate(first: NDArray[Any] | None, second: NDArray[Any] | None) -> NDArray[Any] | None:
-    return None if first is None or second is None else np.concatenate([first, second])
-
-
-def _encode(array: NDArray[Any]) -> list[Any]:
-    """An array for JSON, which has no infinities: they become "inf" and "-inf", which numpy reads back."""
-    return [str(value) if value in (math.inf, -math.inf) else value for value in array.tolist()]
-
-
-def _float_array(values: list[float | str] | None) -> FloatArray | None:
-    return None if values is None else np.asarray(values, dtype=np.float64)
