@@ -19,8 +19,8 @@ __all__ = ["NormalizedSGD"]
 class NormalizedSGD(NormalizedGradient):
     """Normalised SGD: `theta <- Proj(theta + eta g / (lam + ||g||))`, and nothing else unless asked for.
 
-    Its step never waits for the device, also where it skips one (sparse gradients and `foreach=True` excepted: there
-    it reads whether the gradient is finite).
+    Its step never waits for the device, also where it skips one. Sparse gradients and a given `foreach` are excepted:
+    there it reads whether the gradient is finite.
 
     Args:
         params: Parameters, named parameters, or parameter groups.
@@ -31,8 +31,7 @@ class NormalizedSGD(NormalizedGradient):
         momentum: Of the normalised gradient.
         weight_decay: L2 penalty, added to the normalised gradient.
         nesterov: Nesterov's momentum.
-        foreach: Use torch's foreach implementation. None lets torch's fused one run where it can.
-        fused: Use torch's fused implementation or not.
+        foreach: Use torch's foreach implementation, or, if False, a loop. None lets its fused one run where it can.
         **options: `per`, `radius`, `center`, `nonfinite` of `NormalizedGradient`.
 
     Raises:
@@ -60,18 +59,9 @@ class NormalizedSGD(NormalizedGradient):
         weight_decay: float = 0.0,
         nesterov: bool = False,
         foreach: bool | None = None,
-        fused: bool | None = None,
         **options: Any,
     ) -> None:
-        sgd = _ShardSGD(
-            params,
-            lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            foreach=foreach,
-            fused=fused,
-        )
+        sgd = _ShardSGD(params, lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, foreach=foreach)
         super().__init__(sgd, lam, **options)
 
 
@@ -85,28 +75,34 @@ class _ShardSGD(SGD):
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             members = [p for p in group["params"] if p.grad is not None]
-            buffers: list[Tensor | None] = [None] * len(members)
-            if group["momentum"]:
-                for p in members:
-                    if "momentum_buffer" not in self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffers = [local_tensor(self.state[p]["momentum_buffer"]) for p in members]
-            sparse = any(p.grad.is_sparse for p in members)
             shards = [local_tensor(p) for p in members]
-            fused = group["fused"]
-            if fused is None and not group["foreach"] and not sparse:
-                fused, _ = _default_to_fused_or_foreach(shards, differentiable=False, use_fused=True)
+            sparse = any(p.grad.is_sparse for p in members)
+            fused = group["foreach"] is None and not sparse and _can_be_fused(shards)
             if not fused and self.found_inf is not None and self.found_inf:
                 continue
             sgd(
                 shards,
                 [local_tensor(p.grad) for p in members],
-                buffers,
+                self._momentum_buffers(members) if group["momentum"] else [None] * len(members),
                 has_sparse_grad=sparse,
-                foreach=group["foreach"],
+                foreach=not fused and group["foreach"],
                 fused=fused,
                 found_inf=self.found_inf if fused else None,
                 **{name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")},
                 dampening=0.0,
                 maximize=False,
             )
+
+    def _momentum_buffers(self, members: list[Tensor]) -> list[Tensor]:
+        for p in members:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return [local_tensor(self.state[p]["momentum_buffer"]) for p in members]
+
+
+def _can_be_fused(shards: list[Tensor]) -> bool:
+    # In torch 2.13 the kernel for CPUs leaves most of a half-precision tensor as it was (pytorch/pytorch#191763).
+    if any(shard.device.type == "cpu" and shard.dtype in (torch.float16, torch.bfloat16) for shard in shards):
+        return False
+    fused, _ = _default_to_fused_or_foreach(shards, differentiable=False, use_fused=True)
+    return fused

@@ -76,8 +76,8 @@ class SequenceLossMixin:
     replaces the `num_items_in_batch` that the Trainer hands to the model or to `compute_loss_func`, so that either
     divides by K. Reported losses are then those of sequences too.
 
-    Without it the gradient is the method's divided by T/K, the tokens of a sequence. Where T/K is the same in every
-    step (windows of text), dividing `lam` by it gives the same updates.
+    Without it the gradient is the method's divided by T/K, the Trainer's count of a sequence's labels. Where T/K is
+    the same in every step (windows of text), dividing `lam` by it gives the same updates.
 
     Example:
         >>> class SequenceTrainer(SequenceLossMixin, Trainer):
