@@ -126,7 +126,7 @@ class BestOfNResult:
     def best_of(self, n: int, confidence: float = 0.95) -> Estimate:
         """Expected reward of the best of N responses, unbiased, with its confidence interval over prompts."""
         estimate = clustered_mean(self._best[:, self._column(n)])
-        bounded = 0 <= self.rewards.min() and self.rewards.max() <= 1
+        bounded = self.rewards.min() >= 0 and self.rewards.max() <= 1
         return Estimate(estimate.mean, *(bounded_mean_interval if bounded else mean_interval)(estimate, confidence))
 
     def metrics(self, n: Iterable[int] | None = None) -> dict[str, float]:

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from hf_coverage.decode.verdict import Verdict, judge
@@ -24,6 +25,7 @@ JudgeRows = Callable[[Sequence[dict[str, Any]]], list[Verdict]]
 """Judges responses, each given as its arguments by name."""
 
 _START_SECONDS = 600.0
+_PACKAGES = Path(__file__).parents[2]
 # A verifier is no process of the job, even if it imports what looks for one.
 _JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -109,12 +111,12 @@ def _judge_here(verifier: Callable[..., Any], rows: Sequence[dict[str, Any]], ba
     return verdicts
 
 
-def _pickled(verifier: Callable[..., Any]) -> bytes:
+def _pickled(verifier: Callable[..., Any]) -> str:
     import dill
 
     try:
         # By value where it is of `__main__`, such as a notebook or a script, which the worker does not run.
-        return dill.dumps(verifier, recurse=True)
+        return base64.b64encode(dill.dumps(verifier, recurse=True)).decode()
     except Exception as error:  # pickling raises whatever the object's own methods raise
         raise TypeError(
             f"`verifier` cannot be sent to a worker process ({type(error).__name__}: {error}). Define it at the top "
@@ -126,7 +128,7 @@ def _pickled(verifier: Callable[..., Any]) -> bytes:
 class _Worker:
     """A verifier in a process of its own, which is killed and started again where it hangs."""
 
-    def __init__(self, verifier: bytes, timeout: float) -> None:
+    def __init__(self, verifier: str, timeout: float) -> None:
         self._verifier = verifier
         self._timeout = timeout
         self._process: subprocess.Popen[str] | None = None
@@ -151,20 +153,21 @@ class _Worker:
     def start(self) -> None:
         """Start the process and load the verifier in it."""
         environment = {name: value for name, value in os.environ.items() if name not in _JOB}
-        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         process = subprocess.Popen(
             [sys.executable, "-m", "hf_coverage.decode.judge_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
             env=environment,
+            cwd=_PACKAGES,  # where the package is found, and nothing of the user's hides a standard module
             start_new_session=True,  # so that what it starts is killed with it
         )
         self._process, self._replies = process, queue.SimpleQueue()
         self._reader = threading.Thread(target=_forward, args=(process, self._replies), daemon=True)
         self._reader.start()
+        place = {"folder": os.getcwd(), "path": [path or os.getcwd() for path in sys.path]}
         try:
-            reply = self._ask(base64.b64encode(self._verifier).decode(), _START_SECONDS)
+            reply = self._ask(json.dumps(place | {"verifier": self._verifier}), _START_SECONDS)
             problem = "its process ended" if reply is None else json.loads(reply).get("failed")
         except queue.Empty:
             problem = f"it took more than {_START_SECONDS:g} seconds"

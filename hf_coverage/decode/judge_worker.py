@@ -1,6 +1,6 @@
 """The process that a verifier runs in, which may be killed at any moment: `python -m hf_coverage.decode.judge_worker`.
 
-Reads the verifier from its standard input, then one response a line, and answers each with one line.
+Reads from its standard input what to run and where, then one response a line, and answers each line with one.
 """
 
 import base64
@@ -29,8 +29,11 @@ def main() -> None:
     os.dup2(2, 1)
     if sys.platform == "linux":  # a verifier that hangs does not outlive a run that was killed
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    start = json.loads(requests.readline())
+    os.chdir(start["folder"])
+    sys.path[:] = start["path"]
     try:
-        verifier = dill.loads(base64.b64decode(requests.readline()))
+        verifier = dill.loads(base64.b64decode(start["verifier"]))
     except Exception as error:  # told to the run, which stops with it
         _reply(replies, {"failed": f"{type(error).__name__}: {error}"})
         return

@@ -118,7 +118,7 @@ class MathVerify(Verifier):
 class ReasoningGym(Verifier):
     r"""The score that a `reasoning_gym` task gives a response itself, in [0, 1], 1 being right.
 
-    Nine tasks of reasoning_gym evaluate the response as Python, some of them by `eval`. Text is never executed here:
+    Some tasks of reasoning_gym evaluate the response as Python, a few of them by `eval`. Text is never executed here:
     for such tasks a response that is neither a literal nor a plain arithmetic expression is scored while nothing can
     be evaluated, which makes it a wrong one.
 
