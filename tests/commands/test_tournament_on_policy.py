@@ -1,7 +1,12 @@
 """The offset tournament on the command line: what candidates write, what is kept of it, and what it decides."""
 
 import json
+import os
+import shlex
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,6 +117,21 @@ def test_an_interrupted_scoring_goes_on(run, monkeypatch):
     interrupted = json.loads((run / "out/tournament.json").read_text())
     invoke(f"{COMMAND.replace('--output-dir out', '--output-dir whole')} --on-policy")
     assert json.loads((run / "whole/tournament.json").read_text()) == interrupted
+
+
+@pytest.mark.slow
+def test_two_processes_end_the_same(run):
+    command = f"{COMMAND.replace('--n 2', '-n 2')} --on-policy --device cpu --generations 12"
+    root = Path(on_policy.__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2"
+    for launch, out in (("", "one"), (launcher, "two")):
+        words = shlex.split(f"{launch} -m hf_coverage {command.replace('--output-dir out', f'--output-dir {out}')}")
+        subprocess.run([sys.executable, *words], env=environment, check=True, capture_output=True, timeout=300)
+    one, two = (json.loads((run / out / "tournament.json").read_text()) for out in ("one", "two"))
+    assert np.array(one.pop("offsets")) == pytest.approx(np.array(two.pop("offsets")))
+    assert one["ranking"] == two["ranking"]
+    assert one["scores"] == pytest.approx(two["scores"])
 
 
 def test_what_is_refused(run):
