@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from datasets import Dataset
@@ -22,9 +23,11 @@ from hf_coverage import tournament
 from hf_coverage.cli import app
 from hf_coverage.commands import tournament as command
 from hf_coverage.measure.score_table import ScoreTable
+from hf_coverage.tasks.graph_search import GraphSearch
 
 ROOT = Path(hf_coverage.__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 OPTIONS = "--data corpus.jsonl --n 2 --bootstrap 50 --shard-rows 4 --device cpu --tokenizer none"
 
 
@@ -205,8 +208,7 @@ def test_a_killed_command_goes_on_and_ends_the_same(text_run):
 
 @pytest.mark.slow
 def test_two_processes_decide_as_one(text_run):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    for folder, start in (("one", ()), ("two", launcher), ("two", launcher)):
+    for folder, start in (("one", ()), ("two", LAUNCHER), ("two", LAUNCHER)):
         done = subprocess.run(
             command_line(text_run, folder, *start), env=ENVIRONMENT, capture_output=True, text=True, timeout=300
         )
@@ -214,3 +216,75 @@ def test_two_processes_decide_as_one(text_run):
         assert done.stdout.count("wins the tournament") == 1
     one, two = outcome(text_run / "one"), outcome(text_run / "two")
     assert one == two
+
+
+@pytest.fixture
+def twenty_checkpoints(tmp_path, monkeypatch):
+    """Twenty checkpoints of the graph-search recipe's model, wandering from one another, and the recipe's corpus."""
+    task = GraphSearch.figure_1(num_layers=4, nodes_per_layer=2, num_names=24, prompt_format="aligned")
+    tokenizer = task.tokenizer()
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 64, "vocab_size": len(tokenizer), "n_positions": 46}
+    config = GPT2Config(**sizes, bos_token_id=None, eos_token_id=None, initializer_range=0.1)
+    model = GPT2LMHeadModel(config)
+    for step in range(15, 301, 15):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += 0.02 * torch.randn(weight.shape)
+        model.save_pretrained(tmp_path / "run" / f"checkpoint-{step}")
+        tokenizer.save_pretrained(tmp_path / "run" / f"checkpoint-{step}")
+    task.corpus(600, (0.9, 0.1, 0.0), seed=0).save_to_disk(str(tmp_path / "corpus"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tournament_of_twenty(folder, *launcher):
+    command = [sys.executable, *launcher, "-m", "hf_coverage", "tournament", *checkpoints(Path.cwd()).split()]
+    options = f"--data corpus -n 2 --sweep 1.5,4 --bootstrap 100 --shard-rows 50 --device cpu --output-dir {folder}"
+    return subprocess.Popen(
+        [*command, *options.split()],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def content(folder):
+    """Every file that a tournament wrote, as bytes, but for the command that was given."""
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    found = {name: path.read_bytes() for name, path in files.items() if path.name != "reference.json"}
+    facts = {name: json.loads(files[name].read_text()) | {"command": ""} for name in files.keys() - found.keys()}
+    return found | facts
+
+
+def run_killed(folder, rng, kills, *launcher):
+    """Kill the command, all of its processes, at random moments of its scoring; then let it end."""
+    stops = sorted(rng.choice(20 * 12 - 10, size=kills, replace=False))
+    for stop in stops:
+        job = tournament_of_twenty(folder, *launcher)
+        while job.poll() is None and len(list(folder.glob("scores/*/scores-*"))) <= stop:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
+        assert job.poll() is None, job.communicate()[1][-6000:]
+        # torchrun gives its processes sessions of their own, and they would outlive it
+        for process in (*psutil.Process(job.pid).children(recursive=True), job):
+            process.kill()
+        job.communicate()
+        assert not (folder / "best_checkpoint.json").exists()
+    job = tournament_of_twenty(folder, *launcher)
+    _, errors = job.communicate(timeout=600)
+    assert job.returncode == 0, errors[-6000:]
+
+
+@pytest.mark.slow
+def test_twenty_checkpoints_killed_again_and_again_in_one_process_and_in_two(twenty_checkpoints):
+    rng = np.random.default_rng(0)
+    run_killed(Path("whole"), rng, 0)
+    expected = content(Path("whole"))
+    assert sum("scores-" in name for name in expected) == 20 * 12
+    assert len(set(json.loads(expected["tournament.json"])["scores"].values())) > 10
+    run_killed(Path("killed"), rng, 4)
+    assert content(Path("killed")) == expected
+    run_killed(Path("killed_two"), rng, 2, *LAUNCHER)
+    assert content(Path("killed_two")) == expected

@@ -1,15 +1,22 @@
 """TournamentCallback in real trainings: what it reports, whom it keeps and loads, and how it goes on."""
 
+import copy
 import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
+import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from hf_coverage import CoverageWarning, ScoreTable, score_responses, tournament
@@ -468,3 +475,81 @@ def test_beside_a_coverage_callback(tmp_path):
     assert {"eval_cov_2", "eval_kl", "eval_tournament_2", "eval_tournament_winner_step"} <= coverage_history(trainer)[
         -1
     ].keys()
+
+
+def left_by(folder):
+    """What a run of `killed_training.py` left, but the names of folders and the times."""
+    last = steps_in(folder)[-1]
+    state = json.loads((folder / f"checkpoint-{last}" / "trainer_state.json").read_text())
+    best = json.loads((folder / "tournament" / "best_checkpoint.json").read_text().replace(str(folder), "RUN"))
+    model = (folder / "final" / "model.safetensors").read_bytes()
+    return rows_in(folder), steps_in(folder), without_times(state["log_history"]), best, model
+
+
+@pytest.mark.slow
+def test_a_training_killed_again_and_again_ends_the_same(tmp_path):
+    def start(folder):
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.select.killed_training", str(folder)],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    rng = np.random.default_rng(0)
+    for stop in sorted(rng.choice(np.arange(2, 29), size=5, replace=False)):
+        job = start(tmp_path / "killed")
+        while job.poll() is None and not (tmp_path / "killed" / "tournament" / f"step-{stop}").exists():
+            time.sleep(0.0005)
+        time.sleep(rng.uniform(0, 0.03))
+        assert job.poll() is None, job.communicate()[1][-6000:]
+        job.kill()
+        job.communicate()
+    for folder in ("killed", "whole"):
+        job = start(tmp_path / folder)
+        _, errors = job.communicate(timeout=300)
+        assert job.returncode == 0, errors[-6000:]
+    assert left_by(tmp_path / "killed") == left_by(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_of_smollm2(tmp_path, smollm2):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    loaded, tokenizer = smollm2
+
+    def fresh():
+        config = copy.deepcopy(loaded.config)
+        del config.quantization_config
+        config.name_or_path = ""  # where peft looks for a configuration
+        model = AutoModelForCausalLM.from_config(config)
+        model.load_state_dict(loaded.state_dict())
+        return model
+
+    sums = [(f"{a} + {b} =", f" {a + b}") for a in range(2, 7) for b in range(3, 6)]
+    corpus = Dataset.from_dict({"prompt": [p for p, _ in sums], "completion": [c for _, c in sums]})
+    ids = [tokenizer(p + c)["input_ids"][:6] for p, c in sums]
+    rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    torch.manual_seed(0)
+    model = get_peft_model(fresh(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    callback = TournamentCallback(corpus, (1.5, 2), load_winner_at_end=True)
+    trainer = make_trainer(
+        tmp_path, callback, model=model, eval_dataset=rows, processing_class=tokenizer, max_steps=6, learning_rate=0.01
+    )
+    trainer.train_dataset = rows
+    trainer.train()
+    logprobs = {}
+    for step in (2, 4, 6):
+        adapted = PeftModel.from_pretrained(fresh(), tmp_path / f"checkpoint-{step}")
+        scored = score_responses(adapted.eval(), tokenizer, corpus, progress=False)
+        logprobs[f"step-{step}"] = np.array(scored["logprob"][:])
+        kept = ScoreTable.open(tmp_path / "tournament" / f"step-{step}").logprob
+        np.testing.assert_allclose(kept, logprobs[f"step-{step}"], atol=1e-4)
+    expected = tournament(logprobs, 1.5, bootstrap=0)
+    assert callback.result.scores == expected.scores
+    assert len(set(expected.scores.values())) > 1
+    again = score_responses(trainer.model.eval(), tokenizer, corpus, progress=False)
+    np.testing.assert_allclose(again["logprob"][:], logprobs[callback.result.winner], atol=1e-4)
