@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hf_coverage.optim.normalized import NormalizedGradient
     from hf_coverage.optim.sgd import NormalizedSGD
     from hf_coverage.optim.trainer import SequenceLossMixin, normalized_optimizer
+    from hf_coverage.select.callback import TournamentCallback
     from hf_coverage.select.predictiveness import PredictivenessResult, predictiveness
     from hf_coverage.select.result import TournamentResult
     from hf_coverage.select.tournament import tournament
@@ -36,6 +37,7 @@ _HOMES = {
     "PredictivenessResult": "select.predictiveness",
     "ScoreTable": "measure.score_table",
     "SequenceLossMixin": "optim.trainer",
+    "TournamentCallback": "select.callback",
     "TournamentResult": "select.result",
     "evaluate_best_of_n": "decode.best_of_n",
     "judge_best_of_n": "decode.best_of_n",
@@ -61,6 +63,7 @@ __all__ = [
     "PredictivenessResult",
     "ScoreTable",
     "SequenceLossMixin",
+    "TournamentCallback",
     "TournamentResult",
     "evaluate_best_of_n",
     "evaluate_module",
