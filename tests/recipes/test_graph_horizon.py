@@ -21,6 +21,9 @@ TINY = {
     "model.n_layer": 1,
     "model.n_embd": 16,
     "measure.rows": 200,
+    "warm.max_steps": 4,
+    "warm.save_steps": 2,
+    "warm.per_device_train_batch_size": 8,
     "train.max_steps": 12,
     "train.eval_steps": 6,
     "train.save_steps": 3,
@@ -115,7 +118,7 @@ def test_settings_are_whole(horizon, name):
         ["--config", str(GRAPH_SEARCH / f"{name}.yaml")], list(horizon.SECTIONS), description=None
     )
     for section, kind in horizon.SECTIONS.items():
-        more = {"output_dir": "x"} if section == "train" else {}
+        more = {"output_dir": "x"} if kind is horizon.TrainingArguments else {}
         horizon.parse_section(kind, settings[section] | more)
     task = settings["task"]
     for h in settings["run"]["horizons"]:
