@@ -5,8 +5,8 @@
 The configuration has a section for each dataclass below, one for the model and those of the `TrainingArguments`. Any
 value can be given on the command line too, as `--section.name value`, and those of `RunArguments` without a section.
 
-With a section `warm`, a first phase trains on the classes as `warm_weights` mixes them: the forks, which D shows in 6 %
-of its prompts, are learned sooner. What the model is to converge to under D is the same.
+With a section `warm`, a first phase trains on the classes as `warm_weights` mixes them: the forks, which D shows in
+6 % of its prompts, are learned sooner. What the model is to converge to under D is the same.
 
 Each (horizon, seed) has a folder `h-<H>/seed-<seed>` of its own. When the same command is given again, those that are
 done are only read, and the one that was stopped goes on from its last checkpoint.
