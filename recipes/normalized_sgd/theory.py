@@ -20,11 +20,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # settings.py, which all recipes share
 
 import numpy as np
-from findings import report
 from learners import RULES, Data, ResponseLaw, train_sequences
 from likelihood import bits_coverage, likelihood_scaling
 from rich.console import Console
 from settings import parse_section, read_settings, refuse_other_settings
+from theory_findings import report
 from tokenwise import adapted_coverage, train_tokens
 
 from hf_coverage.functional.checks import FloatArray
@@ -62,6 +62,7 @@ class TheoryArguments:
 
     @property
     def rates(self) -> FloatArray:
+        """The step sizes, ascending."""
         return self.largest_rate * 0.5 ** np.arange(self.num_rates)[::-1]
 
 
@@ -83,6 +84,8 @@ def main() -> None:
 
 def experiments(args: TheoryArguments) -> dict[str, Callable[[], Any]]:
     """All experiments by name, in the order they are run in."""
+    if not set(args.token_horizons) <= set(args.horizons):
+        raise ValueError(f"`token_horizons` must be among `horizons`, {args.horizons}, got {args.token_horizons}.")
     parts: dict[str, Callable[[], Any]] = {}
     for horizon in args.horizons:
         parts[f"horizon-{horizon}"] = partial(over_rates, args, horizon)

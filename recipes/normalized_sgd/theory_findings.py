@@ -13,6 +13,8 @@ from hf_coverage.report.table import Cell, Column, Interval, Table
 
 TTT = "token-level SGD + test-time training"
 FROZEN = "token-level SGD, frozen"
+FLOOR = 1e-12
+"""What stands in for a Cov_N of exactly 0 in logarithms and quotients: the part of D's law that is left out."""
 STYLES = {
     "SGD": (COLORS[1], "o-"),
     "normalised SGD": (COLORS[0], "s-"),
@@ -74,14 +76,14 @@ def slope(x: Any, values: FloatArray) -> Interval:
     """Slope of log mean Cov_N over log x, with a bootstrap interval over seeds."""
     design = np.log(np.asarray(x, dtype=np.float64))
     design = (design - design.mean()) / ((design - design.mean()) ** 2).sum()
-    floor = 1e-12
-    return interval(np.log(np.maximum(resampled(values), floor)) @ design, float(np.log(values.mean(-1)) @ design))
+    rounds, mean = np.maximum(resampled(values), FLOOR), np.maximum(values.mean(-1), FLOOR)
+    return interval(np.log(rounds) @ design, float(np.log(mean) @ design))
 
 
 def ratio(above: FloatArray, below: FloatArray) -> Interval:
     """Quotient of two means over seeds, with a bootstrap interval."""
-    rounds = resampled(np.stack([above, below]))
-    return interval(rounds[:, 0] / rounds[:, 1], above.mean() / below.mean())
+    rounds = np.maximum(resampled(np.stack([above, below])), FLOOR)
+    return interval(rounds[:, 0] / rounds[:, 1], float(above.mean() / max(below.mean(), FLOOR)))
 
 
 def horizon_table(args: Any, curves: dict[str, Any]) -> Table:
@@ -93,7 +95,7 @@ def horizon_table(args: Any, curves: dict[str, Any]) -> Table:
     columns = ["method", *(f"H = {h}" for h in args.horizons), "slope in H", "step size at the largest H"]
     caption = (
         f"Cov_{metric_key(args.n)} after {args.steps} sequences of the hard instance, each method at its best step "
-        "size for each H; lower is better. Slopes are of log Cov_N over log H with 95 % bootstrap intervals over seeds."
+        "size for each H; lower is better. Slopes of log Cov_N over log H, with 95 % bootstrap intervals over seeds."
     )
     return Table(columns, rows, caption)
 
