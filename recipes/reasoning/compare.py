@@ -9,7 +9,6 @@ seconds.
 
 import sys
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from hf_coverage.select.predictiveness import PredictivenessResult, predictivene
 from recipes.reasoning.choices import CROSS_ENTROPY, Checkpoints, choice_table, choose, split_table
 from recipes.reasoning.finetune import Recipe, read_recipe
 from recipes.reasoning.model import SMOLLM2, SMOLLM2_HUB_ID, load_tokenizer
+from recipes.reasoning.reasons import area_table, guess_table, resolution_table
 from recipes.reasoning.sample import read_samples, sampled_table
 from recipes.reasoning.task import entry_corpus
 
@@ -47,6 +47,8 @@ def main() -> None:
         split_table(checkpoints),
         predictiveness_table(predictive),
         area_table(checkpoints),
+        guess_table(checkpoints, [entry["answer"] for entry in recipe.held_out_entries()]),
+        resolution_table(checkpoints),
     ]
     samples = read_samples(recipe)
     if samples:
@@ -116,23 +118,6 @@ def predictiveness_table(result: PredictivenessResult) -> Table:
     )
 
 
-def area_table(checkpoints: Checkpoints) -> Table:
-    """Split KL by the N that it comes from: `KL = E[r] = integral of Cov_N d log N`, r = -log p."""
-    edges = [1, 2, 8, 32, 128, 1024]
-    names = [f"N = {low} to {high}" for low, high in pairwise(edges)] + [f"N > {edges[-1]}"]
-    starts, ends = np.log(edges), np.log([*edges[1:], np.inf])
-    rows: list[list[Cell]] = []
-    for step, logprobs in zip(checkpoints.steps, checkpoints.logprobs):
-        areas = [np.clip(-logprobs - low, 0, high - low).mean() for low, high in zip(starts, ends)]
-        rows.append([step, float(-logprobs.mean()), *map(float, areas)])
-    return Table(
-        [Column("step"), Column("KL", "lower"), *(Column(name, "lower") for name in names)],
-        rows,
-        "KL is the area under the coverage profile over log N. The nats that each range of N contributes: Pass@N "
-        "depends on what is near its own N.",
-    )
-
-
 def findings(checkpoints: Checkpoints) -> list[str]:
     """Say what cross-entropy's choice costs for each N, and which rules do better."""
     chosen = choose(checkpoints)
@@ -188,7 +173,7 @@ def write(
     summary: list[str],
     figures: list[Picture],
 ) -> None:
-    """Write the page, the results and the card of the checkpoint that the tournament at the largest N takes."""
+    """Write the page, the results and the card of the checkpoint with the best Pass@N at the largest N."""
     name = f"{recipe.model.name} fine-tuned on {recipe.task['name']}"
     encoded = encode_corpus(
         entry_corpus(recipe.held_out_entries()), load_tokenizer(recipe.model.name), append_eos=True
@@ -203,7 +188,7 @@ def write(
         kinds=["single_answer"],
         provenance=origin | dict(recipe.settings),
     )
-    index = choose(checkpoints)[f"tournament, N = {metric_key(max(checkpoints.n))}"]
+    index = choose(checkpoints)[f"best Pass@{max(checkpoints.pass_at)}"]
     write_model_card(
         folder / "card",
         replace(profiles[index], name=f"{name}, step {checkpoints.steps[index]}"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from scipy.stats import ttest_rel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -21,6 +22,7 @@ from hf_coverage.measure.scoring import score_encoded
 from recipes.reasoning import compare, finetune, sample
 from recipes.reasoning.choices import Checkpoints, choice_table, choose, chosen_in_halves, split_table
 from recipes.reasoning.model import SMOLLM2, load_base, load_checkpoint, load_tokenizer
+from recipes.reasoning.reasons import area_table, guess_table, resolution_table
 from recipes.reasoning.task import draw_entries, entry_corpus
 
 RECIPE = Path(finetune.__file__).parent
@@ -207,7 +209,7 @@ def test_tables_compare_with_cross_entropy():
 
 def test_areas_add_up_to_kl():
     run = small_run()
-    for cells, logprobs in zip(compare.area_table(run).rows, run.logprobs):
+    for cells, logprobs in zip(area_table(run).rows, run.logprobs):
         assert cells[1] == pytest.approx(-logprobs.mean())
         assert sum(cells[2:]) == pytest.approx(cells[1])
         # between N = 2 and 8: the integral of Cov_N over log N, by the midpoint rule
@@ -215,6 +217,26 @@ def test_areas_add_up_to_kl():
         middle = (grid[1:] + grid[:-1]) / 2
         covered = [(-logprobs >= at).mean() for at in middle]
         assert cells[3] == pytest.approx(np.mean(covered) * (grid[-1] - grid[0]), abs=1e-4)
+
+
+def test_a_model_that_guesses_is_found_out():
+    answers = list("112223")
+    guess = np.log([{"1": 0.2, "2": 0.7, "3": 0.1}[answer] for answer in answers])
+    reads = np.log([0.9, 0.1, 0.9, 0.1, 0.5, 0.5])
+    table = guess_table(Checkpoints([0, 10], np.array([guess, reads]), n=(2,), pass_at=(1,)), answers)
+    assert table.rows[0][1] == pytest.approx(1)
+    assert table.rows[1][1] < 0.1
+    assert "commonest of the 3 answers would be right on 0.500" in table.caption
+    assert f"on {(4 + 9 + 1) / 36:.3f}" in table.caption
+
+
+def test_the_resolution_is_that_of_paired_t_statistics():
+    run = small_run()
+    table = {cells[0]: cells[1:] for cells in resolution_table(run).rows}
+    trained = -run.logprobs[1:]
+    z = [abs(ttest_rel(a, b).statistic) for place, a in enumerate(trained) for b in trained[place + 1 :]]
+    assert table["cross-entropy"] == pytest.approx([np.median(z), np.mean(np.array(z) > 1.96)])
+    assert table.keys() == {"cross-entropy", "Cov_2", "Cov_8.5", "Pass@1", "Pass@4"}
 
 
 def test_the_committed_configurations_leave_room_for_every_answer():

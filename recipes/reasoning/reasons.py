@@ -1,0 +1,74 @@
+"""Why rules differ: where KL comes from, whether the model guesses, and which measures can tell checkpoints apart."""
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations, pairwise
+
+import numpy as np
+
+from hf_coverage.functional.checks import FloatArray, metric_key
+from hf_coverage.functional.coverage import reached
+from hf_coverage.functional.statistics import clustered_mean
+from hf_coverage.report.table import Cell, Column, Table
+from recipes.reasoning.choices import Checkpoints
+
+__all__ = ["area_table", "guess_table", "resolution_table"]
+
+
+def area_table(checkpoints: Checkpoints) -> Table:
+    """Split KL by the N that it comes from: `KL = E[r] = integral of Cov_N d log N`, r = -log p."""
+    edges = [1, 2, 8, 32, 128, 1024]
+    names = [f"N = {low} to {high}" for low, high in pairwise(edges)] + [f"N over {edges[-1]}"]
+    starts, ends = np.log(edges), np.log([*edges[1:], np.inf])
+    rows: list[list[Cell]] = []
+    for step, logprobs in zip(checkpoints.steps, checkpoints.logprobs):
+        areas = [np.clip(-logprobs - low, 0, high - low).mean() for low, high in zip(starts, ends)]
+        rows.append([step, float(-logprobs.mean()), *map(float, areas)])
+    return Table(
+        [Column("step"), Column("KL", "lower"), *(Column(name, "lower") for name in names)],
+        rows,
+        "KL is the area under the coverage profile over log N. The nats that each range of N contributes: Pass@N "
+        "depends on what is near its own N.",
+    )
+
+
+def guess_table(checkpoints: Checkpoints, answers: Sequence[str]) -> Table:
+    """How much of log p the answer explains alone, whatever the question: all of it where the model only guesses."""
+    _, place = np.unique(answers, return_inverse=True)
+    counts = np.bincount(place)
+    rows: list[list[Cell]] = []
+    for step, logprobs in zip(checkpoints.steps, checkpoints.logprobs):
+        within = logprobs - (np.bincount(place, logprobs) / counts)[place]
+        unexplained = (within**2).sum() / (logprobs.size - counts.size) / logprobs.var(ddof=1)
+        rows.append([step, float(1 - unexplained), float(np.exp(logprobs).mean())])
+    shares = counts / counts.sum()
+    return Table(
+        ["step", "share of the variance of log p between answers", "Pass@1"],
+        rows,
+        f"Does the model read the question? Always the commonest of the {counts.size} answers would be right on "
+        f"{shares.max():.3f} of the questions, answers drawn at their own frequencies on {(shares**2).sum():.3f}.",
+    )
+
+
+def resolution_table(checkpoints: Checkpoints) -> Table:
+    """How surely a measure tells two checkpoints apart, over all pairs of trained ones."""
+    rows: list[list[Cell]] = []
+    for name, table in _measures(checkpoints):
+        z = []
+        for a, b in combinations(table[1:], 2):  # the first is the model as it came
+            difference = clustered_mean(a - b)
+            z.append(abs(difference.mean) / difference.standard_error if difference.standard_error else 0.0)
+        rows.append([name, float(np.median(z)), float(np.mean(np.array(z) > 1.96))])
+    return Table(
+        ["measure", "median difference, in standard errors", "pairs told apart at 5 %"],
+        rows,
+        f"All pairs of the {len(checkpoints.steps) - 1} trained checkpoints, paired over the "
+        f"{checkpoints.logprobs.shape[1]} questions.",
+    )
+
+
+def _measures(checkpoints: Checkpoints) -> Iterator[tuple[str, FloatArray]]:
+    yield "cross-entropy", -checkpoints.logprobs
+    for n in checkpoints.n:
+        yield f"Cov_{metric_key(n)}", reached(-checkpoints.logprobs, n).astype(float)
+    for n in checkpoints.pass_at:
+        yield f"Pass@{n}", checkpoints.passes(n)
