@@ -116,6 +116,8 @@ def best_of_n(
         folder, result = output_dir or Path(model), _judge(model, rows, chosen, judging)
     else:
         folder = output_dir or Path("best_of_n")
+        if n is not None:
+            _levels(n, k)  # before anything is sampled
         sampling: dict[str, Any] = {
             "k": k,
             "max_new_tokens": max_new_tokens,
@@ -129,7 +131,7 @@ def best_of_n(
         result = _evaluate(weights, words, rows, chosen, judging | sampling | {"name": model_name(model, gguf_file)})
     leave_job(device)
     if is_main_process():
-        _report(result, _levels(n, result), measured, folder)
+        _report(result, result.levels() if n is None else _levels(n, result.k), measured, folder)
 
 
 def _holds_samples(folder: str) -> bool:
@@ -148,12 +150,10 @@ def _evaluate(model: Any, tokenizer: Any, rows: Any, verifier: Any, options: dic
     return evaluate_best_of_n(model, tokenizer, rows, verifier, progress=is_main_process(), **options)
 
 
-def _levels(n: list[str] | None, result: "BestOfNResult") -> list[int]:
-    if n is None:
-        return result.levels()
+def _levels(n: list[str], k: int) -> list[int]:
     levels = parse_n(n)
-    if any(level != int(level) or level > result.k for level in levels):
-        raise ValueError(f"`n` must be whole numbers from 1 to k = {result.k}, but are {', '.join(map(str, levels))}.")
+    if any(level != int(level) or level > k for level in levels):
+        raise ValueError(f"`n` must be whole numbers from 1 to k = {k}, but are {', '.join(map(str, levels))}.")
     return [int(level) for level in levels]
 
 

@@ -164,7 +164,9 @@ def test_what_is_kept_is_the_result(finished):
     assert len(example["response"]) > 3
 
 
-@pytest.mark.parametrize("number", [0, 3, 4])
+@pytest.mark.parametrize(
+    "number", [pytest.param(0, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(finished, tmp_path, number):
     """Killed by SIGKILL in the middle of writing the metadata, samples, or verdicts."""
     whole, expected = finished
