@@ -27,9 +27,11 @@ from settings import Settings, parse_section, read_settings, refuse_other_settin
 
 from hf_coverage import CoverageProfile
 from hf_coverage.functional.checks import FloatArray, metric_key
+from hf_coverage.functional.predictiveness import RankCorrelations
 from hf_coverage.functional.statistics import clustered_mean, mean_interval
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Cell, Column, Interval, Table
+from hf_coverage.select.predictiveness import predictiveness
 
 LEVELS = (2, 3, 4, 5.7, 8, 12, 16)
 """The N at which tournaments are held, whatever is drawn."""
@@ -45,6 +47,7 @@ class SeedRun:
     kl: FloatArray
     coverage: dict[float, FloatArray]
     passes: dict[int, FloatArray]
+    correlations: RankCorrelations
     tournament: dict[str, Any]
 
     def choice(self, rule: str, samples: int) -> int:
@@ -121,6 +124,7 @@ def read_run(folder: Path, seed: int, measure: MeasureArguments, result: dict[st
         np.array([profile.kl for profile in profiles]),
         {n: np.array([profile.cov(n) for profile in profiles]) for n in measure.n},
         {n: np.array([pass_at_n(profile, n) for profile in profiles]) for n in measure.pass_at},
+        predictiveness(profiles, measure.pass_at, measure.n, bootstrap=0).correlations,
         result,
     )
 
@@ -128,7 +132,7 @@ def read_run(folder: Path, seed: int, measure: MeasureArguments, result: dict[st
 def report(output: Path, runs: list[SeedRun]) -> None:
     """Write `table.md`, `seeds.png` and `choice.png`, and print the tables."""
     rules = [SAMPLES, CROSS_ENTROPY, *(f"tournament, N = {metric_key(n)}" for n in LEVELS), SUGGESTED]
-    tables = [curve_table(runs), choice_table(runs, rules), gain_table(runs, rules)]
+    tables = [curve_table(runs), guide_table(runs), choice_table(runs, rules), gain_table(runs, rules)]
     text = "\n\n".join(f"{table.caption}\n\n{table.to_markdown()}" for table in tables)
     (output / "table.md").write_text(text + "\n", encoding="utf-8")
     draw_curves(runs, output / "seeds.png")
@@ -146,6 +150,20 @@ def curve_table(runs: list[SeedRun]) -> Table:
         curves = [_course(run, run.coverage[n], -1), *(_course(run, curve, 1) for curve in run.passes.values())]
         rows.append([run.seed, _course(run, run.kl, -1), f"{falls} of {len(run.steps) - 1}", *curves])
     return Table(columns, rows, "Before the fine-tuning, at the best checkpoint (its step) and at the end.")
+
+
+def guide_table(runs: list[SeedRun]) -> Table:
+    """Rank correlation of each measure with Pass@N over a seed's checkpoints."""
+    first = runs[0].correlations
+    values = np.array([run.correlations.values for run in runs])
+    rows: list[list[Cell]] = []
+    for k, guide in enumerate(first.guides):
+        of_guide = values[:, k].T  # one row a Pass@N; NaN where the guide is the same at all checkpoints
+        rows.append([guide, *(None if np.isnan(found).any() else _mean(found) for found in of_guide)])
+    caption = (
+        f"Rank correlation over a seed's checkpoints, -1 is a perfect guide: mean of {len(runs)} seeds, 95 % interval."
+    )
+    return Table(["measure", *first.outcomes], rows, caption)
 
 
 def choice_table(runs: list[SeedRun], rules: list[str]) -> Table:

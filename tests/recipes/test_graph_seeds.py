@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hf_coverage import tournament
+from hf_coverage.functional.predictiveness import rank_correlations
 
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "recipes" / "graph_search" / "small.yaml"
@@ -87,7 +88,8 @@ def made_up(seeds, rng, number):
         "suggested_n": 3.0,
     }
     curves = {4: rng.random(3), 8: rng.random(3)}
-    return seeds.SeedRun(number, [0, 4, 8], rng.random(3), {2.0: rng.random(3)}, curves, facts), result
+    found = rank_correlations({"KL": rng.random((3, 9))}, {"Pass@4": rng.random((3, 9))}, replicates=0)
+    return seeds.SeedRun(number, [0, 4, 8], rng.random(3), {2.0: rng.random(3)}, curves, found, facts), result
 
 
 def test_rules_choose_what_the_tournament_says(seeds):
@@ -100,6 +102,16 @@ def test_rules_choose_what_the_tournament_says(seeds):
     assert run.choice("tournament, suggested N", 8) == names.index(winners[3])
     unsuggested = dataclasses.replace(run, tournament=run.tournament | {"suggested_n": None})
     assert unsuggested.choice("tournament, suggested N", 8) == names.index(winners[16])
+
+
+def test_correlations_are_averaged_over_seeds(seeds):
+    rng = np.random.default_rng(2)
+    runs = [made_up(seeds, rng, number)[0] for number in range(3)]
+    ((guide, cell),) = seeds.guide_table(runs).rows
+    assert guide == "KL"
+    assert cell.value == pytest.approx(np.mean([run.correlations.values for run in runs]))
+    constant = dataclasses.replace(runs[0].correlations, values=np.full((1, 1), np.nan))
+    assert seeds.guide_table([*runs, dataclasses.replace(runs[0], correlations=constant)]).rows == [["KL", None]]
 
 
 def test_gains_are_differences_within_a_seed(seeds):
