@@ -90,7 +90,8 @@ class SequenceLossMixin:
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         # Labels that hold one item for each sequence: the Trainer's own count, gathering included, counts these.
         marks = [_sequence_marks(batch) for batch in batch_samples if "labels" in batch]
-        count = super()._get_num_items_in_batch([{"labels": m, "shift_labels": m} for m in marks], device)
+        rows = [{"labels": m, "shift_labels": m} for m in marks]
+        count = super()._get_num_items_in_batch(rows, device)  # type: ignore[misc]  # the Trainer's, beside the mixin
         if count is None and batch_samples:
             raise ValueError(
                 "a mean over sequences needs `labels` in every batch, and a model whose forward takes "
