@@ -17,7 +17,7 @@ from rich.console import Console
 from hf_coverage import CoverageProfile, tournament
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.measure.corpus import encode_corpus
-from hf_coverage.plots import plot_training_curves
+from hf_coverage.plots import COLORS, new_axes, plot_training_curves, save_figure
 from hf_coverage.report.card import write_model_card
 from hf_coverage.report.html import Picture, write_html_report
 from hf_coverage.report.provenance import provenance
@@ -148,12 +148,18 @@ def draw(
     steps, kl = checkpoints.steps[1:], [profile.kl for profile in profiles[1:]]
     curves = [(f"Cov$_{{{metric_key(n)}}}$", [profile.cov(n) for profile in profiles[1:]]) for n in checkpoints.n[:5]]
     plot_training_curves(steps, kl, curves, folder / "curves.png")
+    draw_choices(folder / "choices.png", checkpoints)
     predictive.plot(folder / "predictiveness.png")
     chosen = choose(checkpoints)
     notable = sorted({0, chosen[CROSS_ENTROPY], chosen[f"best Pass@{max(checkpoints.pass_at)}"], len(profiles) - 1})
     first, *others = [profiles[index] for index in notable]
     first.plot(folder / "profiles.png", others=others)
     return [
+        Picture(
+            folder / "choices.png",
+            "Exact Pass@N over the training steps; the dashed line is the checkpoint with the least cross-entropy, "
+            "dots are those with the least Cov_N at the N of their curve (for Pass@1 the least N there is).",
+        ),
         Picture(folder / "curves.png", "KL and Cov_N over the training steps; dots mark the best checkpoint."),
         Picture(folder / "predictiveness.png", "Pass@N of the checkpoints against Cov_N and KL; hollow: the first."),
         Picture(
@@ -162,6 +168,26 @@ def draw(
             "take, and of the last one: the share of questions whose right answer has probability 1/N or less.",
         ),
     ]
+
+
+def draw_choices(path: Path, checkpoints: Checkpoints) -> None:
+    """Draw Pass@N over the steps of the training, with the choices of cross-entropy and of Cov_N."""
+    figure, (ax,) = new_axes()
+    chosen = choose(checkpoints)
+    for n, color in zip(checkpoints.pass_at, COLORS):
+        passes = checkpoints.passes(n).mean(axis=1)
+        ax.plot(checkpoints.steps[1:], passes[1:], color=color, linewidth=1.8, label=f"Pass@{n}")
+        level = min(checkpoints.n, key=lambda value: abs(value - n))
+        index = chosen[f"least Cov_{metric_key(level)}"]
+        ax.plot(checkpoints.steps[index], passes[index], "o", color=color, markersize=7, markeredgecolor="white")
+    ax.axvline(checkpoints.steps[chosen[CROSS_ENTROPY]], color="#777777", linestyle="--", linewidth=1.2)
+    ax.plot([], [], "--", color="#777777", label="least cross-entropy")
+    ax.plot([], [], "o", color="#777777", markeredgecolor="white", label="least Cov$_N$ at the curve's N")
+    ax.set_xlabel("training step")
+    ax.set_ylabel("Pass@N (higher is better)")
+    ax.set_ylim(0, 1)
+    figure.legend(loc="outside right center", frameon=False)
+    save_figure(figure, path)
 
 
 def write(
