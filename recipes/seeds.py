@@ -159,9 +159,10 @@ def guide_table(runs: list[SeedRun]) -> Table:
     rows: list[list[Cell]] = []
     for k, guide in enumerate(first.guides):
         of_guide = values[:, k].T  # one row a Pass@N; NaN where the guide is the same at all checkpoints
-        rows.append([guide, *(None if np.isnan(found).any() else _mean(found) for found in of_guide)])
+        ranges = (Interval(*map(float, (found.mean(), found.min(), found.max()))) for found in of_guide)
+        rows.append([guide, *(None if np.isnan(cell.value) else cell for cell in ranges)])
     caption = (
-        f"Rank correlation over a seed's checkpoints, -1 is a perfect guide: mean of {len(runs)} seeds, 95 % interval."
+        f"Rank correlation over a seed's checkpoints, -1 is a perfect guide: mean of {len(runs)} seeds and range."
     )
     return Table(["measure", *first.outcomes], rows, caption)
 
