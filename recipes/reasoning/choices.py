@@ -12,9 +12,12 @@ from hf_coverage.functional.statistics import clustered_mean, mean_interval
 from hf_coverage.functional.tournament import hold_tournament
 from hf_coverage.report.table import Cell, Column, Interval, Table
 
-__all__ = ["Checkpoints", "choice_table", "choose", "chosen_in_halves", "split_table"]
+__all__ = ["Checkpoints", "choice_table", "choose", "chosen_in_halves", "matched_table", "split_table"]
 
 CROSS_ENTROPY = "least cross-entropy"
+
+Halves = dict[str, list[tuple[int, FloatArray]]]
+"""For each rule and split of the questions: the index chosen on one half, and its Pass@N on the other."""
 
 
 @dataclass(frozen=True)
@@ -82,30 +85,51 @@ def choice_table(checkpoints: Checkpoints) -> Table:
     )
 
 
-def chosen_in_halves(checkpoints: Checkpoints, splits: int, seed: int) -> dict[str, list[tuple[int, list[float]]]]:
-    """For each rule and split of the questions: the index chosen on one half, and its Pass@N on the other."""
+def chosen_in_halves(checkpoints: Checkpoints, *, splits: int = 200, seed: int = 0) -> Halves:
+    """Choose on one half of the questions and judge on the other, over random halves."""
     rng = np.random.default_rng(seed)
     size = checkpoints.logprobs.shape[1]
-    passes = [checkpoints.passes(n) for n in checkpoints.pass_at]
-    found: dict[str, list[tuple[int, list[float]]]] = {}
+    passes = np.array([checkpoints.passes(n) for n in checkpoints.pass_at])
+    found: Halves = {}
     for _ in range(splits):
         order = rng.permutation(size)
         mine, others = order[: size // 2], order[size // 2 :]
         for rule, index in choose(checkpoints, mine).items():
-            found.setdefault(rule, []).append((index, [float(values[index, others].mean()) for values in passes]))
+            found.setdefault(rule, []).append((index, passes[:, index, others].mean(axis=1)))
     return found
 
 
-def split_table(checkpoints: Checkpoints, *, splits: int = 200, seed: int = 0) -> Table:
-    """What each rule gets on questions it did not choose by, over random halves."""
-    found = chosen_in_halves(checkpoints, splits, seed)
+def split_table(checkpoints: Checkpoints, halves: Halves) -> Table:
+    """What each rule gets on questions it did not choose by."""
     rows: list[list[Cell]] = []
-    for rule, picks in found.items():
+    for rule, picks in halves.items():
         steps = sorted(checkpoints.steps[index] for index, _ in picks)
         low, middle, high = (steps[int(share * (len(steps) - 1))] for share in (0.1, 0.5, 0.9))
-        rows.append([rule, f"{middle} ({low} to {high})", *np.mean([values for _, values in picks], axis=0).tolist()])
+        rows.append([rule, f"{middle} ({low} to {high})", *_mean(picks)])
     columns: list[Column | str] = ["chosen by", "step: median (10 % to 90 %)"]
     columns += [Column(f"Pass@{n}", "higher") for n in checkpoints.pass_at]
+    return Table(columns, rows, f"All rules, {_protocol(halves)}.")
+
+
+def matched_table(checkpoints: Checkpoints, halves: Halves) -> Table:
+    """What each kind of rule gets when its N is the number of samples, or the nearest there is."""
+    rows: list[list[Cell]] = []
+    for place, n in enumerate(checkpoints.pass_at):
+        level = metric_key(min(checkpoints.n, key=lambda value: abs(value - n)))
+        rules = [CROSS_ENTROPY, f"least Cov_{level}", f"tournament, N = {level}", f"best Pass@{n}", "the last"]
+        rows.append([f"Pass@{n}", *(_mean(halves[rule])[place] for rule in rules)])
     return Table(
-        columns, rows, f"Chosen on one half of the questions, judged on the other; means over {splits} random halves."
+        ["", CROSS_ENTROPY, "least Cov_N", "tournament at N", "best Pass@N itself", "the last checkpoint"],
+        rows,
+        f"N as many as samples, and 2 for Pass@1, {_protocol(halves)}.",
+    )
+
+
+def _mean(picks: list[tuple[int, FloatArray]]) -> list[float]:
+    return np.mean([values for _, values in picks], axis=0).tolist()
+
+
+def _protocol(halves: Halves) -> str:
+    return (
+        f"chosen on one half of the questions and judged on the other: means over {len(halves[CROSS_ENTROPY])} halves"
     )

@@ -25,7 +25,15 @@ from hf_coverage.report.results import coverage_results, write_results
 from hf_coverage.report.table import Cell, Column, Interval, Table
 from hf_coverage.report.terminal import rich_table
 from hf_coverage.select.predictiveness import PredictivenessResult, predictiveness
-from recipes.reasoning.choices import CROSS_ENTROPY, Checkpoints, choice_table, choose, split_table
+from recipes.reasoning.choices import (
+    CROSS_ENTROPY,
+    Checkpoints,
+    choice_table,
+    choose,
+    chosen_in_halves,
+    matched_table,
+    split_table,
+)
 from recipes.reasoning.finetune import Recipe, read_recipe
 from recipes.reasoning.model import SMOLLM2, SMOLLM2_HUB_ID, load_tokenizer
 from recipes.reasoning.reasons import area_table, guess_table, resolution_table
@@ -41,10 +49,12 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
 
     predictive = predictiveness(profiles[1:], recipe.measure.pass_at, recipe.measure.n)
+    halves = chosen_in_halves(checkpoints)
     tables = [
+        matched_table(checkpoints, halves),
+        split_table(checkpoints, halves),
         checkpoint_table(profiles, checkpoints),
         choice_table(checkpoints),
-        split_table(checkpoints),
         predictiveness_table(predictive),
         area_table(checkpoints),
         guess_table(checkpoints, [entry["answer"] for entry in recipe.held_out_entries()]),

@@ -20,7 +20,7 @@ from hf_coverage.decode.best_of_n_result import BestOfNResult
 from hf_coverage.measure.corpus import encode_corpus
 from hf_coverage.measure.scoring import score_encoded
 from recipes.reasoning import compare, finetune, sample
-from recipes.reasoning.choices import Checkpoints, choice_table, choose, chosen_in_halves, split_table
+from recipes.reasoning.choices import Checkpoints, choice_table, choose, chosen_in_halves, matched_table, split_table
 from recipes.reasoning.model import SMOLLM2, load_base, load_checkpoint, load_tokenizer
 from recipes.reasoning.reasons import area_table, guess_table, resolution_table
 from recipes.reasoning.task import draw_entries, entry_corpus
@@ -192,8 +192,10 @@ def test_a_choice_is_judged_on_the_other_half():
     run = small_run(rows=2)
     sure, lost = math.log(0.9), math.log(0.001)
     run = Checkpoints([0, 10], np.array([[sure, lost], [lost, sure]]), n=(2,), pass_at=(1,))
-    for picks in (chosen_in_halves(run, 8, 0)[rule] for rule in ("least cross-entropy", "least Cov_2", "best Pass@1")):
-        assert [passes for _, passes in picks] == [[pytest.approx(0.001)]] * 8
+    for picks in (
+        chosen_in_halves(run, splits=8)[rule] for rule in ("least cross-entropy", "least Cov_2", "best Pass@1")
+    ):
+        assert [passes.tolist() for _, passes in picks] == [[pytest.approx(0.001)]] * 8
 
 
 def test_tables_compare_with_cross_entropy():
@@ -204,7 +206,12 @@ def test_tables_compare_with_cross_entropy():
         if cells[3] is not None:
             assert cells[3].value == pytest.approx(cells[2] - table.rows[0][2])
             assert cells[3].low <= cells[3].value <= cells[3].high
-    assert [cells[0] for cells in split_table(small_run(), splits=3).rows] == [cells[0] for cells in table.rows]
+    halves = chosen_in_halves(small_run(), splits=3)
+    split = {cells[0]: cells[2:] for cells in split_table(small_run(), halves).rows}
+    assert list(split) == [cells[0] for cells in table.rows]
+    one, four = matched_table(small_run(), halves).rows
+    assert one[1:3] == [split["least cross-entropy"][0], split["least Cov_2"][0]]
+    assert four[3:] == [split[rule][1] for rule in ("tournament, N = 2", "best Pass@4", "the last")]
 
 
 def test_areas_add_up_to_kl():
