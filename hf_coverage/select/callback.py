@@ -272,9 +272,8 @@ class TournamentCallback(CorpusCallback):
             )
         if len(ours) > 1 and (args.save_total_limit or any(c.save_total_limit for c in ours)):
             raise ValueError(
-                f"`save_total_limit` can spare the winner of one TournamentCallback, and this Trainer has {len(ours)}:"
-                " "
-                "keep all checkpoints, or use one callback with several `n`."
+                "`save_total_limit` can spare the winner of one TournamentCallback, and this Trainer has "
+                f"{len(ours)}: keep all checkpoints, or use one callback with several `n`."
             )
         if sum(c._metric_n(args) is not None for c in ours) > 1:
             raise ValueError(f'`metric_for_best_model="{metric}"` fits several TournamentCallbacks: name all of them.')

@@ -32,6 +32,7 @@ from tests.measure.callback_runs import (
     tiny_model,
     without_times,
 )
+from tests.select import callback_runs
 from tests.select.callback_runs import SetWeights, giving_up, rows_in, steps_in, train
 
 N = (2, 8)
@@ -49,6 +50,19 @@ def scores_of(trainer, key="eval_tournament_8"):
 
 def best_of(folder):
     return json.loads((folder / "tournament" / "best_checkpoint.json").read_text())
+
+
+def by_marks(monkeypatch, marks):
+    """Settings under which evaluations are given these marks, and the one with the lowest is the Trainer's best."""
+    left, made = iter(marks), callback_runs.make_trainer
+
+    def trainer_with_marks(*arguments, **settings):
+        trainer = made(*arguments, **settings)
+        trainer.compute_metrics = lambda predictions: {"mark": next(left)}
+        return trainer
+
+    monkeypatch.setattr(callback_runs, "make_trainer", trainer_with_marks)
+    return {"metric_for_best_model": "mark", "greater_is_better": False}
 
 
 def weights_of(folder, step):
@@ -113,18 +127,9 @@ def test_the_winner_is_safe_from_the_limit_of_the_trainer(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize(("limit", "left"), [(1, [4, 6, 8]), (3, [4, 6, 8]), (4, [2, 4, 6, 8])])
 def test_both_the_winner_and_the_best_by_another_metric_are_kept(tmp_path, monkeypatch, limit, left):
-    by_loss = {"load_best_model_at_end": True, "metric_for_best_model": "mark", "greater_is_better": False}
-    marks = iter([3.0, 2.0, 1.0, 4.0])  # the third is best by this one
     callback = TournamentCallback(CORPUS, 8, save_total_limit=limit)
-    made = make_trainer
-
-    def trainer_with_marks(*arguments, **settings):
-        trainer = made(*arguments, **settings)
-        trainer.compute_metrics = lambda predictions: {"mark": next(marks)}
-        return trainer
-
-    monkeypatch.setattr("tests.select.callback_runs.make_trainer", trainer_with_marks)
-    trainer = train(monkeypatch, SECOND_WINS, tmp_path, callback, **by_loss)
+    settings = by_marks(monkeypatch, [3.0, 2.0, 1.0, 4.0]) | {"load_best_model_at_end": True}
+    trainer = train(monkeypatch, SECOND_WINS, tmp_path, callback, **settings)
     assert steps_in(tmp_path) == left
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-6")
     assert trainer.state.best_metric == 1.0
@@ -135,9 +140,9 @@ def test_both_the_winner_and_the_best_by_another_metric_are_kept(tmp_path, monke
 def test_the_callbacks_own_limit_keeps_the_latest_and_the_winner(tmp_path, monkeypatch):
     (tmp_path / "checkpoint-12").mkdir()  # left by an earlier run: older than all of this one's
     (tmp_path / "checkpoint-notes").mkdir()
-    train(monkeypatch, SECOND_WINS, tmp_path, TournamentCallback(CORPUS, 8, save_total_limit=2))
+    train(monkeypatch, SECOND_WINS, tmp_path, TournamentCallback(CORPUS, 8, save_total_limit=3))
     (tmp_path / "checkpoint-notes").rmdir()
-    assert steps_in(tmp_path) == [4, 8]
+    assert steps_in(tmp_path) == [4, 6, 8]
 
 
 def test_the_trainer_chooses_by_scores_that_are_not_stale(tmp_path, monkeypatch):
@@ -171,8 +176,10 @@ def test_a_newcomer_that_wins_a_tie_is_the_best_model(tmp_path, monkeypatch):
     same = giving_up()
     better = np.full(40, -0.9)  # nothing at N = 8, but a better cross-entropy
     by_step = {2: same, 4: same, 6: better, 8: better}
-    trainer = train(monkeypatch, by_step, tmp_path, TournamentCallback(CORPUS, 8), **BY_TOURNAMENT)
+    settings = BY_TOURNAMENT | {"save_strategy": "best"}
+    trainer = train(monkeypatch, by_step, tmp_path, TournamentCallback(CORPUS, 8), **settings)
     assert set(scores_of(trainer).values()) == {0.0}
+    assert steps_in(tmp_path) == [2, 6]
     assert trainer.state.best_global_step == 6
     assert trainer.state.best_metric == 0.0
 
@@ -221,14 +228,13 @@ def test_a_training_that_saves_nothing_evaluated_says_so(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("other_best", [False, True])
 def test_the_winner_is_loaded_at_the_end(tmp_path, monkeypatch, other_best):
-    settings = {"metric_for_best_model": "loss", "greater_is_better": False} if other_best else {}
+    settings = by_marks(monkeypatch, [3.0, 2.0, 1.0, 4.0]) if other_best else {}
     callback = TournamentCallback(CORPUS, 8, load_winner_at_end=True)
     trainer = train(monkeypatch, SECOND_WINS, tmp_path, SetWeights(), callback, **settings)
     assert has_weights(trainer.model, weights_of(tmp_path, 4))
     assert not has_weights(trainer.model, weights_of(tmp_path, 8))
-    if other_best:  # the Trainer's own choice is left alone
-        assert trainer.state.best_global_step in (2, 4, 6, 8)
-        assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{trainer.state.best_global_step}")
+    # The Trainer's own choice is left alone.
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{6 if other_best else 4}")
 
 
 # peft asks by the old name, its new one not being in all versions of transformers that it supports.
@@ -302,9 +308,11 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_the_same(tmp_path, monkeypa
 
 def test_resuming_from_an_older_checkpoint_drops_what_came_after_it(tmp_path, monkeypatch):
     make_trainer(tmp_path / "whole", TournamentCallback(CORPUS, N), SetWeights()).train()
-    trainer = make_trainer(tmp_path / "whole", TournamentCallback(CORPUS, N), SetWeights(), StopAt(6))
+    callback = TournamentCallback(CORPUS, N)
+    trainer = make_trainer(tmp_path / "whole", callback, SetWeights(), StopAt(6))
     trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert steps_in(tmp_path / "whole" / "tournament", "step") == [2, 4, 6]
+    assert callback.result.names == ("step-2", "step-4", "step-6")
     stopped = make_trainer(tmp_path / "stopped", TournamentCallback(CORPUS, N), SetWeights(), StopAt(6))
     stopped.train()
     assert rows_in(tmp_path / "whole") == rows_in(tmp_path / "stopped")
@@ -323,10 +331,10 @@ def test_a_training_that_begins_anew_takes_no_old_rows(tmp_path, monkeypatch):
 
 def test_the_winner_is_protected_before_the_first_evaluation_of_a_resumed_run(tmp_path, monkeypatch):
     by_step = {1: giving_up(HALF), 4: giving_up(), 8: giving_up(HALF)}
-    settings = {"eval_steps": 4, "save_steps": 1, "save_total_limit": 2}
+    settings = {"eval_steps": 4, "save_steps": 1, "save_total_limit": 1}
     train(monkeypatch, by_step, tmp_path, TournamentCallback(CORPUS, 8), StopAt(4), **settings)
     train(monkeypatch, by_step, tmp_path, TournamentCallback(CORPUS, 8), StopAt(7), resume=True, **settings)
-    assert steps_in(tmp_path) == [4, 7]
+    assert steps_in(tmp_path) == [4]
 
 
 def test_rows_that_somebody_removed_are_missed(tmp_path, monkeypatch):
