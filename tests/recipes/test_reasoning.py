@@ -92,7 +92,7 @@ def test_a_run_leaves_profiles_samples_tables_figures_and_a_card(finished):
     for name in ("curves.png", "predictiveness.png", "profiles.png"):
         assert (finished / "comparison" / name).read_bytes().startswith(b"\x89PNG")
     tables = (finished / "comparison" / "tables.md").read_text()
-    for part in ("Cov_256 ↓", "less cross-entropy's", "tournament, N = 16", "random halves", "Pass@4, sampled"):
+    for part in ("Cov_256 ↓", "less cross-entropy's", "tournament, N = 16", "200 halves", "Pass@4, sampled"):
         assert part in tables
     card = ModelCard.load(finished / "comparison" / "card" / "README.md")
     assert {entry.metric_type for entry in card.data.eval_results} >= {"cov_2", "kl"}
