@@ -58,7 +58,7 @@ class MeasureArguments:
     pass_at: list[int] = field(default_factory=lambda: [1, 4, 8, 16, 32], metadata={"help": "The N of Pass@N."})
     samples: int = field(default=32, metadata={"help": "Responses drawn to each prompt."})
     sample_prompts: int = field(default=64, metadata={"help": "Held-out questions that responses are drawn to."})
-    sample_every: int = field(default=1, metadata={"help": "Draw from every so many-th checkpoint, and the last."})
+    sample_steps: list[int] = field(default_factory=list, metadata={"help": "Draw from these steps; none: from all."})
     max_new_tokens: int = field(default=8, metadata={"help": "Most tokens of a drawn response."})
     batch_size: int = field(default=256, metadata={"help": "Responses drawn at once."})
 

@@ -50,13 +50,16 @@ def main() -> None:
 
 
 def sampled_checkpoints(recipe: Recipe) -> dict[int, Path | None]:
-    """Find every so many-th checkpoint and the last, by step; step 0 is the model as it came."""
+    """Find the checkpoints to draw from, by step; step 0 is the model as it came."""
     found = {int(path.name.rsplit("-", 1)[1]): path for path in recipe.output.glob("finetune/checkpoint-*")}
     if not found:
         raise ValueError(f"{recipe.output} holds no checkpoints: run `recipes.reasoning.finetune` first.")
-    steps = [0, *sorted(found)]
-    chosen = sorted({*steps[:: recipe.measure.sample_every], steps[-1]})
-    return {step: found.get(step) for step in chosen}
+    there = [0, *sorted(found)]
+    steps = recipe.measure.sample_steps or there
+    missing = sorted(set(steps) - set(there))
+    if missing:
+        raise ValueError(f"`sample_steps` must be among {there}, the steps of {recipe.output}, got {missing}.")
+    return {step: found.get(step) for step in steps}
 
 
 def read_samples(recipe: Recipe) -> dict[int, BestOfNResult]:

@@ -64,7 +64,8 @@ def run(monkeypatch, main, model, output, *more):
     words = ["--config", str(RECIPE / "chain_sum.yaml"), "--output_dir", str(output), "--model.name", str(model)]
     small = {
         "data.train_rows": 32, "data.rows": 12, "measure.samples": 4, "measure.sample_prompts": 5,
-        "measure.sample_every": 2, "measure.max_new_tokens": 3, "measure.pass_at": "1 4", "measure.n": "2 16 256",
+        "measure.sample_steps": "0 2 4", "measure.max_new_tokens": 3, "measure.pass_at": "1 4",
+        "measure.n": "2 16 256",
         "finetune.num_train_epochs": 2, "finetune.save_steps": 1, "finetune.logging_steps": 1,
         "finetune.learning_rate": 0.02, "finetune.report_to": "none",
     }  # fmt: skip
@@ -114,7 +115,7 @@ def test_profiles_are_those_of_the_kept_checkpoints_with_their_end_of_sequence(f
 
 def test_exact_pass_at_n_is_within_what_sampling_shows(tiny, tmp_path, monkeypatch, finished):
     shutil.copytree(finished / "finetune", tmp_path / "run" / "finetune")
-    more = ["--measure.samples", "256", "--measure.sample_every", "4", "--measure.max_new_tokens", "5"]
+    more = ["--measure.samples", "256", "--measure.sample_steps", "4", "--measure.max_new_tokens", "5"]
     run(monkeypatch, sample.main, tiny, tmp_path / "run", *more)
     result = BestOfNResult.from_json(tmp_path / "run" / "samples" / "step-4.json")
     profile = CoverageProfile.from_json(finished / "profiles" / "step-4.json")
