@@ -185,17 +185,22 @@ def _token_values(
 ) -> dict[str, Tensor]:
     """Values of the response tokens that a chunk of one pass's positions predicts, by column."""
     logits = outputs[0].take_logits(chunk)
-    rows = torch.from_numpy(pick).to(logits.device)
-    chosen = logits[rows, torch.from_numpy(labels).to(logits.device)]
+    rows, tokens = torch.from_numpy(pick).to(logits.device), torch.from_numpy(labels).to(logits.device)
+    chosen = logits[rows, tokens]
     values = {"token_logprobs": chosen.float() - logsumexp(logits)[rows]}
     reference = logits  # q of the inherent variance: the teacher's, or else the model's own
     if len(outputs) > 1:
         reference = outputs[1].take_logits(chunk).to(logits.device)
         values["token_kl"] = token_kl(reference, logits)[rows]
     if head_statistics:
-        norm = outputs[0].hidden[chunk].float().norm(dim=-1).to(logits.device)
-        values["hidden_norm"] = norm[rows]
-        values["inherent_variance"] = (norm.square() * (1 - collision_probability(reference)))[rows]
+        norm = outputs[0].feature_norm(chunk).to(logits.device)[rows]
+        collision = collision_probability(reference)[rows]
+        sampled = values["token_logprobs"]
+        if reference is not logits:
+            sampled = reference[rows, tokens].float() - logsumexp(reference)[rows]
+        values["hidden_norm"] = norm
+        values["inherent_variance"] = norm.square() * (1 - collision)
+        values["sampled_variance"] = norm.square() * (1 - 2 * sampled.exp() + collision).clamp_min(0.0)
     return values
 
 
@@ -224,6 +229,7 @@ def _assemble(
         token_kl=tokens.get("token_kl"),
         hidden_norm=_reduce(np.max, tokens["hidden_norm"]) if statistics else None,
         inherent_variance=_reduce(np.sum, tokens["inherent_variance"]) if statistics else None,
+        sampled_variance=_reduce(np.sum, tokens["sampled_variance"]) if statistics else None,
     )
 
 

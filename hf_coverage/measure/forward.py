@@ -53,6 +53,13 @@ class HeadOutput:
             return logits
         return self._head(self.hidden[chunk].unsqueeze(0))[0]
 
+    def feature_norm(self, chunk: slice) -> Tensor:
+        """Norms of what the head's parameters multiply at a chunk of the positions: h, and the 1 of a bias."""
+        norm = self.hidden[chunk].float().norm(dim=-1)
+        if isinstance(self._head, nn.Linear) and self._head.bias is not None:
+            return torch.hypot(norm, torch.ones_like(norm))
+        return norm
+
 
 @dataclass(frozen=True)
 class Probe:

@@ -23,6 +23,7 @@ _FEATURES = {
     "token_kl": List(Value("float32")),
     "hidden_norm": Value("float64"),
     "inherent_variance": Value("float64"),
+    "sampled_variance": Value("float64"),
 }
 
 
@@ -35,8 +36,10 @@ class Scores:
         num_tokens: Response tokens `(R,)`, int64.
         token_logprobs: For each row its tokens' log-probabilities `(H_r,)`, float32.
         token_kl: For each row KL(teacher || model) of the next-token distributions at its tokens `(H_r,)`, float32.
-        hidden_norm: Largest norm of the head's input over the response's positions `(R,)`, float64.
+        hidden_norm: Largest norm of the head's input h_t over the response's positions `(R,)`, float64. Here and below
+            a head with a bias has one more input, which is always 1.
         inherent_variance: `sum_t ||h_t||^2 (1 - sum_v q_v^2)` `(R,)`, float64.
+        sampled_variance: `sum_t ||h_t||^2 (1 - 2 q_{y_t} + sum_v q_v^2)` `(R,)`, float64.
 
     Example:
         >>> scores = Scores(logprob=np.array([-1.5]), num_tokens=np.array([2]))
@@ -50,6 +53,7 @@ class Scores:
     token_kl: list[NDArray[np.float32]] | None = None
     hidden_norm: NDArray[np.float64] | None = None
     inherent_variance: NDArray[np.float64] | None = None
+    sampled_variance: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.logprob)

@@ -118,10 +118,10 @@ def score_responses(
         per_token: Whether to add `token_logprobs`, one float32 per response token.
         teacher: Causal language model of the same vocabulary; adds `token_kl`, for each response token
             KL(teacher || model) of the two next-token distributions before it (for the stopped KL).
-        head_statistics: Whether to add, per row, `hidden_norm = max_t ||h_t||` and `inherent_variance = sum_t
-            ||h_t||^2 (1 - sum_v q_v^2)`, h_t the input of the output head. q is D's next-token distribution: the
-            teacher's where one is given. Without a teacher the model's own is put in for it, which measures the
-            inherent variance of the model's idea of the data, not of the data.
+        head_statistics: Whether to add, per row, `hidden_norm = max_t ||h_t||`, `inherent_variance = sum_t ||h_t||^2
+            (1 - sum_v q_v^2)` and `sampled_variance = sum_t ||h_t||^2 (1 - 2 q_{y_t} + sum_v q_v^2)`, h_t the input
+            of the output head. q is D's next-token distribution: the teacher's where one is given. Without a teacher
+            the model's own is put in for it: see `measure.inherent_variance` for what that measures.
         output_dir: Folder of a `ScoreTable` to write, or to go on with after an interruption.
         shard_rows: Rows per shard of that table.
         progress: Whether to show a progress bar, on the main process.

@@ -102,6 +102,9 @@ def test_every_column_equals_its_loop(tiny_gpt2):
         for result, log_d in ((scores, log_q), (alone, log_p)):
             variance = (norms**2 * (1 - (2 * log_d).exp().sum(-1))).sum().item()
             assert result.inherent_variance[row] == pytest.approx(variance, rel=1e-4)
+            spread = torch.eye(11, dtype=torch.float64)[completion] - log_d.exp()
+            sampled = (norms**2 * spread.square().sum(-1)).sum().item()
+            assert result.sampled_variance[row] == pytest.approx(sampled, rel=1e-4)
 
 
 def test_columns_of_the_dataset(tiny_gpt2):
