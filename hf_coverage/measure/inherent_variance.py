@@ -1,0 +1,199 @@
+"""B and the inherent variance of a causal language model's output head on a corpus: the constants of the theory.
+
+For logits `W h_t` the features of the linear model are `phi(x, y_1..t) = e_{y_t} (x) h_t`, of norm ||h_t||, and
+
+    s2 = E_D sum_t ||h_t||^2 (1 - sum_v q_v^2)                      expectation form
+       = E_D sum_t ||h_t||^2 (1 - 2 q_{y_t} + sum_v q_v^2)          sample form, y_t ~ q
+
+with q = D(. | x, y_<t). Where D's q is not known, the model's own p takes its place, and the two forms come apart.
+The expectation form is then the variance that the model believes in. The sample form stays a mean over D's tokens, and
+is too large on average, never too small: it measures the spread around the model's mean in place of D's own,
+
+    E_{y ~ D} ||e_y - p||^2 = E_{y ~ D} ||e_y - q||^2 + ||q - p||^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import ArrayLike, NDArray
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from hf_coverage.functional.gradients import global_norm
+from hf_coverage.functional.statistics import MeanEstimate, clustered_mean, mean_interval, row_weights
+from hf_coverage.functional.step_sizes import LinearProblem
+from hf_coverage.measure.forward import HeadForward, inference
+from hf_coverage.measure.reference import read_reference
+from hf_coverage.measure.scoring import score_responses
+
+__all__ = [
+    "COLUMNS",
+    "InherentVariance",
+    "estimate_inherent_variance",
+    "head_norm",
+    "is_tied",
+    "measure_inherent_variance",
+    "require_linear_head",
+]
+
+COLUMNS = ("hidden_norm", "inherent_variance", "sampled_variance", "num_tokens")
+"""What the constants are computed from, one number a row."""
+
+
+@dataclass(frozen=True)
+class InherentVariance:
+    """What a corpus shows of the constants of an output head.
+
+    Attributes:
+        feature_norm: `max_t ||h_t||` over the response positions of the corpus; with a bias, of (h_t, 1).
+        expected: s2 of a response in the expectation form, with its standard error over groups of rows.
+        sampled: s2 in the sample form.
+        has_teacher: Whether q is a teacher's, which is D's, or the model's own.
+        num_rows: Responses.
+        mean_length: Their mean number of tokens.
+    """
+
+    feature_norm: float
+    expected: MeanEstimate
+    sampled: MeanEstimate
+    has_teacher: bool
+    num_rows: int
+    mean_length: float
+
+    @property
+    def estimate(self) -> MeanEstimate:
+        """The inherent variance: the expectation form where q is D's, or else the sample form, which is cautious."""
+        return self.expected if self.has_teacher else self.sampled
+
+    @property
+    def per_token(self) -> float:
+        """The inherent variance divided by the mean number of tokens of a response."""
+        return self.estimate.mean / self.mean_length
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Two-sided Student-t interval of s2 over groups of rows, not below 0; NaN with a single group."""
+        low, high = mean_interval(self.estimate, confidence)
+        return max(low, 0.0), high
+
+    def problem(self, radius: float) -> LinearProblem:
+        """What the theorems need, for a head that stays in a ball of this radius."""
+        return LinearProblem(self.feature_norm, self.estimate.mean, radius)
+
+
+def measure_inherent_variance(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    corpus: Dataset,
+    *,
+    teacher: nn.Module | None = None,
+    group_by: str | None = None,
+    **scoring: Any,
+) -> InherentVariance:
+    """Measure `max_t ||h_t||` and the inherent variance of a model's output head on a corpus.
+
+    One scoring pass, see `score_responses`: response tokens alone count, the logits are taken in chunks, a job of
+    several processes shares the rows, and with an `output_dir` an interrupted one goes on. Values of tokens are
+    float32, sums float64.
+
+    Args:
+        model: Causal language model with a linear output head, tied or not.
+        tokenizer: Its tokenizer; may be None for a corpus of token ids.
+        corpus: Dataset with `prompt` and `completion`.
+        teacher: Causal language model of the same vocabulary that the responses were sampled from: q is its
+            distribution. None: q is the model's own.
+        group_by: Column whose equal values make rows dependent; None: `document` where there is one, or `prompt`.
+        scoring: As for `score_responses`: `append_eos`, `batch_tokens`, `output_dir`, `progress`, ...
+
+    Returns:
+        The constants.
+
+    Raises:
+        ValueError: If the model has no linear output head or changes its logits afterwards, or as for
+            `score_responses`.
+
+    Example:
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> _ = torch.manual_seed(0)
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=11, n_positions=32))
+        >>> corpus = Dataset.from_dict({"prompt": [[1, 2], [3, 4]], "completion": [[3, 4, 5], [6]]})
+        >>> found = measure_inherent_variance(model, None, corpus, progress=False)
+        >>> round(found.feature_norm, 2), round(found.estimate.mean, 1), found.mean_length
+        (2.81, 14.2, 2.0)
+
+    References:
+        arXiv 2510.15020, Equation (8).
+    """
+    require_linear_head(model)
+    reference = read_reference(corpus, group_by)
+    scored = score_responses(model, tokenizer, corpus, teacher=teacher, head_statistics=True, **scoring)
+    columns = {name: np.asarray(scored[name][:]) for name in COLUMNS}
+    return estimate_inherent_variance(columns, groups=reference.groups, has_teacher=teacher is not None)
+
+
+def estimate_inherent_variance(
+    columns: Mapping[str, ArrayLike],
+    *,
+    groups: Sequence[Any] | NDArray[Any] | None = None,
+    weights: ArrayLike | None = None,
+    has_teacher: bool = False,
+) -> InherentVariance:
+    """Put the constants together from what `score_responses(..., head_statistics=True)` adds to each row.
+
+    Args:
+        columns: `hidden_norm`, `inherent_variance`, `sampled_variance` and `num_tokens`, `(R,)` each.
+        groups: `(R,)` labels; rows that share one are not independent. None takes every row as its own group.
+        weights: `(R,)` non-negative row weights.
+        has_teacher: Whether a teacher was given.
+
+    Returns:
+        The constants.
+    """
+    norms, expected, sampled, tokens = (np.asarray(columns[name], dtype=np.float64) for name in COLUMNS)
+    return InherentVariance(
+        feature_norm=float(norms.max()),
+        expected=clustered_mean(expected, groups=groups, weights=weights),
+        sampled=clustered_mean(sampled, groups=groups, weights=weights),
+        has_teacher=has_teacher,
+        num_rows=len(norms),
+        mean_length=float(np.average(tokens, weights=row_weights(weights, len(tokens)))),
+    )
+
+
+def require_linear_head(model: nn.Module) -> nn.Linear:
+    """Find the output head of a model whose logits are `W h_t`, plus a bias where there is one.
+
+    Raises:
+        ValueError: If the model has no output head, its head is not linear, or its logits are not the head's.
+    """
+    forward = HeadForward(model)
+    name = type(forward.model).__name__
+    if not isinstance(forward.head, nn.Linear):
+        raise ValueError(
+            f"`model` must have a linear output head, whose features are e_y (x) h_t, but that of {name} is a "
+            f"{type(forward.head).__name__}. Merge adapters first (`merge_and_unload`); for an autoregressive linear "
+            "model see `tasks.linear_exact`."
+        )
+    with inference(forward.model):
+        if not forward.probe().plain_head:
+            raise ValueError(
+                f"`model` must return its logits as its output head gives them, but {name} changes them afterwards "
+                "(scaling or soft-capping) or spreads its head over processes: its features are not known. Turn that "
+                "off in its configuration, or load it whole."
+            )
+    return forward.head
+
+
+def head_norm(head: nn.Linear) -> float:
+    """Take the norm of a head's parameters: the radius of the smallest ball around zero that holds them."""
+    return float(global_norm([parameter.detach() for parameter in head.parameters()]))
+
+
+def is_tied(model: nn.Module, head: nn.Linear) -> bool:
+    """Tell whether a head's matrix is another layer's as well, as a rule the input embedding's."""
+    return sum(parameter is head.weight for _, parameter in model.named_parameters(remove_duplicate=False)) > 1
