@@ -191,7 +191,7 @@ def horizon_table(results: list[Measured], levels: list[float]) -> Table:
 
 
 def draw(results: list[Measured], n: float, path: Path) -> None:
-    """KL and Cov_N over the training steps, and both at the end as ratios to the least horizon."""
+    """KL and Cov_N over the training steps, and at the end, at every N, as ratios to the least horizon."""
     figure, (left, middle, right) = new_axes(3, width=4.0, height=3.8)
     cov_n = f"Cov$_{{{metric_key(n)}}}$"
     for result, color in zip(results, COLORS):
@@ -199,8 +199,10 @@ def draw(results: list[Measured], n: float, path: Path) -> None:
             ax.plot(result.steps, np.median(curves, axis=0), color=color, linewidth=1.8, label=f"H = {result.horizon}")
             ax.fill_between(result.steps, curves.min(axis=0), curves.max(axis=0), color=color, alpha=0.18, linewidth=0)
     horizons = [result.horizon for result in results]
-    ends = {"KL": [result.kl[:, -1] for result in results], cov_n: [result.coverage[n][:, -1] for result in results]}
-    for (label, values), color in zip(ends.items(), (COLORS[0], COLORS[1])):
+    ends = {"KL": [result.kl[:, -1] for result in results]}
+    for level in results[0].coverage:
+        ends[f"Cov$_{{{metric_key(level)}}}$"] = [result.coverage[level][:, -1] for result in results]
+    for (label, values), color in zip(ends.items(), COLORS):
         base = np.median(values[0])
         if base:
             ratios = np.array(values) / base
@@ -210,12 +212,11 @@ def draw(results: list[Measured], n: float, path: Path) -> None:
     middle.set_ylabel(f"{cov_n} (lower is better)")
     right.set_ylabel(f"at the end, relative to H = {horizons[0]}")
     right.set_xticks(horizons)
-    right.set_ylim(bottom=0)
     right.set_xlabel("horizon H")
     for ax in (left, middle):
-        ax.set_yscale("log")
         ax.set_xlabel("training step")
     for ax in (left, middle, right):
+        ax.set_ylim(bottom=0)
         ax.legend(frameon=False)
     figure.suptitle(f"Median and range of {len(results[0].kl)} seeds")
     save_figure(figure, path)
