@@ -4,8 +4,9 @@ The gradient of `log p(y)` with respect to a head `W h + b` is the outer product
 
     W_t = s W + sum_j a_j e_j h_j^T,        W_t h = s W h + sum_j a_j <h_j, h> e_j,
 
-with s and the a_j numbers, so that no row needs a copy of W. A projection onto a ball only rescales them. A bias is
-one more input of the head that is always 1. Training with one update a token and test-time training are both this.
+with s and the a_j numbers, so that no row needs a copy of W. A projection onto a ball and decay towards the start only
+rescale them. A bias is one more input of the head that is always 1. Training with one update a token and test-time
+training are both this.
 
 References:
     arXiv 2510.15020, Equations (21) to (23).
@@ -13,76 +14,135 @@ References:
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Center", "FastWeights", "adapt_head", "apply_fast_weights", "fast_logits", "fast_step", "new_fast_weights"]
+from hf_coverage.functional.step_rule import StepRule
 
-Center = Literal["zero", "start"]
-"""What a ball of parameters lies around: zero, or where the parameters started."""
+__all__ = [
+    "Cut",
+    "FastWeights",
+    "fast_error_bound",
+    "fast_logits",
+    "fast_step",
+    "grow_fast_weights",
+    "new_fast_weights",
+]
+
+
+class Cut(NamedTuple):
+    """Where the errors are cut.
+
+    Args:
+        tokens: Which tokens the entries that are kept are of `(B, T, k + 1)`.
+        slips: How much each step may differ from the exact one in any entry of e `(B, T)`.
+    """
+
+    tokens: Tensor
+    slips: Tensor
 
 
 class FastWeights(NamedTuple):
     """What B heads have become after t steps each, in buffers with room for T.
 
     Args:
+        rule: How they make a step.
         scale: s `(B,)`.
         hidden: Inputs h_j `(B, T, d)`.
-        errors: Errors e_j `(B, T, V)`.
+        errors: Errors e_j `(B, T, V)`; where they are cut, the k + 1 entries that are kept `(B, T, k + 1)`.
+        cut: Which ones these are; None: nothing is cut.
         steps: Numbers a_j `(B, T)`.
-        squared_norm: `||W_t - c||_F^2` `(B,)`, c the ball's centre, with the bias as a column of W.
+        squared_norm: `||W_t - c||_F^2` `(B,)`, c the ball's centre; kept up to date where there is a ball.
         length: t.
         has_bias: Whether the head has a bias.
-        center: What the ball lies around.
     """
 
+    rule: StepRule
     scale: Tensor
     hidden: Tensor
     errors: Tensor
+    cut: Cut | None
     steps: Tensor
     squared_norm: Tensor
     length: int
     has_bias: bool
-    center: Center
+
+    @property
+    def capacity(self) -> int:
+        """T, the most steps of a row."""
+        return self.steps.shape[1]
 
 
 def new_fast_weights(
-    weight: Tensor, bias: Tensor | None = None, *, rows: int, capacity: int, center: Center = "zero"
+    hidden: Tensor,
+    logits: Tensor,
+    *,
+    rule: StepRule,
+    capacity: int,
+    has_bias: bool = False,
+    squared_norm: float | Tensor = 0.0,
 ) -> FastWeights:
-    """Reserve room for the steps of a head that has not made any.
+    """Reserve room for the steps of heads that have not made any.
 
     Args:
-        weight: W `(V, d)`.
-        bias: b `(V,)`.
-        rows: B.
+        hidden: Inputs of the heads `(B, d)`, of which only shape, dtype and device count.
+        logits: Their outputs `(B, V)`, likewise.
+        rule: How they make a step.
         capacity: T, the most steps of a row.
-        center: What the ball lies around, if there will be one.
+        has_bias: Whether the head has a bias.
+        squared_norm: `||W||_F^2` with the bias as a column of W; needed for a ball around zero.
 
     Returns:
         The state before the first step, in float32 at least.
+    """
+    rows, vocabulary = logits.shape
+    steps = logits.new_zeros(rows, capacity, dtype=torch.promote_types(logits.dtype, torch.float32))
+    kept, cut = vocabulary, None
+    if rule.top_k is not None and rule.top_k < vocabulary:
+        kept = rule.top_k + 1  # the likeliest tokens, and y
+        cut = Cut(steps.new_empty(rows, capacity, kept, dtype=torch.int64), steps.new_zeros(rows, capacity))
+    return FastWeights(
+        rule=rule,
+        scale=steps.new_ones(rows),
+        hidden=steps.new_empty(rows, capacity, hidden.shape[-1]),
+        errors=steps.new_empty(rows, capacity, kept),
+        cut=cut,
+        steps=steps,
+        squared_norm=steps.new_zeros(rows) + squared_norm,
+        length=0,
+        has_bias=has_bias,
+    )
+
+
+@torch.no_grad()
+def grow_fast_weights(state: FastWeights, capacity: int) -> FastWeights:
+    """Move the heads to buffers with room for more steps.
+
+    Args:
+        state: The heads.
+        capacity: The new T.
+
+    Returns:
+        The same heads.
 
     Raises:
-        ValueError: If `center` is neither `"zero"` nor `"start"`.
+        ValueError: If they have made more steps than that.
     """
-    if center not in ("zero", "start"):
-        raise ValueError(f'`center` must be "zero" or "start", got {center!r}.')
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    squared = weight.new_zeros(rows, dtype=dtype)
-    if center == "zero":
-        squared += weight.to(dtype).square().sum()
-        if bias is not None:
-            squared += bias.to(dtype).square().sum()
-    return FastWeights(
-        scale=torch.ones_like(squared),
-        hidden=weight.new_zeros(rows, capacity, weight.shape[1], dtype=dtype),
-        errors=weight.new_zeros(rows, capacity, weight.shape[0], dtype=dtype),
-        steps=squared.new_zeros(rows, capacity),
-        squared_norm=squared,
-        length=0,
-        has_bias=bias is not None,
-        center=center,
+    if capacity < state.length:
+        raise ValueError(f"`capacity` must be at least the {state.length} steps that were made, got {capacity}.")
+
+    def move(buffer: Tensor) -> Tensor:
+        larger = buffer.new_empty(buffer.shape[0], capacity, *buffer.shape[2:])
+        larger[:, : state.length] = buffer[:, : state.length]
+        return larger
+
+    return state._replace(
+        hidden=move(state.hidden),
+        errors=move(state.errors),
+        cut=None if state.cut is None else Cut(*map(move, state.cut)),
+        steps=move(state.steps),
     )
 
 
@@ -99,9 +159,34 @@ def fast_logits(state: FastWeights, hidden: Tensor, logits: Tensor) -> Tensor:
         `(B, V)`, in the dtype of `state`.
     """
     past = slice(0, state.length)
-    inner = torch.einsum("btd,bd->bt", state.hidden[:, past], hidden.to(state.hidden.dtype)) + state.has_bias
+    weights = _step_weights(state, hidden)
     logits = state.scale[:, None] * logits.to(state.errors.dtype)
-    return torch.baddbmm(logits.unsqueeze(1), (state.steps[:, past] * inner).unsqueeze(1), state.errors[:, past])[:, 0]
+    if state.cut is None:
+        return torch.baddbmm(logits.unsqueeze(1), weights.unsqueeze(1), state.errors[:, past])[:, 0]
+    changes = weights.unsqueeze(-1) * state.errors[:, past]
+    return logits.scatter_add_(1, state.cut.tokens[:, past].flatten(1), changes.flatten(1))
+
+
+@torch.no_grad()
+def fast_error_bound(state: FastWeights, hidden: Tensor) -> Tensor:
+    """How far the logits of heads with cut steps can lie from those of exact heads, in any entry, up to rounding.
+
+        E_t = sum_j |a_j <h_j, h_t>| min(1, delta_j + tanh(E_j / 2))
+
+    for heads that saw the same tokens and inputs. delta_j is the most that a cut entry of p_j can have had, and
+    tanh(E/2) the most that a probability changes when no logit changes by more than E. Log-probabilities differ by at
+    most `2 E_t`.
+
+    Args:
+        state: The B heads.
+        hidden: Inputs h `(B, d)`.
+
+    Returns:
+        E_t `(B,)`, logits; 0 where steps are exact.
+    """
+    if state.cut is None:
+        return torch.zeros_like(state.scale)
+    return (_step_weights(state, hidden).abs() * state.cut.slips[:, : state.length]).sum(-1)
 
 
 @torch.no_grad()
@@ -111,20 +196,16 @@ def fast_step(
     logits: Tensor,
     tokens: Tensor,
     *,
-    lr: float | Tensor,
-    radius: float | None = None,
     start_logits: Tensor | None = None,
     active: Tensor | None = None,
 ) -> FastWeights:
-    """Take each head one gradient step on a token: `W <- Proj(W + lr (1_y - p) h^T)`.
+    """Take each head one step on a token, as `state.rule` says.
 
     Args:
         state: The B heads; its buffers are written to.
         hidden: Inputs h `(B, d)`.
         logits: Their logits now `(B, V)`, from `fast_logits`; p is the softmax of them.
         tokens: y `(B,)`, int64.
-        lr: Step size, or `(B,)` of them.
-        radius: R of the ball `||W - c||_F <= R`; None: no ball.
         start_logits: `W h + b` `(B, V)`, which a ball around the start needs.
         active: Rows `(B,)` that make the step; None: all.
 
@@ -134,103 +215,75 @@ def fast_step(
     Raises:
         ValueError: If the room is used up, or `start_logits` is missing.
     """
-    if state.length == state.steps.shape[1]:
-        raise ValueError(f"`state` has room for {state.length} steps and has made them all; reserve more.")
-    error = -torch.softmax(logits, dim=-1)
-    error.scatter_add_(1, tokens.unsqueeze(1), torch.ones_like(error[:, :1]))
-    step = torch.as_tensor(lr, dtype=error.dtype, device=error.device).expand(len(error))
+    rule, now = state.rule, state.length
+    if now == state.capacity:
+        raise ValueError(f"`state` has room for {now} steps and has made them all; see `grow_fast_weights`.")
+    if rule.radius is not None and rule.center == "start" and start_logits is None:
+        raise ValueError('`start_logits` must be given for a ball around the start (`center="start"`).')
+    step = torch.as_tensor(rule.lr, dtype=state.steps.dtype, device=state.steps.device).expand(len(tokens))
     if active is not None:
         step = step * active
-    state.hidden[:, state.length] = hidden
-    state.errors[:, state.length] = error
-    state.steps[:, state.length] = step
-    if radius is None:
-        return state._replace(length=state.length + 1)
-    moved = logits  # of what lies inside the ball, the head or its change
-    if state.center == "start":
-        if start_logits is None:
-            raise ValueError('`start_logits` must be given for a ball around the start (`center="start"`).')
-        moved = logits - start_logits
-    gradient = error.square().sum(-1) * (state.hidden[:, state.length].square().sum(-1) + state.has_bias)
-    squared = state.squared_norm + 2 * step * (error * moved).sum(-1) + step.square() * gradient
-    return _shrink(state._replace(length=state.length + 1, squared_norm=squared), radius, active)
+    if state.cut is not None:
+        _write_cut_error(state, state.cut, hidden, logits, tokens)
+        _decay(state, active)
+        state.hidden[:, now], state.steps[:, now] = hidden, step
+        return state._replace(length=now + 1)
+    error = -torch.softmax(logits, dim=-1)
+    error.scatter_add_(1, tokens.unsqueeze(1), torch.ones_like(error[:, :1]))
+    state.hidden[:, now], state.errors[:, now] = hidden, error
+    squared_gradient = error.square().sum(-1) * (state.hidden[:, now].square().sum(-1) + state.has_bias)
+    if rule.lam is not None:
+        norm = squared_gradient.sqrt()
+        step = (step / (rule.lam + norm)).where(norm > 0, 0.0)
+    keep = _decay(state, active)
+    state.steps[:, now] = step
+    state = state._replace(length=now + 1)
+    if rule.radius is None:
+        return state
+    # <W - c, e h^T>: of what lies inside the ball, the head or its change.
+    moved = logits if rule.center == "zero" or start_logits is None else logits - start_logits
+    squared = keep.square() * state.squared_norm + 2 * keep * step * (error * moved).sum(-1)
+    return _project(state._replace(squared_norm=squared + step.square() * squared_gradient), rule.radius, active)
 
 
-@torch.no_grad()
-def adapt_head(
-    hidden: Tensor,
-    tokens: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    lr: float | Tensor,
-    radius: float | None = None,
-    center: Center = "zero",
-    mask: Tensor | None = None,
-) -> tuple[FastWeights, Tensor]:
-    """Follow given tokens with one gradient step after each: `log p_{W_1}(y_1), log p_{W_2}(y_2), ...`.
-
-    Args:
-        hidden: Inputs of the head `(B, T, d)`, the t-th predicting the t-th token.
-        tokens: y `(B, T)`, int64.
-        weight: W `(V, d)`.
-        bias: b `(V,)`.
-        lr: Step size, or `(B,)` of them.
-        radius: R of the ball that the head is kept in; None: no ball.
-        center: What the ball lies around.
-        mask: Boolean `(B, T)`, true at the tokens that count; the others change nothing and get 0. None: all.
-
-    Returns:
-        The heads after all steps, and each token's log-probability before its own step `(B, T)`, nats.
-
-    Example:
-        >>> hidden, weight = torch.ones(1, 2, 3), torch.zeros(4, 3)
-        >>> state, logprobs = adapt_head(hidden, torch.tensor([[1, 1]]), weight, lr=0.5)
-        >>> logprobs.exp()
-        tensor([[0.2500, 0.5990]])
-
-    References:
-        arXiv 2510.15020, Equation (21) for training, (22) and (23) for test-time training.
-    """
-    state = new_fast_weights(weight, bias, rows=len(hidden), capacity=hidden.shape[1], center=center)
-    exact = state.errors.dtype
-    start = torch.nn.functional.linear(hidden.to(exact), weight.to(exact), None if bias is None else bias.to(exact))
-    logprobs = state.steps.new_zeros(tokens.shape)
-    for t in range(tokens.shape[1]):
-        active = None if mask is None else mask[:, t]
-        chosen = tokens[:, t] if active is None else tokens[:, t].where(active, 0)
-        logits = fast_logits(state, hidden[:, t], start[:, t])
-        found = logits.log_softmax(-1).gather(-1, chosen.unsqueeze(-1))[:, 0]
-        logprobs[:, t] = found if active is None else found.where(active, 0.0)
-        state = fast_step(
-            state, hidden[:, t], logits, chosen, lr=lr, radius=radius, start_logits=start[:, t], active=active
-        )
-    return state, logprobs
+def _step_weights(state: FastWeights, hidden: Tensor) -> Tensor:
+    """`a_j <h_j, h>` for all past steps `(B, t)`."""
+    past = slice(0, state.length)
+    inner = torch.einsum("btd,bd->bt", state.hidden[:, past], hidden.to(state.hidden.dtype)) + state.has_bias
+    return state.steps[:, past] * inner
 
 
-@torch.no_grad()
-def apply_fast_weights(state: FastWeights, weight: Tensor, bias: Tensor | None = None, *, row: int = 0) -> None:
-    """Write what a row's head has become into its parameters: `W <- s W + sum_j a_j e_j h_j^T`.
-
-    Args:
-        state: The heads.
-        weight: W `(V, d)`, changed in place.
-        bias: b `(V,)`, changed in place.
-        row: Which of the B heads.
-    """
-    weighted = state.steps[row, : state.length, None] * state.errors[row, : state.length]
-    changed = weighted.T @ state.hidden[row, : state.length]
-    weight.copy_(state.scale[row] * weight.to(changed.dtype) + changed)
-    if bias is not None:
-        bias.copy_(state.scale[row] * bias.to(changed.dtype) + weighted.sum(0))
+def _write_cut_error(state: FastWeights, cut: Cut, hidden: Tensor, logits: Tensor, tokens: Tensor) -> None:
+    """Write `1_y - p` at y and at the likeliest tokens into the buffers, and how far it is from the exact error."""
+    chosen = tokens.unsqueeze(1)
+    total = logits.logsumexp(-1, keepdim=True)
+    values, places = logits.topk(cut.tokens.shape[-1] - 1, dim=-1)
+    kept = (values - total).exp()
+    probability = (logits.gather(1, chosen) - total).exp().masked_fill((places == chosen).any(1, keepdim=True), 0.0)
+    # What was cut is neither likelier than anything kept nor than all of it together.
+    rest = (1 - kept.sum(-1) - probability[:, 0]).clamp_min(0.0)
+    likeliest = torch.minimum(rest, kept[:, -1])
+    cut.slips[:, state.length] = (likeliest + torch.tanh(fast_error_bound(state, hidden) / 2)).clamp_max(1.0)
+    cut.tokens[:, state.length] = torch.cat([places, chosen], dim=1)
+    state.errors[:, state.length] = torch.cat([-kept, 1 - probability], dim=1)
 
 
-def _shrink(state: FastWeights, radius: float, active: Tensor | None) -> FastWeights:
+def _decay(state: FastWeights, active: Tensor | None) -> Tensor:
+    """Take every head that makes a step part of its way back to the start; returns how much of the way is kept."""
+    keep = torch.full_like(state.scale, 1 - state.rule.decay)
+    if active is not None:
+        keep = keep.where(active, 1.0)
+    if state.rule.decay:
+        state.steps[:, : state.length] *= keep[:, None]
+    return keep
+
+
+def _project(state: FastWeights, radius: float, active: Tensor | None) -> FastWeights:
     """Pull every head that made a step and lies outside of its ball back onto it."""
     factor = (radius / state.squared_norm.clamp_min(torch.finfo(state.steps.dtype).tiny).sqrt()).clamp_max(1.0)
     if active is not None:
         factor = factor.where(active, 1.0)
     # A ball around the start shrinks the change alone.
     state.steps[:, : state.length] *= factor[:, None]
-    scale = state.scale * factor if state.center == "zero" else state.scale
+    scale = state.scale * factor if state.rule.center == "zero" else state.scale
     return state._replace(scale=scale, squared_norm=state.squared_norm * factor.square())

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_coverage.functional.fast_weights import adapt_head, apply_fast_weights
 from hf_coverage.functional.gradients import project_
+from hf_coverage.functional.head_training import adapt_head, apply_fast_weights
+from hf_coverage.functional.step_rule import StepRule
 from hf_coverage.measure.forward import HeadForward, inference
 
 __all__ = ["Scope", "token_level_sgd"]
@@ -131,7 +132,8 @@ def _train_head(forward: HeadForward, input_ids: Tensor, labels: Tensor, *, lr: 
     with inference(forward.model):
         hidden = forward(input_ids[None, :end].cpu().numpy(), positions, first=1).hidden
     weight, bias = forward.head.weight, forward.head.bias
-    state, found = adapt_head(hidden[None], labels[places][None], weight, bias, lr=lr, radius=radius)
+    rule = StepRule(lr, radius, center="zero")
+    state, found = adapt_head(hidden[None], labels[places][None], weight, bias, rule=rule)
     apply_fast_weights(state, weight, bias)
     logprobs[places] = found[0].to(logprobs.dtype)
     return logprobs
