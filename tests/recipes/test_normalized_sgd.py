@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from scipy.optimize import minimize
 from hf_coverage.optim.sgd import NormalizedSGD
 from hf_coverage.optim.token_level import token_level_sgd
 from hf_coverage.tasks.linear_exact import enumerate_responses
-from hf_coverage.tasks.linear_instances import hard_instance
+from hf_coverage.tasks.linear_instances import hard_instance, large_step_instance
 from tests import reference
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "normalized_sgd"))
@@ -80,6 +81,18 @@ def test_a_run_is_that_of_the_optimizer_on_the_model(instance, name):
             if lam is None:
                 model.theta.data /= max(1.0, float(model.theta.data.norm()))
         np.testing.assert_allclose(found[-1, row, 1], model.theta.detach(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("jump", "caught"), [(1.0, False), (1.8, False), (2.5, True), (8.0, True), (1024.0, True)])
+def test_one_instance_catches_every_large_step_but_not_from_zero(jump, caught):
+    instance = large_step_instance(256, feature_norm=64.0)
+    for start, expected in ((instance.start, caught), (np.zeros(2), False)):
+        data = learners.Data(replace(instance, start=start), [0], 100)
+        rate = np.array([jump / (256 * 64.0)])
+        thetas = learners.train_sequences(data, learners.plain, rate, log_n=LOG_N, marks=range(1, 101))[:, 0, 0]
+        law = learners.ResponseLaw(instance)
+        np.testing.assert_allclose(law.coverage(thetas[-2:], LOG_N), float(expected), atol=1e-6)
+        assert law.coverage(thetas.mean(0, keepdims=True), LOG_N)[0] < 1e-6  # the mean of the iterates is good
 
 
 def test_token_level_training_is_that_of_the_package(instance):
