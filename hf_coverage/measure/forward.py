@@ -27,7 +27,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from hf_coverage.measure.batching import IntArray
 from hf_coverage.measure.prefix_cache import is_repeatable
 
-__all__ = ["HeadForward", "HeadOutput", "Probe", "inference", "is_sharded", "refuse_zero3", "unwrap"]
+__all__ = ["HeadForward", "HeadOutput", "Probe", "inference", "is_sharded", "refuse_zero3", "select_before", "unwrap"]
 
 
 class HeadOutput:
@@ -131,7 +131,7 @@ class HeadForward:
         if cache is not None:
             arguments["past_key_values"] = cache
         chosen = torch.from_numpy(positions).to(self.device)
-        with _select_before(self.head, chosen, first, ids.shape) as seen:
+        with select_before(self.head, chosen, first, ids.shape) as seen:
             outputs = self.model(input_ids=torch.from_numpy(ids).to(self.device), **arguments)
         expected = len(positions[:first])
         if len(seen) != 1 or outputs.logits.shape[:-1] != (1, expected):
@@ -208,10 +208,20 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _select_before(
+def select_before(
     head: nn.Module, positions: Tensor, first: int | None, shape: tuple[int, ...]
 ) -> Iterator[list[Tensor]]:
-    """Collect the hidden states at `positions`, and let `head` see no others, and of them only the `first`."""
+    """Collect the hidden states at `positions`, and let `head` see no others, and of them only the `first`.
+
+    Args:
+        head: Output head of a model that runs inside this context, on token ids of `shape`.
+        positions: Positions `(M,)` of the flattened tokens.
+        first: How many of them the head is to see; None: all.
+        shape: `(S, T)`.
+
+    Yields:
+        A list that gets the hidden states `(M, d)` of each call of the head.
+    """
     seen: list[Tensor] = []
 
     def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
