@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ORIGIN",
+    "check_origin",
     "decided_by_main_process",
     "leave_job",
     "load_model",
     "load_tokenizer",
+    "load_tokenizer_for",
     "model_name",
     "read_dataset",
     "read_origin",
@@ -73,6 +75,21 @@ def read_origin(source: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def check_origin(source: str, *, append_eos: bool) -> dict[str, Any]:
+    """What `write_origin` left beside a corpus, after checking that responses end as they did when it was made.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    origin = read_origin(source)
+    if origin.get("append_eos", append_eos) != append_eos:
+        raise ValueError(
+            f"`append_eos` must be {origin['append_eos']}, as in `hf-coverage sample` when {source} was made: the "
+            "end-of-sequence token is part of the responses on both sides or on neither."
+        )
+    return origin
+
+
 def write_origin(folder: Path, facts: dict[str, Any]) -> None:
     """Write down what made a corpus, beside it."""
     (folder / ORIGIN).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -101,6 +118,13 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(name, revision=revision, gguf_file=gguf_file)
+
+
+def load_tokenizer_for(model: str, tokenizer: str | None, loading: dict[str, Any]) -> "PreTrainedTokenizerBase":
+    """The tokenizer that is named, or else the model's own, loaded as the model is."""
+    if tokenizer is not None:
+        return load_tokenizer(tokenizer)
+    return load_tokenizer(model, revision=loading["revision"], gguf_file=loading["gguf_file"])
 
 
 def model_name(name: str, gguf_file: str | None = None) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_coverage.commands.console import is_main_process, say
-from hf_coverage.commands.inputs import load_model, load_tokenizer, model_name, read_dataset, read_origin
+from hf_coverage.commands.inputs import check_origin, load_model, load_tokenizer_for, model_name, read_dataset
 from hf_coverage.commands.options import (
     AppendEos,
     BatchTokens,
@@ -101,16 +101,11 @@ def score_into(
     from hf_coverage.measure.scoring import score_responses
 
     rows = read_dataset(corpus, split)
-    origin = read_origin(corpus)
-    if origin.get("append_eos", append_eos) != append_eos:
-        raise ValueError(
-            f"`append_eos` must be {origin['append_eos']}, as in `hf-coverage sample` when {corpus} was made: the "
-            "end-of-sequence token is part of the responses on both sides or on neither."
-        )
+    origin = check_origin(corpus, append_eos=append_eos)
     reference = read_reference(rows, group_by)
     scored = score_responses(
         load_model(model, **loading),
-        _tokenizer_for(model, tokenizer, loading),
+        load_tokenizer_for(model, tokenizer, loading),
         rows,
         append_eos=append_eos,
         output_dir=folder,
@@ -126,9 +121,3 @@ def score_into(
         f"{name}: {len(scored):,} responses, {tokens:,} tokens, cross-entropy {total / len(scored):.4g} nats a "
         f"response, {total / tokens:.4g} a token. Scores in {folder}."
     )
-
-
-def _tokenizer_for(model: str, tokenizer: str | None, loading: dict[str, Any]) -> Any:
-    if tokenizer is not None:
-        return load_tokenizer(tokenizer)
-    return load_tokenizer(model, revision=loading["revision"], gguf_file=loading["gguf_file"])

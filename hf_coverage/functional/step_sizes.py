@@ -14,15 +14,19 @@ References:
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hf_coverage.functional.checks import check_n
 
 __all__ = [
     "LinearProblem",
+    "NormalizedStepSizes",
+    "PracticalSweep",
     "StepSizes",
     "TrainingPlan",
     "distillation_step_sizes",
     "normalized_step_sizes",
+    "practical_sweep",
     "token_level_step_sizes",
 ]
 
@@ -127,14 +131,12 @@ class StepSizes:
 
     Attributes:
         lr: Step size eta, in units of theta: of a normalised step (5.1), or of a plain one (6.1, 6.2).
-        lam: The lambda of a normalised step, in units of the gradient's norm; None where steps are plain.
         batch_size: Sequences in a minibatch, K.
         terms: The terms whose sum bounds Cov_N up to constants, by name.
         steps_needed: The least T with which no term that T is in exceeds eps, constants left out.
     """
 
     lr: float
-    lam: float | None
     batch_size: int
     terms: Mapping[str, float]
     steps_needed: float
@@ -155,7 +157,18 @@ class StepSizes:
         return self.total >= 1
 
 
-def normalized_step_sizes(problem: LinearProblem, plan: TrainingPlan) -> StepSizes:
+@dataclass(frozen=True)
+class NormalizedStepSizes(StepSizes):
+    """Step sizes of normalised SGD.
+
+    Attributes:
+        lam: Lambda, in units of the gradient's norm.
+    """
+
+    lam: float
+
+
+def normalized_step_sizes(problem: LinearProblem, plan: TrainingPlan) -> NormalizedStepSizes:
     """Set normalised SGD (18): `theta <- Proj(theta + eta g / (lambda + ||g||))`.
 
         eta = min{ 1/(128 B), (log N / (s2 T))^(1/4) },    lambda = log N / (16 eta),    K = B / (eps log N) + 1,
@@ -182,7 +195,7 @@ def normalized_step_sizes(problem: LinearProblem, plan: TrainingPlan) -> StepSiz
     b, variance, log_n = problem.bound, problem.variance, plan.log_n
     eta = min(1 / (128 * b), _power(log_n / plan.steps, variance, 1 / 4))
     batch_size = plan.batch_size or math.ceil(b / (plan.eps * log_n) + 1)
-    return StepSizes(
+    return NormalizedStepSizes(
         lr=problem.radius * eta,
         lam=log_n / (16 * eta) / problem.radius,
         batch_size=batch_size,
@@ -215,7 +228,6 @@ def token_level_step_sizes(problem: LinearProblem, plan: TrainingPlan) -> StepSi
     b, variance, log_n = problem.bound, problem.variance, plan.log_n
     return StepSizes(
         lr=problem.radius**2 * min(1 / (2 * b**2), _power(1 / plan.steps, variance, 1 / 2)),
-        lam=None,
         batch_size=1,
         terms={VARIANCE: math.sqrt(variance / plan.steps) / log_n, FEATURES: b**2 / plan.steps / log_n},
         steps_needed=max(variance / (plan.eps * log_n) ** 2, b**2 / (plan.eps * log_n), 1.0),
@@ -248,11 +260,45 @@ def distillation_step_sizes(problem: LinearProblem, plan: TrainingPlan) -> StepS
     eta = min(1 / ((64 * log_n + 2) * b**2), _power(1 / (plan.steps * log_n), variance, 1 / 2))
     return StepSizes(
         lr=problem.radius**2 * eta,
-        lam=None,
         batch_size=1,
         terms=_terms(problem, plan),
         steps_needed=_steps_needed(problem, plan),
     )
+
+
+class PracticalSweep(NamedTuple):
+    """What to try in practice: one lambda, and the step sizes to choose from on held-out data."""
+
+    lam: float
+    lrs: tuple[float, ...]
+
+
+def practical_sweep(sizes: NormalizedStepSizes, gradient_norm: float) -> PracticalSweep:
+    """Turn a theorem's normalised step into what practice tries: a small lambda, and step sizes from eta upwards.
+
+    The theorem's lambda is a worst case's. Above the gradient's norm it leaves little of the normalisation: the step
+    is nearly `eta / lambda` times the gradient. At a tenth of the norm, steps have length lr to within a tenth,
+    whatever the gradient, and lr is all that is left to tune. Five of them, each ten times the one before, begin at
+    the theorem's, which is small by the constants of its proof.
+
+    Args:
+        sizes: Of normalised SGD.
+        gradient_norm: Typical `||g||` of a minibatch.
+
+    Returns:
+        Lambda, never above the theorem's, and step sizes, ascending.
+
+    Raises:
+        ValueError: If the norm is not positive.
+
+    Example:
+        >>> sizes = normalized_step_sizes(LinearProblem(60.0, 1e5, radius=700.0), TrainingPlan(n=16, steps=1000))
+        >>> sweep = practical_sweep(sizes, gradient_norm=250.0)
+        >>> sweep.lam, [f"{lr:.2g}" for lr in sweep.lrs]
+        (25.0, ['0.00013', '0.0013', '0.013', '0.13', '1.3'])
+    """
+    _check_positive("gradient_norm", gradient_norm, "the norm of a minibatch's gradient")
+    return PracticalSweep(min(sizes.lam, gradient_norm / 10), tuple(sizes.lr * 10.0**power for power in range(5)))
 
 
 def _terms(problem: LinearProblem, plan: TrainingPlan) -> dict[str, float]:

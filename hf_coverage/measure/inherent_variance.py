@@ -75,10 +75,10 @@ class InherentVariance:
         """The inherent variance divided by the mean number of tokens of a response."""
         return self.estimate.mean / self.mean_length
 
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Two-sided Student-t interval of s2 over groups of rows, not below 0; NaN with a single group."""
-        low, high = mean_interval(self.estimate, confidence)
-        return max(low, 0.0), high
+    def interval(self, form: MeanEstimate | None = None, *, confidence: float = 0.95) -> tuple[float, float]:
+        """Two-sided Student-t interval of a form of s2, by default of `estimate`, not below 0; NaN with one group."""
+        low, high = mean_interval(form or self.estimate, confidence)
+        return float(np.maximum(low, 0.0)), float(high)
 
     def problem(self, radius: float) -> LinearProblem:
         """What the theorems need, for a head that stays in a ball of this radius."""
