@@ -17,14 +17,13 @@ from rich.console import Console
 from hf_coverage import CoverageProfile, tournament
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.measure.corpus import encode_corpus
-from hf_coverage.plots import COLORS, new_axes, plot_training_curves, save_figure
 from hf_coverage.report.card import write_model_card
 from hf_coverage.report.html import Picture, write_html_report
 from hf_coverage.report.provenance import provenance
 from hf_coverage.report.results import coverage_results, write_results
 from hf_coverage.report.table import Cell, Column, Interval, Table
 from hf_coverage.report.terminal import rich_table
-from hf_coverage.select.predictiveness import PredictivenessResult, predictiveness
+from hf_coverage.select.predictiveness import predictiveness
 from recipes.reasoning.choices import (
     CROSS_ENTROPY,
     Checkpoints,
@@ -34,9 +33,10 @@ from recipes.reasoning.choices import (
     matched_table,
     split_table,
 )
+from recipes.reasoning.figures import draw
 from recipes.reasoning.finetune import Recipe, read_recipe
 from recipes.reasoning.model import SMOLLM2, SMOLLM2_HUB_ID, load_tokenizer
-from recipes.reasoning.reasons import area_table, guess_table, resolution_table
+from recipes.reasoning.reasons import area_table, concern_table, correlation_table, guess_table, resolution_table
 from recipes.reasoning.sample import read_samples, sampled_table
 from recipes.reasoning.task import entry_corpus
 
@@ -48,15 +48,16 @@ def main() -> None:
     folder = recipe.output / "comparison"
     folder.mkdir(exist_ok=True)
 
-    predictive = predictiveness(profiles[1:], recipe.measure.pass_at, recipe.measure.n)
+    found = predictiveness(profiles[1:], recipe.measure.pass_at, recipe.measure.n).correlations
     halves = chosen_in_halves(checkpoints)
     tables = [
         matched_table(checkpoints, halves),
         split_table(checkpoints, halves),
         checkpoint_table(profiles, checkpoints),
         choice_table(checkpoints),
-        predictiveness_table(predictive),
+        correlation_table(found, "measure"),
         area_table(checkpoints),
+        concern_table(checkpoints),
         guess_table(checkpoints, [entry["answer"] for entry in recipe.held_out_entries()]),
         resolution_table(checkpoints),
     ]
@@ -67,7 +68,7 @@ def main() -> None:
         "\n\n".join(f"{table.caption}\n\n{table.to_markdown()}" for table in tables) + "\n", encoding="utf-8"
     )
     summary = [*findings(checkpoints), tournament_sentence(profiles, checkpoints)]
-    figures = draw(folder, profiles, checkpoints, predictive)
+    figures = draw(folder, profiles, checkpoints, found)
     write(recipe, folder, profiles, checkpoints, tables, summary, figures)
 
     console = Console()
@@ -113,21 +114,6 @@ def checkpoint_table(profiles: list[CoverageProfile], checkpoints: Checkpoints) 
     )
 
 
-def predictiveness_table(result: PredictivenessResult) -> Table:
-    """Give the rank correlation of each measure with each Pass@N."""
-    found = result.correlations
-    rows: list[list[Cell]] = [
-        [guide, *(Interval(*map(float, cells)) for cells in zip(found.values[k], found.low[k], found.high[k]))]
-        for k, guide in enumerate(found.guides)
-    ]
-    return Table(
-        ["measure", *(Column(outcome, "lower") for outcome in found.outcomes)],
-        rows,
-        f"Rank correlation over the {len(result.names)} checkpoints of the training: -1 is a perfect guide, a "
-        f"positive one misleads; 95 % intervals over {found.num_prompts} questions.",
-    )
-
-
 def findings(checkpoints: Checkpoints) -> list[str]:
     """Say what cross-entropy's choice costs for each N, and which rules do better."""
     chosen = choose(checkpoints)
@@ -149,55 +135,6 @@ def tournament_sentence(profiles: list[CoverageProfile], checkpoints: Checkpoint
     """Let the tournament at the largest N speak for itself."""
     tables = {profile.name: profile.logprobs for profile in profiles if profile.logprobs is not None}
     return tournament(tables, max(checkpoints.n), groups=profiles[0].groups).sentence
-
-
-def draw(
-    folder: Path, profiles: list[CoverageProfile], checkpoints: Checkpoints, predictive: PredictivenessResult
-) -> list[Picture]:
-    """Draw the run's curves, Pass@N against its guides, and the profiles of the checkpoints that are chosen."""
-    steps, kl = checkpoints.steps[1:], [profile.kl for profile in profiles[1:]]
-    curves = [(f"Cov$_{{{metric_key(n)}}}$", [profile.cov(n) for profile in profiles[1:]]) for n in checkpoints.n[:5]]
-    plot_training_curves(steps, kl, curves, folder / "curves.png")
-    draw_choices(folder / "choices.png", checkpoints)
-    predictive.plot(folder / "predictiveness.png")
-    chosen = choose(checkpoints)
-    notable = sorted({0, chosen[CROSS_ENTROPY], chosen[f"best Pass@{max(checkpoints.pass_at)}"], len(profiles) - 1})
-    first, *others = [profiles[index] for index in notable]
-    first.plot(folder / "profiles.png", others=others)
-    return [
-        Picture(
-            folder / "choices.png",
-            "Exact Pass@N over the training steps; the dashed line is the checkpoint with the least cross-entropy, "
-            "dots are those with the least Cov_N at the N of their curve (for Pass@1 the least N there is).",
-        ),
-        Picture(folder / "curves.png", "KL and Cov_N over the training steps; dots mark the best checkpoint."),
-        Picture(folder / "predictiveness.png", "Pass@N of the checkpoints against Cov_N and KL; hollow: the first."),
-        Picture(
-            folder / "profiles.png",
-            "Coverage profiles of the model as it came, of the checkpoints that cross-entropy and the largest Pass@N "
-            "take, and of the last one: the share of questions whose right answer has probability 1/N or less.",
-        ),
-    ]
-
-
-def draw_choices(path: Path, checkpoints: Checkpoints) -> None:
-    """Draw Pass@N over the steps of the training, with the choices of cross-entropy and of Cov_N."""
-    figure, (ax,) = new_axes()
-    chosen = choose(checkpoints)
-    for n, color in zip(checkpoints.pass_at, COLORS):
-        passes = checkpoints.passes(n).mean(axis=1)
-        ax.plot(checkpoints.steps[1:], passes[1:], color=color, linewidth=1.8, label=f"Pass@{n}")
-        level = min(checkpoints.n, key=lambda value: abs(value - n))
-        index = chosen[f"least Cov_{metric_key(level)}"]
-        ax.plot(checkpoints.steps[index], passes[index], "o", color=color, markersize=7, markeredgecolor="white")
-    ax.axvline(checkpoints.steps[chosen[CROSS_ENTROPY]], color="#777777", linestyle="--", linewidth=1.2)
-    ax.plot([], [], "--", color="#777777", label="least cross-entropy")
-    ax.plot([], [], "o", color="#777777", markeredgecolor="white", label="least Cov$_N$ at the curve's N")
-    ax.set_xlabel("training step")
-    ax.set_ylabel("Pass@N (higher is better)")
-    ax.set_ylim(0, 1)
-    figure.legend(loc="outside right center", frameon=False)
-    save_figure(figure, path)
 
 
 def write(

@@ -1,4 +1,4 @@
-"""Why rules differ: where KL comes from, whether the model guesses, and which measures can tell checkpoints apart."""
+"""Why rules differ: what orders checkpoints, where KL comes from, what is guessed, and what can be told apart."""
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise
@@ -7,27 +7,47 @@ import numpy as np
 
 from hf_coverage.functional.checks import FloatArray, metric_key
 from hf_coverage.functional.coverage import reached
+from hf_coverage.functional.predictiveness import RankCorrelations, rank_correlations
 from hf_coverage.functional.statistics import clustered_mean
-from hf_coverage.report.table import Cell, Column, Table
+from hf_coverage.report.table import Cell, Column, Interval, Table
 from recipes.reasoning.choices import Checkpoints
 
-__all__ = ["area_table", "guess_table", "resolution_table"]
+__all__ = ["area_table", "concern_table", "correlation_table", "guess_table", "resolution_table"]
 
 
 def area_table(checkpoints: Checkpoints) -> Table:
     """Split KL by the N that it comes from: `KL = E[r] = integral of Cov_N d log N`, r = -log p."""
-    edges = [1, 2, 8, 32, 128, 1024]
-    names = [f"N = {low} to {high}" for low, high in pairwise(edges)] + [f"N over {edges[-1]}"]
-    starts, ends = np.log(edges), np.log([*edges[1:], np.inf])
+    areas = _areas(checkpoints.logprobs)
     rows: list[list[Cell]] = []
-    for step, logprobs in zip(checkpoints.steps, checkpoints.logprobs):
-        areas = [np.clip(-logprobs - low, 0, high - low).mean() for low, high in zip(starts, ends)]
-        rows.append([step, float(-logprobs.mean()), *map(float, areas)])
+    for index, step in enumerate(checkpoints.steps):
+        parts = [float(values[index].mean()) for values in areas.values()]
+        rows.append([step, float(-checkpoints.logprobs[index].mean()), *parts])
     return Table(
-        [Column("step"), Column("KL", "lower"), *(Column(name, "lower") for name in names)],
+        [Column("step"), Column("KL", "lower"), *(Column(name, "lower") for name in areas)],
         rows,
         "KL is the area under the coverage profile over log N. The nats that each range of N contributes: Pass@N "
         "depends on what is near its own N.",
+    )
+
+
+def concern_table(checkpoints: Checkpoints) -> Table:
+    """Which part of KL orders the trained checkpoints by which Pass@N."""
+    passes = {f"Pass@{n}": checkpoints.passes(n)[1:] for n in checkpoints.pass_at}
+    return correlation_table(rank_correlations(_areas(checkpoints.logprobs[1:]), passes), "nats of KL from")
+
+
+def correlation_table(found: RankCorrelations, heading: str) -> Table:
+    """The rank correlation of each measure with each Pass@N."""
+    rows: list[list[Cell]] = [
+        [guide, *(Interval(*map(float, cells)) for cells in zip(found.values[k], found.low[k], found.high[k]))]
+        for k, guide in enumerate(found.guides)
+        if guide != "KL"  # of one right answer: the same as cross-entropy
+    ]
+    return Table(
+        [heading, *(Column(outcome, "lower") for outcome in found.outcomes)],
+        rows,
+        f"Rank correlation over the {found.guide_values.shape[1]} checkpoints of the training: -1 is a perfect guide, "
+        f"a positive one misleads; 95 % intervals over {found.num_prompts} questions.",
     )
 
 
@@ -64,6 +84,14 @@ def resolution_table(checkpoints: Checkpoints) -> Table:
         f"All pairs of the {len(checkpoints.steps) - 1} trained checkpoints, paired over the "
         f"{checkpoints.logprobs.shape[1]} questions.",
     )
+
+
+def _areas(logprobs: FloatArray) -> dict[str, FloatArray]:
+    """By range of N, `(M, R)` the nats of every r = -log p that lie in it."""
+    edges = [1, 2, 8, 32, 128, 1024]
+    names = [f"N = {low} to {high}" for low, high in pairwise(edges)] + [f"N over {edges[-1]}"]
+    starts, ends = np.log(edges), np.log([*edges[1:], np.inf])
+    return {name: np.clip(-logprobs - low, 0, high - low) for name, low, high in zip(names, starts, ends)}
 
 
 def _measures(checkpoints: Checkpoints) -> Iterator[tuple[str, FloatArray]]:

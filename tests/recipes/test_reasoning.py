@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from scipy.stats import ttest_rel
+from scipy.stats import spearmanr, ttest_rel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -22,7 +22,7 @@ from hf_coverage.measure.scoring import score_encoded
 from recipes.reasoning import compare, finetune, sample
 from recipes.reasoning.choices import Checkpoints, choice_table, choose, chosen_in_halves, matched_table, split_table
 from recipes.reasoning.model import SMOLLM2, load_base, load_checkpoint, load_tokenizer
-from recipes.reasoning.reasons import area_table, guess_table, resolution_table
+from recipes.reasoning.reasons import area_table, concern_table, guess_table, resolution_table
 from recipes.reasoning.task import draw_entries, entry_corpus
 
 RECIPE = Path(finetune.__file__).parent
@@ -90,7 +90,7 @@ def test_a_run_leaves_profiles_samples_tables_figures_and_a_card(finished):
     steps = {f"step-{step}.json" for step in range(5)}
     assert {file.name for file in (finished / "profiles").iterdir()} == steps
     assert {file.name for file in (finished / "samples").glob("*.json")} == {f"step-{step}.json" for step in (0, 2, 4)}
-    for name in ("curves.png", "predictiveness.png", "profiles.png"):
+    for name in ("choices.png", "correlations.png", "curves.png", "predictiveness.png", "profiles.png"):
         assert (finished / "comparison" / name).read_bytes().startswith(b"\x89PNG")
     tables = (finished / "comparison" / "tables.md").read_text()
     for part in ("Cov_256 ↓", "less cross-entropy's", "tournament, N = 16", "200 halves", "Pass@4, sampled"):
@@ -225,6 +225,15 @@ def test_areas_add_up_to_kl():
         middle = (grid[1:] + grid[:-1]) / 2
         covered = [(-logprobs >= at).mean() for at in middle]
         assert cells[3] == pytest.approx(np.mean(covered) * (grid[-1] - grid[0]), abs=1e-4)
+
+
+def test_the_concern_of_a_range_is_the_rank_correlation_of_its_area():
+    run = small_run()
+    areas = np.array([cells[2:] for cells in area_table(run).rows[1:]])
+    passes = np.array([(1 - (1 - np.exp(row)) ** 4).mean() for row in run.logprobs[1:]])
+    for column, cells in enumerate(concern_table(run).rows):
+        assert cells[2].value == pytest.approx(spearmanr(areas[:, column], passes)[0])
+        assert -1 <= cells[2].low <= cells[2].value <= cells[2].high <= 1
 
 
 def test_a_model_that_guesses_is_found_out():
