@@ -14,6 +14,9 @@ from recipes.reasoning.choices import Checkpoints
 
 __all__ = ["area_table", "concern_table", "correlation_table", "guess_table", "resolution_table"]
 
+EDGES = [1, 2, 8, 32, 128, 1024]
+"""Where the ranges of N begin that KL is split into; the last one has no end."""
+
 
 def area_table(checkpoints: Checkpoints) -> Table:
     """Split KL by the N that it comes from: `KL = E[r] = integral of Cov_N d log N`, r = -log p."""
@@ -21,9 +24,15 @@ def area_table(checkpoints: Checkpoints) -> Table:
     rows: list[list[Cell]] = []
     for index, step in enumerate(checkpoints.steps):
         parts = [float(values[index].mean()) for values in areas.values()]
-        rows.append([step, float(-checkpoints.logprobs[index].mean()), *parts])
+        lost = int((checkpoints.logprobs[index] < -np.log(EDGES[-1])).sum())
+        rows.append([step, float(-checkpoints.logprobs[index].mean()), *parts, lost])
     return Table(
-        [Column("step"), Column("KL", "lower"), *(Column(name, "lower") for name in areas)],
+        [
+            Column("step"),
+            Column("KL", "lower"),
+            *(Column(name, "lower") for name in areas),
+            Column(f"questions over {EDGES[-1]}"),
+        ],
         rows,
         "KL is the area under the coverage profile over log N. The nats that each range of N contributes: Pass@N "
         "depends on what is near its own N.",
@@ -88,9 +97,8 @@ def resolution_table(checkpoints: Checkpoints) -> Table:
 
 def _areas(logprobs: FloatArray) -> dict[str, FloatArray]:
     """By range of N, `(M, R)` the nats of every r = -log p that lie in it."""
-    edges = [1, 2, 8, 32, 128, 1024]
-    names = [f"N = {low} to {high}" for low, high in pairwise(edges)] + [f"N over {edges[-1]}"]
-    starts, ends = np.log(edges), np.log([*edges[1:], np.inf])
+    names = [f"N = {low} to {high}" for low, high in pairwise(EDGES)] + [f"N over {EDGES[-1]}"]
+    starts, ends = np.log(EDGES), np.log([*EDGES[1:], np.inf])
     return {name: np.clip(-logprobs - low, 0, high - low) for name, low, high in zip(names, starts, ends)}
 
 
