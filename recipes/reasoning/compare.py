@@ -114,6 +114,16 @@ def checkpoint_table(profiles: list[CoverageProfile], checkpoints: Checkpoints) 
     )
 
 
+def about(recipe: Recipe) -> str:
+    """Say what the model of the card is."""
+    return (
+        f"{recipe.model.name} with an adapter of rank {recipe.model.rank} on all linear layers, trained on the answers "
+        f"to {recipe.data.train_rows} questions of `reasoning_gym`'s {recipe.task['name']}, "
+        f"{recipe.finetune.num_train_epochs:g} times each (`recipes/reasoning`); of its checkpoints the one with the "
+        f"highest Pass@{max(recipe.measure.pass_at)}. The weights are not distributed: the recipe makes them."
+    )
+
+
 def findings(checkpoints: Checkpoints) -> list[str]:
     """Say what cross-entropy's choice costs for each N, and which rules do better."""
     chosen = choose(checkpoints)
@@ -122,7 +132,7 @@ def findings(checkpoints: Checkpoints) -> list[str]:
         passes = checkpoints.passes(n).mean(axis=1)
         best = int(passes.argmax())
         rules = [name for name, index in chosen.items() if passes[index] > passes[chosen[CROSS_ENTROPY]] + 1e-12]
-        better = ", ".join(name for name in rules if not name.startswith("best")) or "no rule"
+        better = "; ".join(name for name in rules if not name.startswith("best")) or "no rule"
         lines.append(
             f"Pass@{n} is {passes[chosen[CROSS_ENTROPY]]:.3f} at the checkpoint with the least cross-entropy (step "
             f"{checkpoints.steps[chosen[CROSS_ENTROPY]]}) and {passes[best]:.3f} at the best one (step "
@@ -151,7 +161,9 @@ def write(
     encoded = encode_corpus(
         entry_corpus(recipe.held_out_entries()), load_tokenizer(recipe.model.name), append_eos=True
     )
-    origin = provenance(f"python -m recipes.reasoning.compare {' '.join(sys.argv[1:])}", seed=recipe.run.seed)
+    arguments = " ".join(sys.argv[1:])
+    steps = [f"python -m recipes.reasoning.{step} {arguments}" for step in ("finetune", "sample", "compare")]
+    origin = provenance(" && \\\n".join(steps), seed=recipe.run.seed)
     write_html_report(
         folder / "report.html",
         title=name,
@@ -169,7 +181,7 @@ def write(
         provenance=origin,
         n=checkpoints.n,
         others=[profiles[0], profiles[-1]],
-        description="\n\n".join(summary),
+        description="\n\n".join([about(recipe), *summary]),
         tables=tables[:3],
         corpus_fingerprint=encoded.fingerprint,
         metadata={"license": "apache-2.0", "base_model": SMOLLM2_HUB_ID, "library_name": "peft"}

@@ -97,6 +97,7 @@ def test_a_run_leaves_profiles_samples_tables_figures_and_a_card(finished):
         assert part in tables
     card = ModelCard.load(finished / "comparison" / "card" / "README.md")
     assert {entry.metric_type for entry in card.data.eval_results} >= {"cov_2", "kl"}
+    assert "32 questions of `reasoning_gym`'s chain_sum" in card.text
     (file,) = (finished / "comparison").glob("results_*.json")
     results = json.loads(file.read_text())["results"]
     assert results["step 4"]["kl,none"] < results["step 0"]["kl,none"]
