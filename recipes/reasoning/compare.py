@@ -117,8 +117,8 @@ def checkpoint_table(profiles: list[CoverageProfile], checkpoints: Checkpoints) 
 def about(recipe: Recipe) -> str:
     """Say what the model of the card is."""
     return (
-        f"{recipe.model.name} with an adapter of rank {recipe.model.rank} on all linear layers, trained on the answers "
-        f"to {recipe.data.train_rows} questions of `reasoning_gym`'s {recipe.task['name']}, "
+        f"{recipe.model.name} with an adapter of rank {recipe.model.rank} on all linear layers, trained on the "
+        f"answers to {recipe.data.train_rows} questions of `reasoning_gym`'s {recipe.task['name']}, "
         f"{recipe.finetune.num_train_epochs:g} times each (`recipes/reasoning`); of its checkpoints the one with the "
         f"highest Pass@{max(recipe.measure.pass_at)}. The weights are not distributed: the recipe makes them."
     )
@@ -176,7 +176,7 @@ def write(
     index = choose(checkpoints)[f"best Pass@{max(checkpoints.pass_at)}"]
     write_model_card(
         folder / "card",
-        replace(profiles[index], name=f"{name}, step {checkpoints.steps[index]}"),
+        replace(profiles[index], name=f"{recipe.model.name}, {recipe.task['name']} step {checkpoints.steps[index]}"),
         corpus=f"reasoning_gym {recipe.task['name']}",
         provenance=origin,
         n=checkpoints.n,
