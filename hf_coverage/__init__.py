@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hf_coverage.measure.answers import score_answers
     from hf_coverage.measure.builders import sample_corpus, single_answer_corpus, teacher_scored_corpus, windows_corpus
     from hf_coverage.measure.callback import CoverageCallback, CoverageWarning
+    from hf_coverage.measure.inherent_variance import InherentVariance, measure_inherent_variance
     from hf_coverage.measure.profile import CoverageProfile
     from hf_coverage.measure.score_table import ScoreTable
     from hf_coverage.measure.scoring import score_responses
@@ -32,6 +33,7 @@ _HOMES = {
     "CoverageCallback": "measure.callback",
     "CoverageProfile": "measure.profile",
     "CoverageWarning": "measure.callback",
+    "InherentVariance": "measure.inherent_variance",
     "NormalizedGradient": "optim.normalized",
     "NormalizedSGD": "optim.sgd",
     "PredictivenessResult": "select.predictiveness",
@@ -42,6 +44,7 @@ _HOMES = {
     "evaluate_best_of_n": "decode.best_of_n",
     "judge_best_of_n": "decode.best_of_n",
     "layer_groups": "optim.groups",
+    "measure_inherent_variance": "measure.inherent_variance",
     "normalized_optimizer": "optim.trainer",
     "predictiveness": "select.predictiveness",
     "sample_corpus": "measure.builders",
@@ -58,6 +61,7 @@ __all__ = [
     "CoverageCallback",
     "CoverageProfile",
     "CoverageWarning",
+    "InherentVariance",
     "NormalizedGradient",
     "NormalizedSGD",
     "PredictivenessResult",
@@ -69,6 +73,7 @@ __all__ = [
     "evaluate_module",
     "judge_best_of_n",
     "layer_groups",
+    "measure_inherent_variance",
     "normalized_optimizer",
     "predictiveness",
     "sample_corpus",
