@@ -65,7 +65,8 @@ def suggest(
     ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of those minibatches.")] = 0,
     output_dir: Annotated[
-        Path, typer.Option("--output-dir", "-o", help="Folder for the JSON, and the scores to go on with.")
+        Path,
+        typer.Option("--output-dir", "-o", help="Folder for the JSON, and for what an interrupted run goes on with."),
     ] = Path("suggest"),
     split: Split = None,
     tokenizer: TokenizerName = None,
@@ -108,7 +109,7 @@ def suggest(
         append_eos=append_eos,
         group_by=group_by,
         batch_tokens=batch_tokens,
-        output_dir=output_dir / "scores",
+        output_dir=output_dir / "head_statistics",
     )
     leave_job(device)
     if is_main_process():

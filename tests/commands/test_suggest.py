@@ -129,12 +129,15 @@ def test_one_group_gives_null_and_a_dash(work):
 
 def test_an_interrupted_command_goes_on_with_what_is_there(work):
     invoke(COMMAND)
-    before, kept = strict("out/suggestion.json"), Path("out/scores/scores-00000.safetensors").stat().st_mtime_ns
+    before, kept = (
+        strict("out/suggestion.json"),
+        Path("out/head_statistics/scores-00000.safetensors").stat().st_mtime_ns,
+    )
     invoke(COMMAND.replace("--steps 1000", "--steps 10"))
     after = strict("out/suggestion.json")
     assert after["measured"] == before["measured"]
     assert after["theorems"] != before["theorems"]
-    assert Path("out/scores/scores-00000.safetensors").stat().st_mtime_ns == kept
+    assert Path("out/head_statistics/scores-00000.safetensors").stat().st_mtime_ns == kept
     assert "holds the scores of something else" in error_line(COMMAND.replace("student", "other"))
 
 
