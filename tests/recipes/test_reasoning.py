@@ -156,6 +156,11 @@ def test_the_loss_counts_answers_alone(tiny):
     )
 
 
+def test_steps_without_a_checkpoint_are_refused(finished, tiny, monkeypatch):
+    with pytest.raises(ValueError, match=r"must be among \[0, 1, 2, 3, 4\].* got \[7\]"):
+        run(monkeypatch, sample.main, tiny, finished, "--measure.sample_steps", "0", "7")
+
+
 def test_questions_are_distinct_and_not_those_of_the_training():
     held_out = draw_entries(TASK, 40, seed=0)
     train = draw_entries(TASK, 40, seed=0, besides=held_out)
