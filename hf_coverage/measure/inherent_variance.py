@@ -153,6 +153,12 @@ def estimate_inherent_variance(
 
     Returns:
         The constants.
+
+    Example:
+        >>> columns = {"hidden_norm": [2.0, 3.0], "inherent_variance": [4.0, 8.0], "num_tokens": [2, 4]}
+        >>> found = estimate_inherent_variance(columns | {"sampled_variance": [5.0, 9.0]})
+        >>> found.feature_norm, found.estimate.mean, found.per_token
+        (3.0, 7.0, 2.3333333333333335)
     """
     norms, expected, sampled, tokens = (np.asarray(columns[name], dtype=np.float64) for name in COLUMNS)
     return InherentVariance(

@@ -46,6 +46,16 @@ class Suggestion:
         gradient_norms: Norms of minibatches' gradients, where they were measured.
         gradient_batch: How many sequences those minibatches have.
 
+    Example:
+        >>> from hf_coverage.functional.statistics import MeanEstimate
+        >>> variance = MeanEstimate(95_000.0, 670.0, num_groups=18)
+        >>> found = InherentVariance(60.0, variance, variance, has_teacher=False, num_rows=89, mean_length=64.0)
+        >>> suggestion = Suggestion(found, radius=720.0, plan=TrainingPlan(n=16, steps=1000))
+        >>> suggestion.normalized.dominant, suggestion.normalized.is_vacuous
+        ('feature norm', True)
+        >>> suggestion.verdict().split(":")[0]
+        'The bounds are vacuous'
+
     References:
         arXiv 2510.15020, Theorems 5.1, 6.1 and 6.2.
     """
