@@ -81,16 +81,19 @@ class HeadTap:
         return torch.cat(positions or [], dim=1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Call the head alone."""
-        logits = self.head(hidden.to(self.head.weight.device))
-        self._notes.clear()
-        return logits
+        """Call the head alone `(B, m, V)`, on inputs `(B, m, d)`; nothing is noted."""
+        self._notes.active = False
+        try:
+            return self.head(hidden.to(self.head.weight.device))
+        finally:
+            self._notes.active = True
 
 
 class _Notes:
     """What the hooks write down. They run uncompiled: a compiled pass would keep what it saw to itself."""
 
     def __init__(self) -> None:
+        self.active = True
         self.positions: list[Tensor] | None = []
         self.clear()
 
@@ -100,15 +103,16 @@ class _Notes:
         self.returned: weakref.ref[Tensor] | None = None
 
     @torch.compiler.disable
-    def note_positions(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+    def note_positions(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not self.active:
+            return args
         if self.positions is not None:
             self.positions.append(args[0].detach())
         return (args[0][:, -1:],)
 
     @torch.compiler.disable
     def note_head(self, head: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> None:
-        self.clear()
-        if logits.ndim == 3:  # somebody may call it on other shapes
+        if self.active and logits.ndim == 3:  # somebody may call it on other shapes
             # Copies: a compiled pass writes into the same memory again.
             self.hidden, self.logits = args[0][:, -1].detach().clone(), logits[:, -1].detach().clone()
 

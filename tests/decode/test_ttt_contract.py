@@ -59,7 +59,11 @@ RIGHT = {
     "compiled": compiled,
     "prefill in chunks": lambda: {"prefill_chunk_size": 2},
     "own cache": lambda: {"past_key_values": DynamicCache()},
-    "rows that end": lambda: {"do_sample": True, "stopping_criteria": StoppingCriteriaList([stop_rows_early])},
+    "rows that end": lambda: {
+        "do_sample": True,
+        "eos_token_id": [12],
+        "stopping_criteria": StoppingCriteriaList([stop_rows_early]),
+    },
     "end-of-sequence tokens": lambda: {"do_sample": True, "eos_token_id": [1, 4, 7]},
     "ruled out tokens": lambda: {"bad_words_ids": [[3], [5, 6]], "suppress_tokens": [8], "min_new_tokens": 4},
     "few tokens allowed": lambda: {"prefix_allowed_tokens_fn": lambda row, ids: [2, 3 + len(ids) % 4]},
