@@ -24,7 +24,8 @@ class DistillationMixin(SequenceLossMixin):
 
         loss = -1/K sum_i sum_h w_ih log p(y_ih | x_i, y_i<h),      sum_h w_ih e_ih = min(log N, sum_h e_ih)
 
-    e is the KL from the teacher's to the model's next-token distribution; the weights w are constants. The loss is a
+    e is the KL from the teacher's to the model's next-token distribution. The weights w are constants: a sequence past
+    log N goes on pulling at its first tokens, where the gradient of `min(log N, .)` itself would be 0. The loss is a
     mean over sequences of a sum over tokens: K counts the rows with a label of one optimizer step, over all its
     accumulation steps and processes. The method takes y from the teacher: train on sequences that it has sampled.
 
@@ -93,7 +94,7 @@ class DistillationMixin(SequenceLossMixin):
         # Of the bare model: the Trainer is going to wrap it so that what it returns is no longer what its head gave.
         self._in_chunks = not self.args.torch_compile and _ends_in_a_linear_layer(self.model)
         self._teacher_in_chunks = _ends_in_a_linear_layer(teacher)
-        self._tally = _Tally()
+        self._tally = _Tally(self.args.device)
 
     def compute_loss(
         self,
@@ -129,7 +130,7 @@ class DistillationMixin(SequenceLossMixin):
         """Add the divergences since the last log to a training's logs."""
         if "loss" in logs:
             logs |= self._tally.means(self.accelerator)
-            self._tally = _Tally()
+            self._tally = _Tally(self.args.device)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]  # the Trainer's, beside the mixin
 
     def evaluation_loop(
@@ -141,7 +142,7 @@ class DistillationMixin(SequenceLossMixin):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """Evaluate, and add the divergences to the metrics."""
-        training, self._tally = self._tally, _Tally()
+        training, self._tally = self._tally, _Tally(self.args.device)
         try:
             output = super().evaluation_loop(  # type: ignore[misc]  # the Trainer's, beside the mixin
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -156,20 +157,17 @@ class DistillationMixin(SequenceLossMixin):
 class _Tally:
     """Sums of divergences, on the device until they are asked for."""
 
-    def __init__(self) -> None:
-        self.sums: Tensor | None = None
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
 
     def add(self, token_kl: Tensor, mask: Tensor, weights: Tensor, n: float) -> None:
         kl = token_kl.double().sum(-1)
         stopped = kl.clamp_max(math.log(n))
         parts = [mask.sum(), mask.any(-1).sum(), kl.sum(), stopped.sum(), weights.double().sum()]
-        found = torch.stack([part.double() for part in parts])
-        self.sums = found if self.sums is None else self.sums + found
+        self.sums += torch.stack([part.double() for part in parts])
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Over all processes, which have to ask together."""
-        if self.sums is None:
-            return {}
         tokens, sequences, kl, stopped, weight = accelerator.reduce(self.sums, "sum").tolist()
         if not tokens:
             return {}
