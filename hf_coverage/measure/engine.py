@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hf_coverage.functional.logprobs import collision_probability, logsumexp, token_kl
+from hf_coverage.functional.step_rule import StepRule
+from hf_coverage.measure.adapted import adapted_logprobs, check_adaptable
 from hf_coverage.measure.batching import Batch, Limits, Step, build_step, plan_batches, tokens_read
 from hf_coverage.measure.corpus import EncodedCorpus
 from hf_coverage.measure.forward import HeadForward, HeadOutput
@@ -37,9 +39,10 @@ class ScoringOptions:
         share_prefixes: Whether responses of one prompt continue from one run of it where the architecture allows it.
         per_token: Whether the log-probability of each token is kept.
         head_statistics: Whether the output head's norms and inherent variance are measured.
+        ttt: How the output head makes a step after each token of a response; None: it does not.
 
     Raises:
-        ValueError: If a size is not positive.
+        ValueError: If a size is not positive, or `ttt` is combined with `head_statistics` or has no single step size.
     """
 
     batch_tokens: int = 4096
@@ -47,11 +50,16 @@ class ScoringOptions:
     share_prefixes: bool = True
     per_token: bool = False
     head_statistics: bool = False
+    ttt: StepRule | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "logits_memory"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.ttt is not None and self.head_statistics:
+            raise ValueError("`head_statistics` are those of a head that stays what it is: leave out it or `ttt`.")
+        if self.ttt is not None and isinstance(self.ttt.lr, Tensor):
+            raise ValueError("`ttt` must have one step size `lr` for all rows, a float.")
 
 
 class ScoringEngine:
@@ -65,7 +73,8 @@ class ScoringEngine:
         options: What to compute.
 
     Raises:
-        ValueError: If a model has no output embeddings, the vocabularies differ or `logits_memory` is too small.
+        ValueError: If a model has no output embeddings, the vocabularies differ, `logits_memory` is too small, or
+            the head cannot make steps, or there is a teacher, with `ttt`.
     """
 
     def __init__(self, model: nn.Module, teacher: nn.Module | None, options: ScoringOptions) -> None:
@@ -74,6 +83,10 @@ class ScoringEngine:
         self.forwards = [HeadForward(model)] if teacher is None else [HeadForward(model), HeadForward(teacher)]
         probes = [forward.probe() for forward in self.forwards]
         self.vocab_size = probes[0].logits.shape[-1]
+        if options.ttt is not None:
+            check_adaptable(self.forwards[0].head, plain=probes[0].plain_head)
+            if teacher is not None:
+                raise ValueError("`teacher` measures a model that stays what it is: leave out it or `ttt`.")
         if probes[-1].logits.shape[-1] != self.vocab_size:
             raise ValueError(
                 f"`teacher` must have the vocabulary of `model`, {self.vocab_size} tokens, "
@@ -87,6 +100,8 @@ class ScoringEngine:
                 f"got {options.logits_memory}."
             )
         self.positions = options.logits_memory // position_bytes
+        # Heads that make steps are called when all their inputs are there, and a pass needs at least one position.
+        self._first = self.positions if options.ttt is None else 1
         # A head that can be called alone takes the positions of one pass in chunks; otherwise the pass is bounded.
         chunked = all(probe.plain_head for probe in probes)
         self.limits = Limits(options.batch_tokens, sys.maxsize if chunked else self.positions)
@@ -135,6 +150,8 @@ class ScoringEngine:
         """Per-token values of a batch, row after row in the order of `batch.rows`."""
         lengths = [len(corpus.completions[row]) for row in batch.rows]
         slots = dict(zip(batch.rows, accumulate(lengths, initial=0)))
+        if self.options.ttt is not None:
+            return self._score_adapted(corpus, batch, slots, self.options.ttt)
         values: dict[str, NDArray] = {}
         for step, outputs in self._run(corpus, batch, slots):
             for start in range(0, len(step.positions), self.positions):
@@ -145,6 +162,28 @@ class ScoringEngine:
                     place = values.setdefault(name, np.empty(sum(lengths), dtype=np.float32))
                     place[step.slots[inside]] = column.cpu().numpy()
         return values
+
+    def _score_adapted(
+        self, corpus: EncodedCorpus, batch: Batch, slots: dict[int, int], rule: StepRule
+    ) -> dict[str, NDArray]:
+        """The same under heads that follow their responses, once the inputs of all are there."""
+        parts = [
+            (step.slots, output.hidden[torch.from_numpy(step.pick).to(output.hidden.device)])
+            for step, (output,) in self._run(corpus, batch, slots)
+        ]
+        order = torch.from_numpy(np.argsort(np.concatenate([place for place, _ in parts])))
+        hidden = torch.cat([part for _, part in parts])
+        tokens = np.concatenate([np.asarray(corpus.completions[row], dtype=np.int64) for row in batch.rows])
+        lengths = [len(corpus.completions[row]) for row in batch.rows]
+        logprobs = adapted_logprobs(
+            hidden[order.to(hidden.device)],
+            torch.from_numpy(tokens).to(hidden.device),
+            lengths,
+            self.forwards[0].head,
+            rule=rule,
+            memory=self.options.logits_memory,
+        )
+        return {"token_logprobs": logprobs.float().cpu().numpy()}
 
     def _run(
         self, corpus: EncodedCorpus, batch: Batch, slots: dict[int, int]
@@ -157,7 +196,7 @@ class ScoringEngine:
         first = step_of(batch.rows, 0, batch.cuts[0], 0)
         keep = self.cached and len(batch.cuts) > 1
         outputs = [
-            forward(first.ids, first.positions, first=self.positions, keep_cache=keep) for forward in self.forwards
+            forward(first.ids, first.positions, first=self._first, keep_cache=keep) for forward in self.forwards
         ]
         roots = [output.cache for output in outputs]
         yield first, outputs
@@ -169,7 +208,7 @@ class ScoringEngine:
             for start, stop in pairwise(batch.cuts):
                 step = step_of(wave, start, stop, start if keep else 0)
                 outputs = [
-                    forward(step.ids, step.positions, first=self.positions, cache=cache)
+                    forward(step.ids, step.positions, first=self._first, cache=cache)
                     for forward, cache in zip(self.forwards, caches)
                 ]
                 yield step, outputs

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_coverage import __version__
+from hf_coverage.functional.step_rule import StepRule
 from hf_coverage.measure.batching import tokens_read
 from hf_coverage.measure.corpus import EncodedCorpus, encode_corpus
 from hf_coverage.measure.engine import ScoringEngine, ScoringOptions
@@ -44,6 +45,7 @@ def score_encoded(
     per_token: bool = False,
     teacher: nn.Module | None = None,
     head_statistics: bool = False,
+    ttt: StepRule | None = None,
     progress: bool = False,
 ) -> Scores:
     """Score token ids: `log p(y|x) = sum_h log p(y_h | x, y_<h)`; `score_responses` explains the arguments.
@@ -57,6 +59,7 @@ def score_encoded(
         per_token: Whether to return each token's log-probability.
         teacher: Causal language model of the same vocabulary to measure KL(teacher || model) against.
         head_statistics: Whether to measure the output head's input.
+        ttt: How the output head makes a step after each token of a response.
         progress: Whether to show a progress bar on the main process.
 
     Returns:
@@ -75,7 +78,7 @@ def score_encoded(
         >>> scores.logprob.round(1), scores.num_tokens
         (array([-7.1, -2.3]), array([3, 1]))
     """
-    options = ScoringOptions(batch_tokens, logits_memory, share_prefixes, per_token, head_statistics)
+    options = ScoringOptions(batch_tokens, logits_memory, share_prefixes, per_token, head_statistics, ttt)
     with _engine(model, teacher, options) as engine, _progress_bar(encoded, progress) as bar:
         return engine.score(encoded, range(len(encoded)), bar.update)
 
@@ -92,6 +95,7 @@ def score_responses(
     per_token: bool = False,
     teacher: nn.Module | None = None,
     head_statistics: bool = False,
+    ttt: StepRule | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     shard_rows: int = 1024,
     progress: bool = True,
@@ -122,6 +126,9 @@ def score_responses(
             (1 - sum_v q_v^2)` and `sampled_variance = sum_t ||h_t||^2 (1 - 2 q_{y_t} + sum_v q_v^2)`, h_t the input
             of the output head. q is D's next-token distribution: the teacher's where one is given. Without a teacher
             the model's own is put in for it: see `measure.inherent_variance` for what that measures.
+        ttt: Score the model that test-time training makes of this one, `log p_TTT(y|x)`, and how its output head makes
+            a step after each token of a response, every response from the model's own head: what `TTTLogitsProcessor`
+            and `ttt_generate` sample from with the same numbers. None: the model as it is.
         output_dir: Folder of a `ScoreTable` to write, or to go on with after an interruption.
         shard_rows: Rows per shard of that table.
         progress: Whether to show a progress bar, on the main process.
@@ -131,8 +138,8 @@ def score_responses(
 
     Raises:
         TypeError: If the corpus is no `datasets.Dataset`.
-        ValueError: If a row, a size or the teacher does not fit, the model returns NaN, or `output_dir` holds the
-            scores of something else.
+        ValueError: If a row, a size, the teacher or `ttt` does not fit, the model returns NaN, or `output_dir` holds
+            the scores of something else.
         RuntimeError: If the architecture has no single output head over its hidden states.
 
     Example:
@@ -145,9 +152,10 @@ def score_responses(
         ([3, 1], [-7.1, -2.4])
 
     References:
-        arXiv 2510.15020, Equation (1) for log p(y|x), (8) for the inherent variance, (50) for the stopped KL.
+        arXiv 2510.15020, Equation (1) for log p(y|x), (8) for the inherent variance, (22) and (23) for test-time
+        training, (50) for the stopped KL.
     """
-    options = ScoringOptions(batch_tokens, logits_memory, share_prefixes, per_token, head_statistics)
+    options = ScoringOptions(batch_tokens, logits_memory, share_prefixes, per_token, head_statistics, ttt)
     if shard_rows < 1:
         raise ValueError(f"`shard_rows` must be at least 1, got {shard_rows}.")
     encoded = encode_corpus(corpus, tokenizer, append_eos=append_eos)
@@ -161,7 +169,9 @@ def score_responses(
         if output_dir is None:
             scores = engine.score(encoded, range(len(encoded)), bar.update)
         else:
-            settings = {"shard_rows": shard_rows, "options": asdict(options) | {"append_eos": append_eos}}
+            # A table that was begun before there was an option, or without it, is the same table.
+            described = {name: value for name, value in asdict(options).items() if value is not None}
+            settings = {"shard_rows": shard_rows, "options": described | {"append_eos": append_eos}}
             metadata = _describe_run(model, teacher, tokenizer, encoded, settings)
             table = on_main_process(lambda: ScoreTable.begin(output_dir, metadata))
             scores = _score_into_table(engine, encoded, table, bar)

@@ -1,0 +1,146 @@
+"""Scores of the adapted model: equal to decoding step by step, whatever the batches, and what is refused."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from hf_coverage.decode.test_time_training import TTTLogitsProcessor
+from hf_coverage.decode.ttt_generate import ttt_generate
+from hf_coverage.functional.step_rule import StepRule
+from hf_coverage.measure.scoring import score_responses
+from tests.decode.ttt_reference import Recorder, reference_logits, tiny_llama
+
+RULES = [
+    StepRule(0.4),
+    StepRule(0.4, radius=0.5),
+    StepRule(0.4, decay=0.2),
+    StepRule(0.4, lam=0.3),
+    StepRule(0.2, top_k=4),
+]
+
+
+def draw_corpus(seed=0):
+    """Prompts with one and with several responses, of all lengths."""
+    draw = np.random.default_rng(seed)
+    prompts = [draw.integers(2, 13, length).tolist() for length in (1, 4, 4, 7, 3)]
+    rows = [
+        (prompts[index], draw.integers(2, 13, draw.integers(1, 12)).tolist()) for index in (0, 1, 1, 1, 2, 3, 3, 4)
+    ]
+    return Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in rows])
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("kind", ["untied", "tied", "bias"])
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_tokens": 8, "logits_memory": 400}, {"share_prefixes": False}], ids=str
+)
+def test_scores_equal_decoding(rule, kind, options):
+    model, corpus = tiny_llama(head_bias=kind == "bias", tie=kind == "tied"), draw_corpus()
+    scored = score_responses(model, None, corpus, ttt=rule, per_token=True, progress=False, **options)
+    settings = {"radius": rule.radius, "decay": rule.decay, "lam": rule.lam, "top_k": rule.top_k}
+    with TTTLogitsProcessor(model, rule.lr, **settings) as processor:
+        for row in scored:
+            recorder = Recorder(forced=torch.tensor([row["completion"]]))
+            model.generate(
+                torch.tensor([row["prompt"]]),
+                max_new_tokens=len(row["completion"]),
+                eos_token_id=None,
+                pad_token_id=0,
+                logits_processor=[processor, recorder],
+            )
+            logprobs = recorder.stacked()[0].log_softmax(-1)
+            expected = logprobs.gather(-1, torch.tensor(row["completion"])[:, None])[:, 0]
+            np.testing.assert_allclose(row["token_logprobs"], expected, rtol=0, atol=2e-5)
+            assert row["logprob"] == pytest.approx(float(expected.double().sum()), abs=1e-4)
+
+
+def test_scores_equal_autograd():
+    model, corpus = tiny_llama(head_bias=True), draw_corpus(1)
+    scored = score_responses(model, None, corpus, ttt=StepRule(0.3, radius=1.0), progress=False)
+    for row in scored:
+        logits = reference_logits(model, [row["prompt"]], [row["completion"]], lr=0.3, radius=1.0)[0].log_softmax(-1)
+        expected = float(logits.gather(-1, torch.tensor(row["completion"])[:, None]).sum())
+        assert row["logprob"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_step_size_of_zero_is_the_model_as_it_is():
+    model, corpus = tiny_llama(), draw_corpus()
+    plain, adapted = (
+        score_responses(model, None, corpus, ttt=rule, progress=False)["logprob"] for rule in (None, StepRule(0.0))
+    )
+    np.testing.assert_allclose(plain, adapted, rtol=0, atol=1e-5)
+
+
+def test_what_is_sampled_is_what_is_scored():
+    model = tiny_llama(head_bias=True)
+    torch.manual_seed(0)
+    result = model.generate(
+        torch.tensor([[3, 4, 5]]).repeat(6, 1),
+        custom_generate=ttt_generate,
+        ttt_lr=0.4,
+        do_sample=True,
+        max_new_tokens=12,
+        return_dict_in_generate=True,
+    )
+    responses = []
+    for row in result.sequences[:, 3:].tolist():
+        responses.append(row[: row.index(1) + 1] if 1 in row else row)  # 1 ends a response
+    corpus = Dataset.from_dict({"prompt": [[3, 4, 5]] * 6, "completion": responses})
+    scored = score_responses(model, None, corpus, ttt=StepRule(0.4), progress=False)
+    np.testing.assert_allclose(scored["logprob"], result.token_logprobs.double().sum(1), rtol=0, atol=1e-4)
+
+
+def test_probabilities_of_all_responses_sum_to_one():
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=4, n_positions=16, initializer_range=0.5)
+    responses = [list(response) for response in itertools.product(range(4), repeat=5)]
+    corpus = Dataset.from_dict({"prompt": [[2, 1]] * len(responses), "completion": responses})
+    scored = score_responses(GPT2LMHeadModel(config), None, corpus, ttt=StepRule(1.0), progress=False)
+    assert np.exp(scored["logprob"]).sum() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_half_precision():
+    model, corpus = tiny_llama().bfloat16(), draw_corpus()
+    scored = score_responses(model, None, corpus, ttt=StepRule(0.3), progress=False)["logprob"]
+    exact = score_responses(model.float(), None, corpus, ttt=StepRule(0.3), progress=False)["logprob"]
+    np.testing.assert_allclose(scored, exact, rtol=0.05, atol=0.3)
+
+
+def test_a_table_knows_its_rule(tmp_path):
+    model, corpus = tiny_llama(), draw_corpus()
+    first = score_responses(model, None, corpus, ttt=StepRule(0.3), output_dir=tmp_path, progress=False)["logprob"]
+    again = score_responses(model, None, corpus, ttt=StepRule(0.3), output_dir=tmp_path, progress=False)["logprob"]
+    assert list(first) == list(again)
+    for rule in (None, StepRule(0.2)):
+        with pytest.raises(ValueError, match="holds the scores of something else"):
+            score_responses(model, None, corpus, ttt=rule, output_dir=tmp_path, progress=False)
+
+
+def test_refusals():
+    model, corpus = tiny_llama(), draw_corpus()
+    for settings, message in (
+        ({"head_statistics": True}, "`head_statistics` are those of a head that stays"),
+        ({"teacher": tiny_llama(seed=1)}, "`teacher` measures a model that stays"),
+        ({"ttt": StepRule(torch.tensor([0.1]))}, "`ttt` must have one step size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            score_responses(model, None, corpus, progress=False, **{"ttt": StepRule(0.1)} | settings)
+    config = Gemma2Config(
+        vocab_size=13,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        final_logit_softcapping=5.0,
+    )
+    with pytest.raises(ValueError, match="scaling or soft-capping"):
+        score_responses(Gemma2ForCausalLM(config), None, corpus, ttt=StepRule(0.1), progress=False)
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(ValueError, match="linear output head, got Sequential"):
+        score_responses(model, None, corpus, ttt=StepRule(0.1), progress=False)
