@@ -166,6 +166,7 @@ def trainer_of(
         per_device_eval_batch_size=args.batch_size,
         max_grad_norm=0.0,
         bf16=args.bf16,
+        use_cpu=not torch.accelerator.is_available(),
         seed=seed,
         logging_steps=1,
         save_strategy="no",

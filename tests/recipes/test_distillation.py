@@ -16,7 +16,7 @@ ARGUMENTS = [
     *["--drop_layers", "1", "--train_from_layer", "1", "--prompt_tokens", "3", "--response_tokens", "4"],
     *["--train_sequences", "16", "--validation_sequences", "8", "--test_sequences", "12", "--n", "1.05"],
     *["--steps", "2", "--batch_size", "4", "--learning_rates", "1e-2", "1e-3", "--seeds", "0", "1"],
-    *["--report_n", "1.1", "2"],
+    *["--report_n", "1.1", "2", "--bf16", "true"],
 ]
 
 
@@ -65,7 +65,7 @@ def test_the_recipe_runs_and_goes_on_where_it_was(teacher_folder, tmp_path, monk
     stopped = found["stopped-0.01-0"]["logs"]
     plain = found["plain-0.01-0"]["logs"]
     assert [row["step"] for row in stopped] == [1, 2]
-    assert stopped[0]["kl"] == plain[0]["kl"] > stopped[0]["stopped_kl"] == pytest.approx(stopped[0]["loss"], rel=1e-5)
+    assert stopped[0]["kl"] == plain[0]["kl"] > stopped[0]["stopped_kl"] == pytest.approx(stopped[0]["loss"], rel=1e-3)
     assert plain[0]["stopped_tokens"] == 0 < stopped[0]["stopped_tokens"]
     assert found["plain-0.01-0"]["validation"]["eval_stopped_kl"] == pytest.approx(np.log(1.05), rel=0.01)
     assert found["plain-0.01-0"]["logprobs"] != found["before-training-0-0"]["logprobs"]
