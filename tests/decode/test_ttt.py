@@ -132,7 +132,11 @@ def test_the_next_prompt_begins_anew():
             found = generate(model, ids, processor, steps=7)
             expected = reference_logits(model, ids, found.sequences[:, len(ids[0]) :].tolist(), lr=0.4)
             torch.testing.assert_close(torch.stack(found.scores, dim=1), expected, rtol=0, atol=1e-4)
-    assert all(torch.equal(a, b) for a, b in zip(first, found.scores))
+        assert all(torch.equal(a, b) for a, b in zip(first, found.scores))
+        generate(model, [[3, 4, 5]], processor, steps=1)
+        found = generate(model, [[9, 4, 5, 6]], processor, steps=4)  # one longer, but others
+        expected = reference_logits(model, [[9, 4, 5, 6]], found.sequences[:, 4:].tolist(), lr=0.4)
+        torch.testing.assert_close(torch.stack(found.scores, dim=1), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

@@ -57,6 +57,8 @@ RIGHT = {
     "without a cache": lambda: {"use_cache": False},
     "static cache": lambda: {"cache_implementation": "static"},
     "compiled": compiled,
+    "logits at all positions": lambda: {"logits_to_keep": 0},
+    "the same without a cache": lambda: {"logits_to_keep": 0, "use_cache": False},
     "prefill in chunks": lambda: {"prefill_chunk_size": 2},
     "own cache": lambda: {"past_key_values": DynamicCache()},
     "rows that end": lambda: {
