@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from hf_coverage.measure.profile import CoverageProfile
     from hf_coverage.measure.score_table import ScoreTable
     from hf_coverage.measure.scoring import score_responses
+    from hf_coverage.optim.distillation import DistillationMixin
     from hf_coverage.optim.groups import layer_groups
     from hf_coverage.optim.normalized import NormalizedGradient
+    from hf_coverage.optim.objectives import CoverageLoss, log_linear_n
     from hf_coverage.optim.sgd import NormalizedSGD
     from hf_coverage.optim.trainer import SequenceLossMixin, normalized_optimizer
     from hf_coverage.select.callback import TournamentCallback
@@ -31,8 +33,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "BestOfNResult": "decode.best_of_n_result",
     "CoverageCallback": "measure.callback",
+    "CoverageLoss": "optim.objectives",
     "CoverageProfile": "measure.profile",
     "CoverageWarning": "measure.callback",
+    "DistillationMixin": "optim.distillation",
     "InherentVariance": "measure.inherent_variance",
     "NormalizedGradient": "optim.normalized",
     "NormalizedSGD": "optim.sgd",
@@ -44,6 +48,7 @@ _HOMES = {
     "evaluate_best_of_n": "decode.best_of_n",
     "judge_best_of_n": "decode.best_of_n",
     "layer_groups": "optim.groups",
+    "log_linear_n": "optim.objectives",
     "measure_inherent_variance": "measure.inherent_variance",
     "normalized_optimizer": "optim.trainer",
     "predictiveness": "select.predictiveness",
@@ -59,8 +64,10 @@ _HOMES = {
 __all__ = [
     "BestOfNResult",
     "CoverageCallback",
+    "CoverageLoss",
     "CoverageProfile",
     "CoverageWarning",
+    "DistillationMixin",
     "InherentVariance",
     "NormalizedGradient",
     "NormalizedSGD",
@@ -73,6 +80,7 @@ __all__ = [
     "evaluate_module",
     "judge_best_of_n",
     "layer_groups",
+    "log_linear_n",
     "measure_inherent_variance",
     "normalized_optimizer",
     "predictiveness",
