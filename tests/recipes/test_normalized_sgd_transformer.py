@@ -2,11 +2,13 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_coverage.measure.corpus import EncodedCorpus
@@ -104,19 +106,15 @@ def test_what_diverged_covers_nothing(tmp_path, tiny_llama):
     assert half.of(findings.Run(0.1, jobs.score(job, model)[None])).cov(1e9) == 1
 
 
-def test_learning_rates_are_chosen_on_one_half_and_reported_on_the_other():
-    class Measure:
-        n, pass_at, choose_n = [2.0], [4], 2.0
-
+def test_learning_rates_are_chosen_on_one_half_and_reported_on_the_other(tmp_path):
+    measure = SimpleNamespace(n=[2.0], pass_at=[4], choose_n=2.0)
     even, odd = np.log([[0.9, 0.1] * 20]), np.log([[0.1, 0.9] * 20])
-    runs = {
-        findings.START: [findings.Run(None, even)],
-        findings.BASELINE: [findings.Run(0.1, even), findings.Run(0.2, odd), findings.Run(0.3, odd)],
-    }
-    half = findings.Half(np.arange(1, 40, 2), np.arange(1, 40, 2))
-    chosen = {name: tried[0] for name, tried in runs.items()}
-    start, baseline = findings.results_table(Measure, half, runs, chosen, chosen_by="Cov_2").rows
-    assert baseline[1] == "0.1 ↓"
-    assert baseline[3].value == 1  # on the odd rows, where p = 0.1
-    assert baseline[4].value == pytest.approx(1 - 0.9**4)
-    assert start[5].value == 0
+    rates = [findings.Run(0.1, even), findings.Run(0.2, odd), findings.Run(0.3, odd)]
+    runs = {findings.START: [findings.Run(None, odd)], findings.BASELINE: rates}
+    findings.report(tmp_path, measure, SimpleNamespace(groups=np.arange(40)), runs, Console(quiet=True))
+    for table in (tmp_path / "table.md").read_text().split("\n\n")[1::2]:
+        *_, start, baseline = (line.split(" | ") for line in table.strip().splitlines())
+        assert baseline[1] == "0.1 ↓"
+        assert baseline[3].startswith("1 [")  # the odd rows have p = 0.1
+        assert baseline[4].strip("*").startswith(f"{1 - 0.9**4:.3f} [")
+        assert start[5].startswith("-1 [")  # and 0.9 before
