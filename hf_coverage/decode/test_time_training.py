@@ -17,6 +17,7 @@ from transformers import LogitsProcessor
 from hf_coverage.decode.head_tap import HeadPass, HeadTap
 from hf_coverage.functional.fast_weights import (
     FastWeights,
+    fast_error_bound,
     fast_logits,
     fast_step,
     grow_fast_weights,
@@ -61,6 +62,12 @@ class AdaptiveHead:
         self._last = hidden, plain, logits
         return logits
 
+    def error_bound(self) -> Tensor:
+        """How far the last logits can lie from those of exact steps on the same tokens `(B,)`, in any entry."""
+        if self._state is None or self._last is None:
+            raise RuntimeError("There are no logits yet to bound the error of.")
+        return fast_error_bound(self._state, self._last[0])
+
     def step(self, tokens: Tensor, *, active: Tensor | None = None) -> None:
         """Move on tokens `(B,)` that followed upon the last logits."""
         if self._state is None or self._last is None:
@@ -97,7 +104,7 @@ class TTTLogitsProcessor(LogitsProcessor):
         decay: Part of the way back to W_0 that every step begins with, in [0, 1].
         lam: Lambda of normalised steps, `lr g / (lam + ||g||)`; None: plain gradient steps.
         top_k: Cut `1_y - p` to y and the k likeliest tokens: memory and time of a step then do not grow with the
-            vocabulary. None: exact.
+            vocabulary, and `error_bound` says what that can have changed. None: exact.
 
     Raises:
         ValueError: If the model has no linear output head or a number is out of its range; while generating, if the
@@ -149,6 +156,13 @@ class TTTLogitsProcessor(LogitsProcessor):
         self._ids = input_ids
         # A new tensor: what comes after may write into it.
         return torch.where(scores.isneginf(), scores, self._heads.logits(hidden, plain))
+
+    def error_bound(self) -> Tensor:
+        """How far the last logits can lie from those of exact steps on the same tokens `(B,)`, in any entry.
+
+        0 without `top_k`, up to rounding; log-probabilities differ by at most twice that.
+        """
+        return self._heads.error_bound()
 
     def reset(self) -> None:
         """Begin the next sequences with the model's own head whatever they are, and free the memory of the last."""

@@ -115,13 +115,22 @@ def test_half_precision_adapts_in_float32():
 
 
 def test_a_cut_stays_within_its_bound_while_decoding():
-    model = tiny_llama()
+    model, bounds = tiny_llama(), []
+
+    def note(input_ids, scores):
+        bounds.append(processor.error_bound())
+        return scores
+
     with TTTLogitsProcessor(model, 0.05, top_k=8) as processor:
-        cut = generate(model, [[3, 4, 5]], processor, steps=10, do_sample=True)
+        with pytest.raises(RuntimeError, match="no logits yet"):
+            processor.error_bound()
+        settings = {"max_new_tokens": 10, "do_sample": True, "logits_processor": [processor, note]}
+        cut = model.generate(torch.tensor([[3, 4, 5]]), **PLAIN | settings)
     exact = reference_logits(model, [[3, 4, 5]], cut.sequences[:, 3:].tolist(), lr=0.05)
     plain = reference_logits(model, [[3, 4, 5]], cut.sequences[:, 3:].tolist(), lr=0.0)
-    scores = torch.stack(cut.scores, dim=1)
-    assert 0 < (scores - exact).abs().max() < 0.2 * (exact - plain).abs().max()
+    differences = (torch.stack(cut.scores, dim=1) - exact).abs().amax(-1)[0]
+    assert (differences <= torch.cat(bounds) + 1e-5).all()
+    assert 0 < differences.max() < 0.2 * (exact - plain).abs().max()
 
 
 def test_the_next_prompt_begins_anew():
