@@ -148,6 +148,26 @@ def test_the_next_prompt_begins_anew():
         torch.testing.assert_close(torch.stack(found.scores, dim=1), expected, rtol=0, atol=1e-4)
 
 
+def test_embeddings_in_the_place_of_ids():
+    model = tiny_llama()
+    embeddings = model.get_input_embeddings()(torch.tensor([[3, 4, 5]])).detach()
+    with TTTLogitsProcessor(model, 0.4) as processor:
+        for _ in range(2):
+            settings = {"max_new_tokens": 6, "logits_processor": [processor]}
+            found = model.generate(inputs_embeds=embeddings, **PLAIN | settings)
+            expected = reference_logits(model, [[3, 4, 5]], found.sequences.tolist(), lr=0.4)
+            torch.testing.assert_close(torch.stack(found.scores, dim=1), expected, rtol=0, atol=1e-4)
+
+
+def test_inference_mode_leaves_nothing_that_cannot_be_used_outside():
+    model = tiny_llama()
+    with TTTLogitsProcessor(model, 0.4) as processor:
+        with torch.inference_mode():
+            inside = generate(model, [[3, 4, 5]], processor, steps=5)
+        outside = generate(model, [[3, 4, 5]], processor, steps=5)
+    assert torch.equal(inside.sequences, outside.sequences)
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_going_on_from_what_was_generated_is_one_longer_call_unless_reset(use_cache):
     model = tiny_llama()
