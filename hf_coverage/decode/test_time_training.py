@@ -94,8 +94,8 @@ class TTTLogitsProcessor(LogitsProcessor):
     The model is not changed: its head is followed in closed form, beside it. A tied input embedding stays what it is.
     The next prompt begins with the model's head again; token ids that go on from the last ones by one token are the
     same sequences going on, as in one longer call. Rows that have ended are filled up by `generate`, and what their
-    heads do then touches nothing that it returns. Closing, leaving a `with` block or dropping the last reference takes
-    the hooks off the model.
+    heads do then touches no token that it returns. Closing, leaving a `with` block or dropping the last reference
+    takes the hooks off the model.
 
     Args:
         model: Causal language model with a linear output head.

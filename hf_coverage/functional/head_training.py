@@ -16,9 +16,9 @@ from torch.nn.functional import linear
 from hf_coverage.functional.fast_weights import FastWeights, fast_logits, fast_step, new_fast_weights
 from hf_coverage.functional.step_rule import StepRule
 
-__all__ = ["adapt_head", "apply_fast_weights", "follow_tokens"]
+__all__ = ["POSITIONS", "adapt_head", "apply_fast_weights", "follow_tokens"]
 
-_POSITIONS = 32
+POSITIONS = 32
 """Positions whose logits are computed at once: enough for a good matrix product, little beside the errors."""
 
 
@@ -51,7 +51,7 @@ def follow_tokens(
         arXiv 2510.15020, Equation (21) for training, (22) and (23) for test-time training.
     """
     length = tokens.shape[1]
-    start = head(hidden[:, :_POSITIONS])
+    start = head(hidden[:, :POSITIONS])
     state = new_fast_weights(
         hidden[:, 0],
         start[:, 0],
@@ -62,11 +62,11 @@ def follow_tokens(
     )
     logprobs = state.steps.new_zeros(tokens.shape)
     for t in range(length):
-        if t and t % _POSITIONS == 0:
-            start = head(hidden[:, t : t + _POSITIONS])
+        if t and t % POSITIONS == 0:
+            start = head(hidden[:, t : t + POSITIONS])
         active = None if mask is None else mask[:, t]
         chosen = tokens[:, t] if active is None else tokens[:, t].where(active, 0)
-        plain = start[:, t % _POSITIONS]
+        plain = start[:, t % POSITIONS]
         logits = fast_logits(state, hidden[:, t], plain)
         found = logits.log_softmax(-1).gather(-1, chosen.unsqueeze(-1))[:, 0]
         logprobs[:, t] = found if active is None else found.where(active, 0.0)

@@ -9,22 +9,26 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from hf_coverage.functional.head_training import follow_tokens
+from hf_coverage.functional.head_training import POSITIONS, follow_tokens
 from hf_coverage.functional.step_rule import StepRule
 
-__all__ = ["adapted_logprobs", "check_adaptable"]
+__all__ = ["adaptable", "adapted_logprobs"]
 
 
-def check_adaptable(head: nn.Module, *, plain: bool) -> None:
+def adaptable(head: nn.Module, *, plain: bool) -> nn.Linear:
     """Refuse heads whose steps have no closed form.
 
     Args:
         head: The output head.
         plain: Whether the model returns what it gives, and it may be called alone.
+
+    Returns:
+        The same head.
 
     Raises:
         ValueError: If the head is not linear, or not plain.
@@ -39,31 +43,33 @@ def check_adaptable(head: nn.Module, *, plain: bool) -> None:
             "`ttt` needs logits as the head gives them, but the model changes them afterwards (scaling or "
             "soft-capping) or spreads its head over processes; leave it out."
         )
+    return head
 
 
 def adapted_logprobs(
-    hidden: Tensor, tokens: Tensor, lengths: Sequence[int], head: nn.Module, *, rule: StepRule, memory: int
+    hidden: Tensor, tokens: Tensor, lengths: Sequence[int], head: nn.Linear, *, rule: StepRule, memory: int
 ) -> Tensor:
-    """Score responses one after the other, each with a head of its own that follows it.
+    """Score responses, each with a head of its own that follows it.
 
     Args:
         hidden: Inputs of the head at all positions that predict a token, response after response `(M, d)`.
         tokens: These tokens `(M,)`, int64.
         lengths: How many of them each response has.
-        head: A linear head.
+        head: The head.
         rule: How it makes a step.
         memory: Bytes for what the steps keep; a longer response takes what it takes, alone.
 
     Returns:
         `log p_TTT(y_h | x, y_<h)` of each token `(M,)`, nats.
     """
-    kept = head.weight.shape[0] if rule.top_k is None else min(head.weight.shape[0], 3 * (rule.top_k + 1))
+    vocabulary = head.out_features
+    kept = vocabulary if rule.top_k is None else min(vocabulary, 3 * (rule.top_k + 1))  # with an int64 beside each
     logprobs = hidden.new_empty(len(tokens), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    ends = torch.tensor(lengths).cumsum(0).tolist()
+    ends = list(accumulate(lengths))
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])  # responses of like length share a batch
     while order:
         longest = lengths[order[-1]]
-        size = max(1, memory // (4 * kept * longest))
+        size = max(1, memory // (4 * (kept * longest + vocabulary * min(longest, POSITIONS))))
         rows, order = order[-size:], order[:-size]
         own = torch.tensor([[lengths[row]] for row in rows], device=hidden.device)
         steps = torch.arange(longest, device=hidden.device)

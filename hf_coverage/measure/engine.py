@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_coverage.functional.logprobs import collision_probability, logsumexp, token_kl
 from hf_coverage.functional.step_rule import StepRule
-from hf_coverage.measure.adapted import adapted_logprobs, check_adaptable
+from hf_coverage.measure.adapted import adaptable, adapted_logprobs
 from hf_coverage.measure.batching import Batch, Limits, Step, build_step, plan_batches, tokens_read
 from hf_coverage.measure.corpus import EncodedCorpus
 from hf_coverage.measure.forward import HeadForward, HeadOutput
@@ -84,7 +84,7 @@ class ScoringEngine:
         probes = [forward.probe() for forward in self.forwards]
         self.vocab_size = probes[0].logits.shape[-1]
         if options.ttt is not None:
-            check_adaptable(self.forwards[0].head, plain=probes[0].plain_head)
+            self._head = adaptable(self.forwards[0].head, plain=probes[0].plain_head)
             if teacher is not None:
                 raise ValueError("`teacher` measures a model that stays what it is: leave out it or `ttt`.")
         if probes[-1].logits.shape[-1] != self.vocab_size:
@@ -179,7 +179,7 @@ class ScoringEngine:
             hidden[order.to(hidden.device)],
             torch.from_numpy(tokens).to(hidden.device),
             lengths,
-            self.forwards[0].head,
+            self._head,
             rule=rule,
             memory=self.options.logits_memory,
         )
