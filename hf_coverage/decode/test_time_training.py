@@ -74,10 +74,10 @@ class AdaptiveHead:
             raise RuntimeError(
                 "A step needs the logits that its tokens were chosen from; call `logits` before `step`."
             )
-        if self._state.length == self._state.capacity:
-            self._state = grow_fast_weights(self._state, 2 * self._state.capacity)
+        if self._state.length + self._rule.num_steps > self._state.capacity:
+            self._state = grow_fast_weights(self._state, 2 * self._state.capacity + self._rule.num_steps)
         hidden, plain, logits = self._last
-        self._state = fast_step(self._state, hidden, logits, tokens, start_logits=plain, active=active)
+        self._state = fast_step(self._state, hidden, plain, tokens, logits=logits, active=active)
 
 
 class TTTLogitsProcessor(LogitsProcessor):
@@ -105,6 +105,7 @@ class TTTLogitsProcessor(LogitsProcessor):
         lam: Lambda of normalised steps, `lr g / (lam + ||g||)`; None: plain gradient steps.
         top_k: Cut `1_y - p` to y and the k likeliest tokens: memory and time of a step then do not grow with the
             vocabulary, and `error_bound` says what that can have changed. None: exact.
+        num_steps: Steps on each token.
 
     Raises:
         ValueError: If the model has no linear output head or a number is out of its range; while generating, if the
@@ -136,8 +137,9 @@ class TTTLogitsProcessor(LogitsProcessor):
         decay: float = 0.0,
         lam: float | None = None,
         top_k: int | None = None,
+        num_steps: int = 1,
     ) -> None:
-        rule = StepRule(lr, radius, decay=decay, lam=lam, top_k=top_k)
+        rule = StepRule(lr, radius, decay=decay, lam=lam, top_k=top_k, num_steps=num_steps)
         self._tap = HeadTap(model)
         self._heads = AdaptiveHead(rule, has_bias=self._tap.head.bias is not None)
         self._ids: Tensor | None = None

@@ -41,6 +41,7 @@ def ttt_generate(
     ttt_decay: float = 0.0,
     ttt_lam: float | None = None,
     ttt_top_k: int | None = None,
+    ttt_steps: int = 1,
     ttt_streamer: BaseStreamer | None = None,
     **model_kwargs: Any,
 ) -> GenerateNonBeamOutput | Tensor:
@@ -68,6 +69,7 @@ def ttt_generate(
         ttt_decay: Part of the way back to W_0 that every step begins with, in [0, 1].
         ttt_lam: Lambda of normalised steps; None: plain gradient steps.
         ttt_top_k: Cut the error of a step to the chosen token and the k likeliest ones; None: exact.
+        ttt_steps: Steps on each token.
         ttt_streamer: What gets the tokens as they come. `generate` gives its own `streamer` to no custom method.
         model_kwargs: Arguments of the model.
 
@@ -99,7 +101,7 @@ def ttt_generate(
             f"Test-time training works for sampling and greedy decoding, got {mode.value.replace('_', ' ')}; generate "
             "with `num_beams=1` and without what else asks for that."
         )
-    rule = StepRule(ttt_lr, ttt_radius, decay=ttt_decay, lam=ttt_lam, top_k=ttt_top_k)
+    rule = StepRule(ttt_lr, ttt_radius, decay=ttt_decay, lam=ttt_lam, top_k=ttt_top_k, num_steps=ttt_steps)
     mask = None
     if ttt_on_prompt:
         mask = _prompt_mask(model, input_ids, model_kwargs)
@@ -108,7 +110,7 @@ def ttt_generate(
         ttt_streamer.put(input_ids.cpu())
     tap = HeadTap(model, keep_positions=ttt_on_prompt)
     watch = _Watch(stopping_criteria)
-    reserved = min(generation_config.max_length - input_ids.shape[1], _RESERVED)
+    reserved = min(ttt_steps * (generation_config.max_length - input_ids.shape[1]), _RESERVED)
     processor = _FirstProcessor(tap, rule, watch, prompt=mask, reserved=reserved)
     try:
         # The loop itself is the host's, which has no public name for it.

@@ -193,33 +193,42 @@ def fast_error_bound(state: FastWeights, hidden: Tensor) -> Tensor:
 def fast_step(
     state: FastWeights,
     hidden: Tensor,
-    logits: Tensor,
+    start_logits: Tensor,
     tokens: Tensor,
     *,
-    start_logits: Tensor | None = None,
+    logits: Tensor | None = None,
     active: Tensor | None = None,
 ) -> FastWeights:
-    """Take each head one step on a token, as `state.rule` says.
+    """Take each head `num_steps` steps on a token, as `state.rule` says.
 
     Args:
         state: The B heads; its buffers are written to.
         hidden: Inputs h `(B, d)`.
-        logits: Their logits now `(B, V)`, from `fast_logits`; p is the softmax of them.
+        start_logits: `W h + b` `(B, V)`.
         tokens: y `(B,)`, int64.
-        start_logits: `W h + b` `(B, V)`, which a ball around the start needs.
-        active: Rows `(B,)` that make the step; None: all.
+        logits: What `fast_logits` makes of `start_logits` now `(B, V)`, where that is known; p is the softmax of them.
+        active: Rows `(B,)` that make the steps; None: all.
 
     Returns:
-        The state with one step more.
+        The heads after the steps.
 
     Raises:
-        ValueError: If the room is used up, or `start_logits` is missing.
+        ValueError: If there is no room for them.
     """
+    if state.length + state.rule.num_steps > state.capacity:
+        raise ValueError(
+            f"`state` has room for {state.capacity} steps and has made {state.length}; see `grow_fast_weights`."
+        )
+    for _ in range(state.rule.num_steps):
+        now = fast_logits(state, hidden, start_logits) if logits is None else logits
+        state, logits = _single_step(state, hidden, start_logits, now, tokens, active), None
+    return state
+
+
+def _single_step(
+    state: FastWeights, hidden: Tensor, start_logits: Tensor, logits: Tensor, tokens: Tensor, active: Tensor | None
+) -> FastWeights:
     rule, now = state.rule, state.length
-    if now == state.capacity:
-        raise ValueError(f"`state` has room for {now} steps and has made them all; see `grow_fast_weights`.")
-    if rule.radius is not None and rule.center == "start" and start_logits is None:
-        raise ValueError('`start_logits` must be given for a ball around the start (`center="start"`).')
     step = torch.as_tensor(rule.lr, dtype=state.steps.dtype, device=state.steps.device).expand(len(tokens))
     if active is not None:
         step = step * active
@@ -241,7 +250,7 @@ def fast_step(
     if rule.radius is None:
         return state
     # <W - c, e h^T>: of what lies inside the ball, the head or its change.
-    moved = logits if rule.center == "zero" or start_logits is None else logits - start_logits
+    moved = logits if rule.center == "zero" else logits - start_logits
     squared = keep.square() * state.squared_norm + 2 * keep * step * (error * moved).sum(-1)
     return _project(state._replace(squared_norm=squared + step.square() * squared_gradient), rule.radius, active)
 

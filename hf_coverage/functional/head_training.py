@@ -56,7 +56,7 @@ def follow_tokens(
         hidden[:, 0],
         start[:, 0],
         rule=rule,
-        capacity=length,
+        capacity=length * rule.num_steps,
         has_bias=has_bias,
         squared_norm=squared_norm,
     )
@@ -70,7 +70,7 @@ def follow_tokens(
         logits = fast_logits(state, hidden[:, t], plain)
         found = logits.log_softmax(-1).gather(-1, chosen.unsqueeze(-1))[:, 0]
         logprobs[:, t] = found if active is None else found.where(active, 0.0)
-        state = fast_step(state, hidden[:, t], logits, chosen, start_logits=plain, active=active)
+        state = fast_step(state, hidden[:, t], plain, chosen, logits=logits, active=active)
     return state, logprobs
 
 

@@ -32,6 +32,7 @@ class StepRule:
         lam: Lambda of normalised steps, at least 0; None: plain gradient steps.
         top_k: Keep e at y and at the k likeliest tokens and cut it to 0 elsewhere, for memory and time that do not
             grow with the vocabulary; `fast_error_bound` bounds what that changes. None: exact.
+        num_steps: Steps on each token, one after the other.
 
     Raises:
         ValueError: If a number is out of its range, `top_k` is combined with `radius` or `lam`, for which no bound is
@@ -47,6 +48,7 @@ class StepRule:
     decay: float = 0.0
     lam: float | None = None
     top_k: int | None = None
+    num_steps: int = 1
 
     def __post_init__(self) -> None:
         smallest = float(self.lr.min()) if isinstance(self.lr, Tensor) else self.lr
@@ -62,6 +64,8 @@ class StepRule:
             raise ValueError('`decay` goes back to the start: give the ball the same centre, `center="start"`.')
         if self.lam is not None and not 0 <= self.lam < math.inf:
             raise ValueError(f"`lam` must be finite and at least 0, or None for plain steps, got {self.lam}.")
+        if self.num_steps < 1:
+            raise ValueError(f"`num_steps` must be at least 1, got {self.num_steps}.")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, or None for exact steps, got {self.top_k}.")
         if self.top_k is not None and (self.radius is not None or self.lam is not None):

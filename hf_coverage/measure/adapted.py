@@ -69,7 +69,7 @@ def adapted_logprobs(
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])  # responses of like length share a batch
     while order:
         longest = lengths[order[-1]]
-        size = max(1, memory // (4 * (kept * longest + vocabulary * min(longest, POSITIONS))))
+        size = max(1, memory // (4 * (kept * longest * rule.num_steps + vocabulary * min(longest, POSITIONS))))
         rows, order = order[-size:], order[:-size]
         own = torch.tensor([[lengths[row]] for row in rows], device=hidden.device)
         steps = torch.arange(longest, device=hidden.device)

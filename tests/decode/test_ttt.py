@@ -58,7 +58,9 @@ def test_smollm2_equals_autograd(smollm2, steps, do_sample):
     assert (torch.stack(plain.scores, dim=1)[:, -1] - logits[:, -1]).abs().max() > 0.1  # it does something
 
 
-@pytest.mark.parametrize("settings", [{}, {"radius": 0.5}, {"decay": 0.1}, {"decay": 0.1, "radius": 0.5}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"radius": 0.5}, {"decay": 0.1}, {"decay": 0.1, "radius": 0.5}, {"num_steps": 3}]
+)
 @pytest.mark.parametrize("kind", ["gpt2", "bias"])
 def test_small_models_equal_autograd_over_64_tokens(tiny_gpt2, kind, settings):
     model = tiny_gpt2 if kind == "gpt2" else tiny_llama(head_bias=True)

@@ -55,7 +55,7 @@ def test_the_same_as_the_processor_in_every_mode(mode):
         assert not result.token_logprobs[row, length:].any()
 
 
-@pytest.mark.parametrize("settings", [{}, {"ttt_radius": 0.5}, {"ttt_decay": 0.2}])
+@pytest.mark.parametrize("settings", [{}, {"ttt_radius": 0.5}, {"ttt_decay": 0.2}, {"ttt_steps": 2}])
 @pytest.mark.parametrize(("use_cache", "chunk"), [(True, None), (True, 2), (False, None)])
 @pytest.mark.parametrize("kind", ["untied", "bias"])
 def test_steps_on_the_prompt_equal_autograd(kind, use_cache, chunk, settings):
@@ -63,7 +63,8 @@ def test_steps_on_the_prompt_equal_autograd(kind, use_cache, chunk, settings):
     result = decode(
         model, ttt_on_prompt=True, prefill_chunk_size=chunk, use_cache=use_cache, do_sample=True, **settings
     )
-    plain = {name.removeprefix("ttt_"): value for name, value in settings.items()}
+    names = {"ttt_radius": "radius", "ttt_decay": "decay", "ttt_steps": "num_steps"}
+    plain = {names[name]: value for name, value in settings.items()}
     tokens = responses_of(result)
     expected = reference_logits(model, PROMPTS, tokens.tolist(), lr=LR, on_prompt=True, **plain)
     torch.testing.assert_close(torch.stack(result.scores, dim=1), expected, rtol=0, atol=1e-4)

@@ -19,6 +19,7 @@ RULES = [
     StepRule(0.4, radius=0.5),
     StepRule(0.4, decay=0.2),
     StepRule(0.4, lam=0.3),
+    StepRule(0.2, num_steps=2),
     StepRule(0.2, top_k=4),
 ]
 
@@ -42,6 +43,7 @@ def test_scores_equal_decoding(rule, kind, options):
     model, corpus = tiny_llama(head_bias=kind == "bias", tie=kind == "tied"), draw_corpus()
     scored = score_responses(model, None, corpus, ttt=rule, per_token=True, progress=False, **options)
     settings = {"radius": rule.radius, "decay": rule.decay, "lam": rule.lam, "top_k": rule.top_k}
+    settings["num_steps"] = rule.num_steps
     with TTTLogitsProcessor(model, rule.lr, **settings) as processor:
         for row in scored:
             recorder = Recorder(forced=torch.tensor([row["completion"]]))

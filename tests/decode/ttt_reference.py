@@ -41,11 +41,13 @@ class AutogradRow:
         radius: R of the ball around the start.
         decay: Part of the way back to the start before every step.
         on_prompt: Whether to take a step after every token of the prompt as well.
+        num_steps: Steps on each token.
         cache: Whether the backbone keeps its keys and values, or reads the whole prefix again for each token.
     """
 
-    def __init__(self, model, prompt, *, lr, radius=None, decay=0.0, on_prompt=False, cache=False):
+    def __init__(self, model, prompt, *, lr, radius=None, decay=0.0, on_prompt=False, cache=False, num_steps=1):
         self.model, self.lr, self.radius, self.decay = model, lr, radius, decay
+        self.num_steps = num_steps
         self.cache, self.read, self.hidden = DynamicCache() if cache else None, 0, None
         self.start = copy.deepcopy(model.get_output_embeddings()).float()
         self.head = copy.deepcopy(self.start).requires_grad_(True)
@@ -70,14 +72,15 @@ class AutogradRow:
 
     def step(self, token):
         """Move on a token, and return its log-probability before."""
-        logprob = self.logits().log_softmax(-1)[token]
-        gradients = torch.autograd.grad(logprob, list(self.head.parameters()))
-        with torch.no_grad():
-            for parameter, gradient in zip(self.head.parameters(), gradients):
-                parameter.add_(gradient, alpha=self.lr)
-            self.pull_back(gradients)
+        before = float(self.logits().detach().log_softmax(-1)[token])
+        for _ in range(self.num_steps):
+            gradients = torch.autograd.grad(self.logits().log_softmax(-1)[token], list(self.head.parameters()))
+            with torch.no_grad():
+                for parameter, gradient in zip(self.head.parameters(), gradients):
+                    parameter.add_(gradient, alpha=self.lr)
+                self.pull_back(gradients)
         self.ids.append(int(token))
-        return float(logprob.detach())
+        return before
 
     def pull_back(self, gradients):
         """Decay what was there before these gradients, and project."""

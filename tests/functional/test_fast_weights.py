@@ -27,15 +27,16 @@ def slow_head(hidden, tokens, weight, bias, *, rule, mask):
         if not counts:
             logprobs.append(torch.zeros((), dtype=torch.float64))
             continue
-        head = head.detach().requires_grad_(True)
         inputs = h if bias is None else torch.cat([h, h.new_ones(1)])
         logprobs.append((head @ inputs).log_softmax(-1)[y])
-        (gradient,) = torch.autograd.grad(logprobs[-1], head)
-        if rule.lam is not None:
-            gradient = gradient / (rule.lam + gradient.norm())
-        head = (start + (1 - rule.decay) * (head - start) + rule.lr * gradient).detach()
-        if rule.radius is not None:
-            head = around + (head - around) * min(1.0, rule.radius / max(float((head - around).norm()), 1e-300))
+        for _ in range(rule.num_steps):
+            head = head.detach().requires_grad_(True)
+            (gradient,) = torch.autograd.grad((head @ inputs).log_softmax(-1)[y], head)
+            if rule.lam is not None:
+                gradient = gradient / (rule.lam + gradient.norm())
+            head = (start + (1 - rule.decay) * (head - start) + rule.lr * gradient).detach()
+            if rule.radius is not None:
+                head = around + (head - around) * min(1.0, rule.radius / max(float((head - around).norm()), 1e-300))
     return head.detach(), torch.stack(logprobs).detach()
 
 
@@ -58,6 +59,7 @@ def rules(draw):
         center=center,
         decay=0.0 if radius is not None and center == "zero" else draw(st.sampled_from([0.0, 0.2, 1.0])),
         lam=draw(st.sampled_from([None, 0.0, 0.5])),
+        num_steps=draw(st.sampled_from([1, 1, 3])),
     )
 
 
@@ -82,16 +84,17 @@ def test_closed_form_equals_autograd(seed, has_bias, rule):
     top_k=st.integers(1, 12),
     lr=st.sampled_from([0.0, 0.05, 0.3, 2.0]),
     decay=st.sampled_from([0.0, 0.3]),
+    num_steps=st.sampled_from([1, 2]),
 )
-def test_a_cut_step_stays_within_its_bound(seed, has_bias, top_k, lr, decay):
+def test_a_cut_step_stays_within_its_bound(seed, has_bias, top_k, lr, decay, num_steps):
     vocabulary, length = 12, 9
     hidden, tokens, weight, bias, mask = draw_problem(seed, has_bias=has_bias, length=length, vocabulary=vocabulary)
     weight = 3 * weight  # some distributions peaked, some not
-    exact_rule, cut_rule = StepRule(lr, decay=decay), StepRule(lr, decay=decay, top_k=top_k)
+    rules = [StepRule(lr, decay=decay, num_steps=num_steps, top_k=kept) for kept in (None, top_k)]
     start = hidden @ weight.T + (0 if bias is None else bias)
     exact, cut = (
-        new_fast_weights(hidden[:, 0], start[:, 0], rule=rule, capacity=length, has_bias=has_bias)
-        for rule in (exact_rule, cut_rule)
+        new_fast_weights(hidden[:, 0], start[:, 0], rule=rule, capacity=2 * length, has_bias=has_bias)
+        for rule in rules
     )
     for t in range(length):
         h, active = hidden[:, t], mask[:, t]
@@ -102,8 +105,8 @@ def test_a_cut_step_stays_within_its_bound(seed, has_bias, top_k, lr, decay):
         assert (moved.abs().amax(-1) <= 2 * bound + 1e-12).all()
         if top_k >= vocabulary:
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
-        exact = fast_step(exact, h, wanted, tokens[:, t], active=active)
-        cut = fast_step(cut, h, found, tokens[:, t], active=active)
+        exact = fast_step(exact, h, start[:, t], tokens[:, t], logits=wanted, active=active)
+        cut = fast_step(cut, h, start[:, t], tokens[:, t], active=active)
 
 
 def test_the_bound_of_a_single_step_is_what_was_cut():
@@ -146,11 +149,11 @@ def test_more_room_changes_nothing_and_nothing_is_moved_without_need(top_k):
         logits = fast_logits(state, hidden[:, t], start[:, t])
         torch.testing.assert_close(fast_logits(small, hidden[:, t], start[:, t]), logits, rtol=0, atol=0)
         before = state.errors.data_ptr()
-        state = fast_step(state, hidden[:, t], logits, tokens[:, t])
+        state = fast_step(state, hidden[:, t], start[:, t], tokens[:, t], logits=logits)
         assert state.errors.data_ptr() == before
         if small.length == small.capacity:
             small = grow_fast_weights(small, 2 * small.capacity)
-        small = fast_step(small, hidden[:, t], logits, tokens[:, t])
+        small = fast_step(small, hidden[:, t], start[:, t], tokens[:, t])
     assert small.capacity == 8
     with pytest.raises(ValueError, match="at least the 5 steps that were made, got 4"):
         grow_fast_weights(state, 4)
@@ -195,6 +198,7 @@ def test_long_sequences_are_followed_in_parts():
         ({"lr": 0.1, "decay": 1.5}, r"`decay` must be in \[0, 1\], got 1.5"),
         ({"lr": 0.1, "decay": 0.1, "radius": 1.0, "center": "zero"}, "goes back to the start"),
         ({"lr": 0.1, "lam": -1.0}, "`lam` must be finite and at least 0"),
+        ({"lr": 0.1, "num_steps": 0}, "`num_steps` must be at least 1, got 0"),
         ({"lr": 0.1, "top_k": 0}, "`top_k` must be at least 1"),
         ({"lr": 0.1, "top_k": 5, "radius": 1.0}, "must not be combined"),
         ({"lr": 0.1, "top_k": 5, "lam": 1.0}, "must not be combined"),
@@ -208,8 +212,9 @@ def test_rules_that_are_none(settings_, message):
 def test_refusals():
     hidden, logits, token = torch.zeros(1, 2), torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64)
     state = new_fast_weights(hidden, logits, rule=StepRule(1.0), capacity=0)
-    with pytest.raises(ValueError, match="room for 0 steps"):
+    with pytest.raises(ValueError, match="room for 0 steps and has made 0; see `grow_fast_weights`"):
         fast_step(state, hidden, logits, token)
-    state = new_fast_weights(hidden, logits, rule=StepRule(1.0, radius=1.0), capacity=1)
-    with pytest.raises(ValueError, match="`start_logits` must be given"):
+    state = new_fast_weights(hidden, logits, rule=StepRule(1.0, num_steps=3), capacity=5)
+    state = fast_step(state, hidden, logits, token)
+    with pytest.raises(ValueError, match="room for 5 steps and has made 3"):
         fast_step(state, hidden, logits, token)
