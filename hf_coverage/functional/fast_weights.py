@@ -82,7 +82,7 @@ def new_fast_weights(
     rule: StepRule,
     capacity: int,
     has_bias: bool = False,
-    squared_norm: float | Tensor = 0.0,
+    squared_norm: Tensor | None = None,
 ) -> FastWeights:
     """Reserve room for the steps of heads that have not made any.
 
@@ -96,7 +96,13 @@ def new_fast_weights(
 
     Returns:
         The state before the first step, in float32 at least.
+
+    Raises:
+        ValueError: If there is a ball around zero and no `squared_norm`.
     """
+    around_zero = rule.radius is not None and rule.center == "zero"
+    if around_zero and squared_norm is None:
+        raise ValueError('`squared_norm` of the head must be given for a ball around zero (`center="zero"`).')
     rows, vocabulary = logits.shape
     steps = logits.new_zeros(rows, capacity, dtype=torch.promote_types(logits.dtype, torch.float32))
     kept, cut = vocabulary, None
@@ -110,7 +116,7 @@ def new_fast_weights(
         errors=steps.new_empty(rows, capacity, kept),
         cut=cut,
         steps=steps,
-        squared_norm=steps.new_zeros(rows) + squared_norm,
+        squared_norm=steps.new_zeros(rows) + squared_norm if around_zero else steps.new_zeros(rows),
         length=0,
         has_bias=has_bias,
     )

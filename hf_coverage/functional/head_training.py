@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from hf_coverage.functional.fast_weights import FastWeights, fast_logits, fast_step, new_fast_weights
 from hf_coverage.functional.step_rule import StepRule
 
-__all__ = ["POSITIONS", "adapt_head", "apply_fast_weights", "follow_tokens"]
+__all__ = ["POSITIONS", "adapt_head", "apply_fast_weights", "follow_tokens", "squared_head_norm"]
 
 POSITIONS = 32
 """Positions whose logits are computed at once: enough for a good matrix product, little beside the errors."""
@@ -30,7 +30,7 @@ def follow_tokens(
     *,
     rule: StepRule,
     has_bias: bool = False,
-    squared_norm: float | Tensor = 0.0,
+    squared_norm: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[FastWeights, Tensor]:
     """Follow given tokens with one step of the head after each: `log p_{W_1}(y_1), log p_{W_2}(y_2), ...`.
@@ -108,17 +108,23 @@ def adapt_head(
     """
     exact = torch.promote_types(weight.dtype, torch.float32)
     weight, bias = weight.to(exact), None if bias is None else bias.to(exact)
-    parameters = [parameter for parameter in (weight, bias) if parameter is not None]
-    around_zero = rule.radius is not None and rule.center == "zero"
     return follow_tokens(
         hidden.to(exact),
         tokens,
         partial(linear, weight=weight, bias=bias),
         rule=rule,
         has_bias=bias is not None,
-        squared_norm=sum(parameter.square().sum() for parameter in parameters) if around_zero else 0.0,
+        squared_norm=squared_head_norm(weight, bias),
         mask=mask,
     )
+
+
+@torch.no_grad()
+def squared_head_norm(weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`||W||_F^2 + ||b||^2`, in float32 at least."""
+    parameters = [weight] if bias is None else [weight, bias]
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    return torch.stack([parameter.to(exact).square().sum() for parameter in parameters]).sum()
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from hf_coverage.functional.head_training import POSITIONS, follow_tokens
+from hf_coverage.functional.head_training import POSITIONS, follow_tokens, squared_head_norm
 from hf_coverage.functional.step_rule import StepRule
 
 __all__ = ["adaptable", "adapted_logprobs"]
@@ -65,6 +65,8 @@ def adapted_logprobs(
     vocabulary = head.out_features
     kept = vocabulary if rule.top_k is None else min(vocabulary, 3 * (rule.top_k + 1))  # with an int64 beside each
     logprobs = hidden.new_empty(len(tokens), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    around_zero = rule.radius is not None and rule.center == "zero"
+    norm = squared_head_norm(head.weight, head.bias) if around_zero else None
     ends = list(accumulate(lengths))
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])  # responses of like length share a batch
     while order:
@@ -76,7 +78,13 @@ def adapted_logprobs(
         mask = steps < own
         places = torch.tensor([[ends[row]] for row in rows], device=hidden.device) - own + steps.minimum(own - 1)
         _, found = follow_tokens(
-            hidden[places], tokens[places], head, rule=rule, has_bias=head.bias is not None, mask=mask
+            hidden[places],
+            tokens[places],
+            head,
+            rule=rule,
+            has_bias=head.bias is not None,
+            squared_norm=norm,
+            mask=mask,
         )
         logprobs[places[mask]] = found[mask]
     return logprobs

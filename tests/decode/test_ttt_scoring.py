@@ -1,5 +1,6 @@
 """Scores of the adapted model: equal to decoding step by step, whatever the batches, and what is refused."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -12,6 +13,7 @@ from hf_coverage.decode.test_time_training import TTTLogitsProcessor
 from hf_coverage.decode.ttt_generate import ttt_generate
 from hf_coverage.functional.step_rule import StepRule
 from hf_coverage.measure.scoring import score_responses
+from hf_coverage.optim.token_level import token_level_sgd
 from tests.decode.ttt_reference import Recorder, reference_logits, tiny_llama
 
 RULES = [
@@ -67,6 +69,18 @@ def test_scores_equal_autograd():
         logits = reference_logits(model, [row["prompt"]], [row["completion"]], lr=0.3, radius=1.0)[0].log_softmax(-1)
         expected = float(logits.gather(-1, torch.tensor(row["completion"])[:, None]).sum())
         assert row["logprob"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_ball_around_zero_is_the_one_of_training():
+    model, corpus = tiny_llama(head_bias=True), draw_corpus(2)
+    rule = StepRule(0.3, radius=2.0, center="zero")
+    scored = score_responses(model, None, corpus, ttt=rule, progress=False)
+    for row in scored:
+        ids = torch.tensor([row["prompt"] + row["completion"]])
+        labels = ids.clone()
+        labels[:, : len(row["prompt"])] = -100
+        trained = token_level_sgd(copy.deepcopy(model), ids, labels, lr=0.3, radius=2.0, scope="head")
+        assert row["logprob"] == pytest.approx(float(trained.sum()), abs=1e-4)
 
 
 def test_a_step_size_of_zero_is_the_model_as_it_is():

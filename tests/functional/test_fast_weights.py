@@ -218,3 +218,5 @@ def test_refusals():
     state = fast_step(state, hidden, logits, token)
     with pytest.raises(ValueError, match="room for 5 steps and has made 3"):
         fast_step(state, hidden, logits, token)
+    with pytest.raises(ValueError, match="`squared_norm` of the head must be given for a ball around zero"):
+        new_fast_weights(hidden, logits, rule=StepRule(1.0, radius=1.0, center="zero"), capacity=5)
