@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -34,14 +35,14 @@ def ttt_generate(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     *,
-    ttt_lr: float,
-    ttt_scope: TTTScope = "head",
-    ttt_on_prompt: bool = False,
+    ttt_lr: float | None = None,
+    ttt_scope: TTTScope | None = None,
+    ttt_on_prompt: bool | None = None,
     ttt_radius: float | None = None,
-    ttt_decay: float = 0.0,
+    ttt_decay: float | None = None,
     ttt_lam: float | None = None,
     ttt_top_k: int | None = None,
-    ttt_steps: int = 1,
+    ttt_steps: int | None = None,
     ttt_streamer: BaseStreamer | None = None,
     **model_kwargs: Any,
 ) -> GenerateNonBeamOutput | Tensor:
@@ -56,20 +57,23 @@ def ttt_generate(
     adapted model itself gave to each new token, in nats, before anything else changed its scores, and 0 after the end
     of a row; their sum is `log p_TTT(y|x)`. `scores`, where asked for, are what tokens were chosen from.
 
+    Settings that are not given are those of the generation configuration: `GenerationConfig(ttt_lr=0.1)`, which is
+    saved with the model. Those that it does not have either are the ones below.
+
     Args:
         model: Given by `generate`, as are the next four and `model_kwargs`.
         input_ids: Token ids `(B, L)`.
         logits_processor: What `generate` prepared.
         stopping_criteria: Likewise.
         generation_config: Likewise.
-        ttt_lr: Step size eta, at least 0; 0 is plain `generate`, bit for bit.
-        ttt_scope: What is trained.
-        ttt_on_prompt: Whether to take a step after each token of the prompt as well (dynamic evaluation).
-        ttt_radius: R of the ball `||W - W_0||_F <= R` that the head is kept in; None: no ball.
-        ttt_decay: Part of the way back to W_0 that every step begins with, in [0, 1].
-        ttt_lam: Lambda of normalised steps; None: plain gradient steps.
-        ttt_top_k: Cut the error of a step to the chosen token and the k likeliest ones; None: exact.
-        ttt_steps: Steps on each token.
+        ttt_lr: Step size eta, at least 0; 0 is plain `generate`, bit for bit. Needed.
+        ttt_scope: What is trained; `"head"`.
+        ttt_on_prompt: Whether to take a step after each token of the prompt as well (dynamic evaluation); no.
+        ttt_radius: R of the ball `||W - W_0||_F <= R` that the head is kept in; no ball.
+        ttt_decay: Part of the way back to W_0 that every step begins with, in [0, 1]; 0.
+        ttt_lam: Lambda of normalised steps; plain gradient steps.
+        ttt_top_k: Cut the error of a step to the chosen token and the k likeliest ones; exact.
+        ttt_steps: Steps on each token; 1.
         ttt_streamer: What gets the tokens as they come. `generate` gives its own `streamer` to no custom method.
         model_kwargs: Arguments of the model.
 
@@ -93,24 +97,26 @@ def ttt_generate(
     References:
         arXiv 2510.15020, Equations (22) and (23).
     """
-    if ttt_scope != "head":
-        raise ValueError(f'`ttt_scope` must be "head", the one scope there is, got {ttt_scope!r}.')
+    given = {"lr": ttt_lr, "scope": ttt_scope, "on_prompt": ttt_on_prompt, "radius": ttt_radius, "decay": ttt_decay}
+    settings = _Settings.resolve(
+        given | {"lam": ttt_lam, "top_k": ttt_top_k, "steps": ttt_steps}, generation_config.to_dict()
+    )
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
         raise ValueError(
             f"Test-time training works for sampling and greedy decoding, got {mode.value.replace('_', ' ')}; generate "
             "with `num_beams=1` and without what else asks for that."
         )
-    rule = StepRule(ttt_lr, ttt_radius, decay=ttt_decay, lam=ttt_lam, top_k=ttt_top_k, num_steps=ttt_steps)
+    rule = settings.rule()
     mask = None
-    if ttt_on_prompt:
+    if settings.on_prompt:
         mask = _prompt_mask(model, input_ids, model_kwargs)
         model_kwargs.pop("logits_to_keep", None)  # or the head would only see the last position
     if ttt_streamer is not None:
         ttt_streamer.put(input_ids.cpu())
-    tap = HeadTap(model, keep_positions=ttt_on_prompt)
+    tap = HeadTap(model, keep_positions=settings.on_prompt)
     watch = _Watch(stopping_criteria)
-    reserved = min(ttt_steps * (generation_config.max_length - input_ids.shape[1]), _RESERVED)
+    reserved = min(settings.steps * (generation_config.max_length - input_ids.shape[1]), _RESERVED)
     processor = _FirstProcessor(tap, rule, watch, prompt=mask, reserved=reserved)
     try:
         # The loop itself is the host's, which has no public name for it.
@@ -128,6 +134,37 @@ def ttt_generate(
     if generation_config.return_dict_in_generate:
         result["token_logprobs"] = processor.finish(result.sequences, start=input_ids.shape[1])
     return result
+
+
+@dataclass(frozen=True)
+class _Settings:
+    lr: float
+    scope: TTTScope = "head"
+    on_prompt: bool = False
+    radius: float | None = None
+    decay: float = 0.0
+    lam: float | None = None
+    top_k: int | None = None
+    steps: int = 1
+
+    @classmethod
+    def resolve(cls, given: dict[str, Any], config: dict[str, Any]) -> _Settings:
+        """What was given, or else what the configuration has under its name, or else the default."""
+        saved = {name.removeprefix("ttt_"): value for name, value in config.items() if name.startswith("ttt_")}
+        unknown = sorted(set(saved) - set(given))
+        if unknown:
+            names = ", ".join(f"`ttt_{name}`" for name in given)
+            raise ValueError(f"`generation_config` has a setting `ttt_{unknown[0]}`, expected some of {names}.")
+        chosen = saved | {name: value for name, value in given.items() if value is not None}
+        if "lr" not in chosen:
+            raise ValueError("`ttt_lr` must be given, the step size: `generate(..., ttt_lr=0.1)`.")
+        settings = cls(**chosen)
+        if settings.scope != "head":
+            raise ValueError(f'`ttt_scope` must be "head", the one scope there is, got {settings.scope!r}.')
+        return settings
+
+    def rule(self) -> StepRule:
+        return StepRule(self.lr, self.radius, decay=self.decay, lam=self.lam, top_k=self.top_k, num_steps=self.steps)
 
 
 class _Watch(StoppingCriteriaList):

@@ -4,7 +4,13 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LlamaForCausalLM,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+)
 
 from hf_coverage.decode.test_time_training import TTTLogitsProcessor
 from hf_coverage.decode.ttt_generate import ttt_generate
@@ -188,6 +194,24 @@ def test_a_prompt_that_a_cache_knows_cannot_be_followed():
         decode(model, rows=1, ttt_on_prompt=True, past_key_values=cache)
 
 
+def test_settings_are_saved_in_a_generation_config(tmp_path):
+    model = tiny_llama()
+    expected = decode(model, do_sample=True, ttt_radius=0.5, ttt_on_prompt=True)
+    saved = {"ttt_lr": LR, "ttt_radius": 0.5, "ttt_on_prompt": True}
+    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=EOS, pad_token_id=EOS, **saved)
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    result = decode(loaded, lr=None, do_sample=True)
+    assert torch.equal(result.sequences, expected.sequences)
+    torch.testing.assert_close(result.token_logprobs, expected.token_logprobs, rtol=0, atol=1e-5)
+    other = decode(loaded, lr=0.0, do_sample=True)  # what is given counts first
+    plain, _ = run(model, lambda input_ids, scores: scores, do_sample=True)
+    assert torch.equal(responses_of(other), plain)
+    loaded.generation_config.ttt_rate = 0.1
+    with pytest.raises(ValueError, match="has a setting `ttt_rate`, expected some of `ttt_lr`, `ttt_scope`"):
+        decode(loaded)
+
+
 def test_a_step_size_is_needed():
-    with pytest.raises(TypeError, match="ttt_lr"):
+    with pytest.raises(ValueError, match="`ttt_lr` must be given, the step size"):
         tiny_llama().generate(torch.tensor([[3, 4]]), custom_generate=ttt_generate, max_new_tokens=2)
