@@ -156,7 +156,7 @@ class _Settings:
             names = ", ".join(f"`ttt_{name}`" for name in given)
             raise ValueError(f"`generation_config` has a setting `ttt_{unknown[0]}`, expected some of {names}.")
         chosen = saved | {name: value for name, value in given.items() if value is not None}
-        if "lr" not in chosen:
+        if chosen.get("lr") is None:
             raise ValueError("`ttt_lr` must be given, the step size: `generate(..., ttt_lr=0.1)`.")
         settings = cls(**chosen)
         if settings.scope != "head":

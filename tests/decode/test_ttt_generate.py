@@ -14,6 +14,7 @@ from transformers import (
 
 from hf_coverage.decode.test_time_training import TTTLogitsProcessor
 from hf_coverage.decode.ttt_generate import ttt_generate
+from hf_coverage.decode.ttt_mixin import TestTimeTrainingMixin
 from tests.decode.test_ttt_contract import EOS, LR, PROMPTS, RIGHT, STEPS, Words, run, stop_rows_early
 from tests.decode.ttt_reference import AutogradRow, reference_logits, tiny_llama
 
@@ -26,9 +27,14 @@ def decode(model, *, lr=LR, rows=3, **settings):
     torch.manual_seed(3)
     return model.generate(
         ids,
-        custom_generate=ttt_generate,
         ttt_lr=lr,
-        **{"attention_mask": mask, "max_new_tokens": STEPS, "eos_token_id": None, "pad_token_id": EOS}
+        **{
+            "custom_generate": ttt_generate,
+            "attention_mask": mask,
+            "max_new_tokens": STEPS,
+            "eos_token_id": None,
+            "pad_token_id": EOS,
+        }
         | {"return_dict_in_generate": True, "output_scores": True}
         | settings,
     )
@@ -210,6 +216,39 @@ def test_settings_are_saved_in_a_generation_config(tmp_path):
     loaded.generation_config.ttt_rate = 0.1
     with pytest.raises(ValueError, match="has a setting `ttt_rate`, expected some of `ttt_lr`, `ttt_scope`"):
         decode(loaded)
+
+
+class MixedLlama(TestTimeTrainingMixin, LlamaForCausalLM):
+    pass
+
+
+def test_a_model_class_of_its_own(tmp_path):
+    plain_model = tiny_llama()
+    plain_model.save_pretrained(tmp_path)
+    model, words = MixedLlama.from_pretrained(tmp_path), Words()
+    expected = decode(plain_model, do_sample=True)
+    found = decode(model, do_sample=True, custom_generate=None)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(found.token_logprobs, expected.token_logprobs)
+    ids = model.generate(torch.tensor([PROMPTS[0]]), ttt_lr=LR, streamer=words, max_new_tokens=4, eos_token_id=None)
+    assert words.ended
+    assert torch.equal(torch.cat([token.flatten() for token in words.tokens]), ids[0])
+    plain = [
+        each.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=20, eos_token_id=None, num_beams=2)
+        for each in (model, plain_model)
+    ]
+    assert torch.equal(*plain)
+    with pytest.raises(ValueError, match="got beam search"):
+        model.generate(torch.tensor([PROMPTS[0]]), ttt_lr=LR, num_beams=2, max_new_tokens=4)
+    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=EOS, pad_token_id=EOS, ttt_lr=LR)
+    saved = model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=4, eos_token_id=None)
+    assert torch.equal(saved, ids)
+    own = GenerationConfig(max_new_tokens=4, pad_token_id=EOS, ttt_lr=0.0)
+    plain_model.generation_config.eos_token_id = model.generation_config.eos_token_id = None
+    assert torch.equal(
+        model.generate(torch.tensor([PROMPTS[0]]), own),
+        plain_model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=4),
+    )
 
 
 def test_a_step_size_is_needed():
