@@ -1,6 +1,10 @@
 """Test-time training through `custom_generate`: modes, prompts, log-probabilities, rows that end, refusals."""
 
 import copy
+import inspect
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +16,14 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+import hf_coverage
 from hf_coverage.decode.test_time_training import TTTLogitsProcessor
 from hf_coverage.decode.ttt_generate import ttt_generate
 from hf_coverage.decode.ttt_mixin import TestTimeTrainingMixin
 from tests.decode.test_ttt_contract import EOS, LR, PROMPTS, RIGHT, STEPS, Words, run, stop_rows_early
 from tests.decode.ttt_reference import AutogradRow, reference_logits, tiny_llama
+
+FOLDER = Path(hf_coverage.__file__).parent / "generate_modules" / "test_time_training"
 
 
 def decode(model, *, lr=LR, rows=3, **settings):
@@ -216,6 +223,29 @@ def test_settings_are_saved_in_a_generation_config(tmp_path):
     loaded.generation_config.ttt_rate = 0.1
     with pytest.raises(ValueError, match="has a setting `ttt_rate`, expected some of `ttt_lr`, `ttt_scope`"):
         decode(loaded)
+
+
+def test_the_repository_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    model, words = tiny_llama(), Words()
+    expected = decode(model, rows=1, do_sample=True, ttt_on_prompt=True)
+    settings = {"custom_generate": str(FOLDER), "trust_remote_code": True, "streamer": words}
+    found = decode(model, rows=1, do_sample=True, ttt_on_prompt=True, **settings)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(found.token_logprobs, expected.token_logprobs)
+    assert words.ended
+    with pytest.raises(ValueError, match="`ttt_lr` must be given"):
+        decode(model, lr=None, **settings)
+
+
+def test_the_card_names_every_setting():
+    card = (FOLDER / "README.md").read_text()
+    named = set(re.findall(r"^\| `(ttt_\w+)` ", card, flags=re.MULTILINE))
+    assert named == {name for name in inspect.signature(ttt_generate).parameters if name.startswith("ttt_")} - {
+        "ttt_streamer"
+    }
+    assert "- custom_generate" in card.split("---")[1]
 
 
 class MixedLlama(TestTimeTrainingMixin, LlamaForCausalLM):
