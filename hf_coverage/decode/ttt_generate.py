@@ -57,8 +57,9 @@ def ttt_generate(
     adapted model itself gave to each new token, in nats, before anything else changed its scores, and 0 after the end
     of a row; their sum is `log p_TTT(y|x)`. `scores`, where asked for, are what tokens were chosen from.
 
-    Settings that are not given are those of the generation configuration: `GenerationConfig(ttt_lr=0.1)`, which is
-    saved with the model. Those that it does not have either are the ones below.
+    Settings that are not given are those of the generation configuration, and those that it does not have either are
+    the ones below. To save them with a model give it a configuration made by `GenerationConfig(ttt_lr=0.1, ...)`: one
+    that `transformers` derived from the model's (`_from_model_config`) is loaded without them.
 
     Args:
         model: Given by `generate`, as are the next four and `model_kwargs`.

@@ -220,7 +220,7 @@ def test_settings_are_saved_in_a_generation_config(tmp_path):
     other = decode(loaded, lr=0.0, do_sample=True)  # what is given counts first
     plain, _ = run(model, lambda input_ids, scores: scores, do_sample=True)
     assert torch.equal(responses_of(other), plain)
-    loaded.generation_config.ttt_rate = 0.1
+    loaded.generation_config.ttt_rate = 0.1  # a slip
     with pytest.raises(ValueError, match="has a setting `ttt_rate`, expected some of `ttt_lr`, `ttt_scope`"):
         decode(loaded)
 
