@@ -117,6 +117,8 @@ def test_ties_go_to_the_earlier_row():
     assert elliptical_selection(np.ones((5, 3))).tolist() == [0, 1, 2, 3, 4]
     assert elliptical_selection(np.zeros((3, 2))).tolist() == [0, 1, 2]
     assert elliptical_selection([[0.0, 1], [1, 0], [0, 1], [1, 0]]).tolist() == [0, 1, 2, 3]
+    # equal norms, whose sums round differently: the second is larger by 6e-17
+    assert elliptical_selection([[0.1, 0.2, 0.5], [0.5, 0.1, 0.2]]).tolist() == [0, 1]
     # a matrix product may round equal rows differently, by their place in it
     features = np.repeat(np.random.default_rng(0).normal(size=(3, 513)), 11, axis=0)
     selection = elliptical_selection(features)
