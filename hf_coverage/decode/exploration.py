@@ -140,8 +140,10 @@ class ExplorationReward:
     """A reward for differing from the other responses to the same prompt, as TRL's `GRPOTrainer` takes it.
 
     A completion of a group gets `f_i^T (lambda I + sum_j f_j f_j^T)^-1 f_i`, j over the group with i in it, which is
-    in [0, 1]. Add it to the reward of the task with `GRPOConfig(reward_weights=[1.0, beta])`. Its mean in the logs
-    times the size of a group is the effective number of different responses.
+    in [0, 1]. Add it to the reward of the task with `GRPOConfig(reward_weights=[1.0, beta], scale_rewards="batch")`:
+    TRL's default divides by the standard deviation within a group, so that where the task rewards all completions of a
+    group alike the bonus alone decides, whatever beta. Its mean in the logs times the size of a group is the effective
+    number of different responses.
 
     A group is all completions of one prompt in a generation batch, wherever they were made: the processes of a job
     exchange features. In the rare case that two rows of the training set have the same prompt and meet in one batch,

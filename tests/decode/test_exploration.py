@@ -155,7 +155,7 @@ def test_it_is_a_reward_of_a_real_grpo_step(tmp_path, prompts):
     model, tokenizer, record = tiny_llama(vocab_size=400), grpo_tokenizer(), Record()
     start = copy.deepcopy(model)
     rewards = [one_for_all, ExplorationReward(model, tokenizer, lam=0.1), record]
-    trainer = grpo_trainer(tmp_path, model, rewards, prompts, reward_weights=[1.0, 0.5, 0.0])
+    trainer = grpo_trainer(tmp_path, model, rewards, prompts, reward_weights=[1.0, 0.5, 0.0], scale_rewards="batch")
     trainer.train()
     given, expected = record.given, np.empty(8)
     for prompt in prompts:
