@@ -112,7 +112,7 @@ def read_samples(recipe: Recipe, step: int, prompts: list[list[int]], model: Pre
 
 def pass_table(passes: dict[str, FloatArray], levels: list[int], name: str) -> Table:
     """Pass@k of each strategy, and its difference to random subsets, paired by question."""
-    shown = [k for k in levels if 1 < k < passes[RANDOM].shape[1]]
+    shown = [k for k in levels if k < passes[RANDOM].shape[1]]
     columns = [Column("chosen by")]
     for k in shown:
         columns += [Column(f"Pass@{k}", "higher"), Column("less random's")]
