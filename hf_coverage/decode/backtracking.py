@@ -15,7 +15,7 @@ from datasets import Dataset
 from hf_coverage.decode.guided_responses import GuidedResponses
 from hf_coverage.decode.prefix_methods import Backtracking, BlockBestOfN, Guidance, Rejection, Responses
 from hf_coverage.decode.prefix_model import PrefixModel, PrefixVerifier, Recent
-from hf_coverage.decode.prefix_walkers import Budget, Method, Walker, run_walkers
+from hf_coverage.decode.prefix_walkers import CallBudget, Method, Walker, run_walkers
 from hf_coverage.decode.prompt_table import PromptTable
 from hf_coverage.measure.generation import Sampling, end_token_ids, require_room
 
@@ -119,7 +119,7 @@ class ValueGuidedDecoder:
         otherwise: Literal["restart", "continue"] = "restart",
         block_size: int | None = None,
         laziness: float = 0.5,
-        budget: Budget | None = None,
+        budget: CallBudget | None = None,
         seed: int = 0,
     ) -> GuidedResponses:
         """Walk on the tree of prefixes, back as well as forward.
@@ -169,7 +169,7 @@ class ValueGuidedDecoder:
         return self._run(method, num_responses, budget, seed)
 
     def reject(
-        self, num_responses: int, *, bound: float = 1.0, budget: Budget | None = None, seed: int = 0
+        self, num_responses: int, *, bound: float = 1.0, budget: CallBudget | None = None, seed: int = 0
     ) -> GuidedResponses:
         """Draw whole responses from the model, and accept each with probability V / bound: exact, and costly.
 
@@ -192,7 +192,7 @@ class ValueGuidedDecoder:
         *,
         candidates: int | None = None,
         block_size: int = 1,
-        budget: Budget | None = None,
+        budget: CallBudget | None = None,
         seed: int = 0,
     ) -> GuidedResponses:
         """Go forward only: action-level guidance.
@@ -218,7 +218,7 @@ class ValueGuidedDecoder:
         return self._run(method, num_responses, budget, seed)
 
     def block_best_of_n(
-        self, num_responses: int, *, candidates: int, block_size: int, budget: Budget | None = None, seed: int = 0
+        self, num_responses: int, *, candidates: int, block_size: int, budget: CallBudget | None = None, seed: int = 0
     ) -> GuidedResponses:
         """Draw some blocks from the model, take the one of the highest V (ties at random), and go on from there.
 
@@ -237,9 +237,11 @@ class ValueGuidedDecoder:
             BlockBestOfN(self._responses, candidates, block_size, greedy=True), num_responses, budget, seed
         )
 
-    def _run(self, method: Method, num_responses: int, budget: Budget | None, seed: int) -> GuidedResponses:
+    def _run(self, method: Method, num_responses: int, budget: CallBudget | None, seed: int) -> GuidedResponses:
         _at_least_one("num_responses", num_responses)
-        walkers = [Walker(np.random.default_rng([seed, index]), budget or Budget()) for index in range(num_responses)]
+        walkers = [
+            Walker(np.random.default_rng([seed, index]), budget or CallBudget()) for index in range(num_responses)
+        ]
         before = self._model.computed, self._verifier.computed
         run_walkers(method, walkers, self._model, self._verifier, progress=self._progress)
         ends = [_end(walker, self._responses) for walker in walkers]

@@ -18,11 +18,11 @@ from hf_coverage.decode.prefix_model import NextTokens, PrefixModel, PrefixVerif
 from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.prefix_tree import Prefix
 
-__all__ = ["Budget", "Expand", "Judge", "Look", "Method", "Node", "OutOfBudget", "Walker", "run_walkers"]
+__all__ = ["CallBudget", "Expand", "Judge", "Look", "Method", "Node", "OutOfBudget", "Walker", "run_walkers"]
 
 
 @dataclass(frozen=True)
-class Budget:
+class CallBudget:
     """What one response may cost; None is without limit.
 
     A prefix that a response's decoding comes back to is paid for once, and what other responses asked for is not free:
@@ -102,7 +102,7 @@ class Walker:
     """
 
     rng: np.random.Generator
-    budget: Budget
+    budget: CallBudget
     prefix: Prefix = ()
     lengths: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)

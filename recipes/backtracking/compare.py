@@ -27,7 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_coverage.decode.backtracking import ValueGuidedDecoder
 from hf_coverage.decode.guided_responses import GuidedResponses
-from hf_coverage.decode.prefix_walkers import Budget
+from hf_coverage.decode.prefix_walkers import CallBudget
 from hf_coverage.functional.prefix_tree import Prefix, PrefixTree, leaf_target, total_variation
 from hf_coverage.functional.random_walk import guided_law, output_law, stationary_law, transition_matrix
 from recipes.backtracking.findings import report
@@ -134,7 +134,7 @@ def under_budget(
     def verifier(completion_ids: list[list[int]]) -> list[float]:
         return [value(tuple(ids)) for ids in completion_ids]
 
-    budget = Budget(args.budget * horizon, args.budget * horizon * setting.tokens, MOST_STEPS)
+    budget = CallBudget(args.budget * horizon, args.budget * horizon * setting.tokens, MOST_STEPS)
     decoder = ValueGuidedDecoder(
         uniform_model(setting.tokens, horizon),
         None,

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_coverage.decode import prefix_model
 from hf_coverage.decode.backtracking import ValueGuidedDecoder
-from hf_coverage.decode.prefix_walkers import Budget
+from hf_coverage.decode.prefix_walkers import CallBudget
 from hf_coverage.functional.prefix_tree import PrefixTree, leaf_target, total_variation
 from hf_coverage.functional.random_walk import guided_law, output_law
 
@@ -193,15 +193,15 @@ def test_what_is_remembered_changes_nothing_but_the_work(model, name):
 @pytest.mark.parametrize("name", METHODS)
 def test_budgets_are_kept(model, name):
     for limit in (1, 2, 5, 9):
-        found = METHODS[name](decoder(model), budget=Budget(model_calls=limit))
+        found = METHODS[name](decoder(model), budget=CallBudget(model_calls=limit))
         assert found.model_calls.max() <= limit
-        found = METHODS[name](decoder(model), budget=Budget(verifier_calls=limit))
+        found = METHODS[name](decoder(model), budget=CallBudget(verifier_calls=limit))
         assert found.verifier_calls.max() <= limit
         assert found.exhausted[~found.finished].all()
-        found = METHODS[name](decoder(model), budget=Budget(steps=limit))
+        found = METHODS[name](decoder(model), budget=CallBudget(steps=limit))
         assert found.steps.max() <= limit
         assert (found.steps[found.exhausted] == limit).all()
-    free, paid = METHODS[name](decoder(model)), METHODS[name](decoder(model), budget=Budget(9, 9))
+    free, paid = METHODS[name](decoder(model)), METHODS[name](decoder(model), budget=CallBudget(9, 9))
     within = (free.model_calls <= 9) & (free.verifier_calls <= 9)
     np.testing.assert_array_equal(paid.exhausted, ~within)  # a budget that is large enough changes nothing
     assert all(one == other for one, other, same in zip(free.responses, paid.responses, within) if same)
@@ -209,7 +209,7 @@ def test_budgets_are_kept(model, name):
 
 
 def test_a_walk_without_budget_gives_the_last_whole_response_it_was_at(model):
-    found = decoder(model).backtrack(60, steps=10_000, budget=Budget(steps=200))
+    found = decoder(model).backtrack(60, steps=10_000, budget=CallBudget(steps=200))
     assert found.exhausted.all()
     assert found.finished.mean() > 0.9
     for response, logprob, value in zip(found.responses, found.logprobs, found.values):
@@ -331,7 +331,7 @@ def test_the_root_needs_a_value_where_blocks_are_drawn(model):
         (lambda one: one.guide(1, block_size=2), "`block_size` above 1 needs `candidates`"),
         (lambda one: one.guide(1, candidates=0), "`candidates` must be at least 1"),
         (lambda one: one.block_best_of_n(1, candidates=1, block_size=0), "`block_size` must be at least 1"),
-        (lambda one: Budget(model_calls=0), "`model_calls` must be at least 1, got 0"),
+        (lambda one: CallBudget(model_calls=0), "`model_calls` must be at least 1, got 0"),
     ],
 )
 def test_numbers_out_of_range_are_refused(model, call, message):
