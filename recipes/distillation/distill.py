@@ -200,8 +200,8 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def best_rate(runs: list[Run], arm: str) -> float:
-    """The step size whose student has the least stopped KL on the validation sequences."""
-    return min((run for run in runs if run.arm == arm), key=lambda run: run.validation["eval_stopped_kl"]).rate
+    """The step size whose student has the least KL on the validation sequences; the stopped one hardly tells apart."""
+    return min((run for run in runs if run.arm == arm), key=lambda run: run.validation["eval_kl"]).rate
 
 
 def report(output: Path, runs: list[Run], test: Dataset, args: DistillationArguments) -> None:
@@ -236,8 +236,9 @@ def read_arguments(arguments: list[str]) -> DistillationArguments:
 
 
 def keep_settings(output: Path, args: DistillationArguments) -> None:
-    """Keep the settings beside what depends on them, and refuse to go on there with others."""
-    text = json.dumps({name: value for name, value in asdict(args).items() if name != "report_n"}, indent=2)
+    """Keep the settings beside the runs, and refuse to go on there with others; runs may only become more."""
+    free = ("output_dir", "learning_rates", "seeds", "report_n")
+    text = json.dumps({name: value for name, value in asdict(args).items() if name not in free}, indent=2)
     file = output / "settings.json"
     if file.exists() and file.read_text(encoding="utf-8") != text:
         raise ValueError(f"`output_dir` {output} holds runs with other settings ({file}); choose another folder.")

@@ -84,7 +84,7 @@ def difference_table(runs: Sequence[Run], test: Dataset, report_n: Sequence[floa
 
 def tuning_table(runs: Sequence[Run]) -> Table:
     """What the validation sequences say of each step size."""
-    columns = ["student", "step size", Column("stopped KL", "lower"), Column("KL", "lower"), "KL a token"]
+    columns = ["student", "step size", "stopped KL", Column("KL", "lower"), "KL a token"]
     rows: list[list[Cell]] = [
         [
             run.arm,
@@ -93,9 +93,7 @@ def tuning_table(runs: Sequence[Run]) -> Table:
         ]
         for run in runs
     ]
-    return Table(
-        columns, rows, "On the validation sequences; the step size of least stopped KL is taken, for each arm."
-    )
+    return Table(columns, rows, "On the validation sequences; the step size of least KL is taken, for each arm.")
 
 
 def draw_runs(runs: Sequence[Run], test: Dataset, path: str | PathLike[str], *, n: float) -> None:
