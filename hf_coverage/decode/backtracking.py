@@ -7,7 +7,7 @@ of model and verifier calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
@@ -115,8 +115,9 @@ class ValueGuidedDecoder:
         self,
         num_responses: int,
         *,
-        steps: int,
-        otherwise: Literal["restart", "continue"] = "restart",
+        steps: int | None = None,
+        visits: int | None = None,
+        restart: bool = True,
         block_size: int | None = None,
         laziness: float = 0.5,
         budget: CallBudget | None = None,
@@ -125,17 +126,19 @@ class ValueGuidedDecoder:
         """Walk on the tree of prefixes, back as well as forward.
 
         At a prefix y the walk stays with probability `laziness`; else it goes to the parent with weight V(y), or to
-        the child v with weight p(v|y) V(y v). After `steps` steps from the prompt it ends if it is at a whole
-        response; with values that are right it is with probability 1 / (2 H), so there are about 2 H restarts.
-
-        Whole responses come out in proportion to p V as `steps` grows, even if V is off at prefixes, by a factor that
-        is bounded: some H^2 steps will do. Fewer steps give a law between this one and that of `guide`.
+        the child v with weight p(v|y) V(y v). The more steps or visits, the closer is the law of the responses to p V,
+        even if V is off at prefixes, by a factor that is bounded; with few it is between that and the law of `guide`.
 
         Args:
             num_responses: R, each decoded on its own.
-            steps: T. 0 with `otherwise="continue"` takes the first whole response there is.
-            otherwise: what becomes of a walk that is at no whole response then: "restart" begins anew, and "continue"
-                goes on to the next one, which is cheaper and a little off.
+            steps: T. The walk ends after T steps if it is at a whole response then, and else begins anew. With values
+                that are right it is at one with probability 1 / (2 H), so there are about 2 H walks of T steps, and T
+                should be some H^2. This is what the theorems are about.
+            visits: K, instead of `steps`: the walk ends when it is at a whole response for the K-th time. The law
+                tends to the same, with about 4 H steps a visit and no walk thrown away; `visits=1` takes the first
+                one there is.
+            restart: with `steps`: False goes on to the next whole response instead of beginning anew, which is biased
+                however many steps were made.
             block_size: tokens of a move. None: one, and every child is judged. A number: the block is drawn from the
                 model and it alone is judged, accepted with probability min(1, V(new) / V(old)); going back is proposed
                 as often (Metropolis). The same law, for any vocabulary; V at the prompt must then be above 0.
@@ -150,18 +153,17 @@ class ValueGuidedDecoder:
         References:
             arXiv 2510.03149, Algorithm 1, Theorem 4.1.
         """
-        if steps < 0 or (steps == 0 and otherwise == "restart"):
-            raise ValueError(f'`steps` must be at least 1, or 0 with `otherwise="continue"`, got {steps}.')
-        if otherwise not in ("restart", "continue"):
-            raise ValueError(f'`otherwise` must be "restart" or "continue", got {otherwise!r}.')
+        if (steps is None) == (visits is None):
+            raise ValueError(f"Either `steps` or `visits` must say when a walk ends, got {steps} and {visits}.")
+        for name, value in (("steps", steps), ("visits", visits), ("block_size", block_size)):
+            _at_least_one(name, 1 if value is None else value)
         if not 0 <= laziness < 1:
             raise ValueError(f"`laziness` must be in [0, 1), got {laziness}.")
-        if block_size is not None:
-            _at_least_one("block_size", block_size)
         method = Backtracking(
             self._responses,
             steps=steps,
-            otherwise=otherwise,
+            visits=visits or 1,
+            restart=restart,
             block_size=block_size,
             laziness=laziness,
             cache_size=self._cache_size,

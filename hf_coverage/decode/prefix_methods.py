@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -54,8 +54,9 @@ class Backtracking:
 
     Args:
         responses: where they end.
-        steps: T, after which the walk ends if it is at a leaf.
-        otherwise: whether it begins anew then, or goes on to the next leaf.
+        steps: T, after which the walk ends if it is at a leaf; None: it ends by `visits`.
+        visits: it ends when it is at a leaf for the K-th time.
+        restart: whether a walk that is at no leaf after `steps` begins anew; else it goes on to the next one.
         block_size: tokens of a move, one drawn block judged; None: one token, all children judged.
         laziness: probability of staying.
         cache_size: prefixes whose moves are kept.
@@ -65,13 +66,14 @@ class Backtracking:
         self,
         responses: Responses,
         *,
-        steps: int,
-        otherwise: Literal["restart", "continue"],
+        steps: int | None,
+        visits: int,
+        restart: bool,
         block_size: int | None,
         laziness: float,
         cache_size: int,
     ) -> None:
-        self._responses, self._steps, self._otherwise = responses, steps, otherwise
+        self._responses, self._steps, self._visits, self._restart = responses, steps, visits, restart
         self._block_size, self._laziness = block_size, laziness
         self._moves: Recent[tuple[FloatArray, Node]] = Recent(cache_size)
 
@@ -82,21 +84,25 @@ class Backtracking:
             move = self._move_by_one
             (root,) = yield Judge(((),))
             _require_way(root > 0, "the empty response, which it must be able to go back to,")
+        is_whole = self._responses.is_whole
         while True:
             walker.start(root)
-            left = self._steps
+            left = self._steps or 0
             while left > 0:
                 made = int(walker.rng.geometric(1 - self._laziness))  # it stays a while, and then moves
                 walker.spend(min(made, left))
                 if made <= left:
                     yield from move(walker)
                 left -= made
-            if self._otherwise == "continue":
-                while not self._responses.is_whole(walker.prefix):
-                    walker.spend(int(walker.rng.geometric(1 - self._laziness)))
-                    yield from move(walker)
-            if self._responses.is_whole(walker.prefix):
+            if is_whole(walker.prefix):
                 return
+            if self._steps is None or not self._restart:
+                break
+        visits = 0
+        while visits < self._visits:
+            walker.spend(int(walker.rng.geometric(1 - self._laziness)))
+            yield from move(walker)
+            visits += is_whole(walker.prefix)
 
     def _move_among_all(self, walker: Walker) -> Steps:
         if self._responses.is_whole(walker.prefix):

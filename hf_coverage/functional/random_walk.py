@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.sparse import csr_matrix, identity
-from scipy.sparse.linalg import spsolve
+from scipy.sparse.linalg import splu
 
 from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.prefix_tree import PrefixTree, check_values, leaf_law
@@ -22,6 +22,7 @@ __all__ = [
     "output_law",
     "stationary_law",
     "transition_matrix",
+    "visit_law",
     "walk_probabilities",
 ]
 
@@ -166,7 +167,8 @@ def output_law(
         tree: the prefixes.
         steps: T.
         otherwise: what happens to a walk that is at no leaf then: "restart" begins anew at the root, and "continue"
-            goes on to the next leaf; with T = 0 that is the first leaf.
+            goes on to the next leaf, which does not tend to p V where inner values are wrong: leaves that the
+            walk stays away from for long are more often the next one.
         judged: see `transition_matrix`.
         laziness: probability of staying.
 
@@ -186,16 +188,42 @@ def output_law(
     law = np.eye(1, len(tree))[0]
     for _ in range(steps):
         law = backward @ law
-    leaf = tree.is_leaf
-    at_leaf = np.where(leaf, law, 0.0)
-    inner = np.flatnonzero(~leaf & tree.reachable)
-    if otherwise == "continue" and (leaf & tree.reachable).any() and law[inner].any():
-        # Expected visits of inner prefixes before the next leaf.
-        among = step[inner][:, inner]
-        visits = np.zeros(len(tree))
-        visits[inner] = spsolve((identity(len(inner)) - among).T.tocsc(), law[inner])
-        at_leaf += np.where(leaf, backward @ visits, 0.0)
+    at_leaf = np.where(tree.is_leaf, law, 0.0)
+    if otherwise == "continue":
+        at_leaf += _NextLeaf(tree, step).entered(law)
     return leaf_law(at_leaf, f"no leaf is reached in {steps} steps")
+
+
+def visit_law(tree: PrefixTree, visits: int, *, judged: Judged = "all") -> FloatArray:
+    """`(S,)` the law of the leaf that the walk from the root is at for the `visits`-th time.
+
+    It tends to p V, as the walk's own law does, and no restarts are needed: of a stationary walk, the part at leaves
+    is stationary. Only moves count; where one child is judged at a time, a refused one leaves the walk where it is
+    once more.
+
+    Args:
+        tree: the prefixes.
+        visits: K; the first leaf that the walk comes to is at 1.
+        judged: see `transition_matrix`.
+
+    Raises:
+        ValueError: if `visits` is not positive, or no leaf can be reached.
+
+    Example:
+        >>> bits = [(0, np.log(0.5)), (1, np.log(0.5))]
+        >>> tree = PrefixTree.grow(lambda y: bits if len(y) < 2 else [], lambda y: 2.0 if y == (1,) else 1.0)
+        >>> [visit_law(tree, visits)[3:].round(3).tolist() for visits in (1, 2, 4)]
+        [[0.214, 0.214, 0.286, 0.286], [0.235, 0.235, 0.265, 0.265], [0.247, 0.247, 0.253, 0.253]]
+    """
+    if visits < 1:
+        raise ValueError(f"`visits` must be at least 1, got {visits}.")
+    step = transition_matrix(tree, judged=judged, laziness=0.0)
+    next_leaf, stays = _NextLeaf(tree, step), step.diagonal()
+    law = next_leaf.entered(np.eye(1, len(tree))[0])
+    for _ in range(visits - 1):
+        back = np.bincount(np.maximum(tree.parents, 0), weights=law * (1 - stays), minlength=len(tree))
+        law = law * stays + next_leaf.entered(back)
+    return leaf_law(law, "none can be reached")
 
 
 def guided_law(tree: PrefixTree) -> FloatArray:
@@ -211,6 +239,23 @@ def guided_law(tree: PrefixTree) -> FloatArray:
         parent = tree.parents[node]
         chance[node] = chance[parent] * weights[node] / total[parent] if total[parent] > 0 else 0.0
     return leaf_law(np.where(tree.is_leaf, chance, 0.0), "guidance ends in dead ends only")
+
+
+class _NextLeaf:
+    """Where a walk that is at inner prefixes comes to the next leaf."""
+
+    def __init__(self, tree: PrefixTree, step: csr_matrix) -> None:
+        leaf, open_ = tree.is_leaf, tree.reachable
+        self._leaf, self._backward = leaf, step.T.tocsr()
+        # A walk that no leaf is open to goes on for ever.
+        self._inner = np.flatnonzero(~leaf & open_) if (leaf & open_).any() else np.array([], dtype=np.int64)
+        self._solver = splu((identity(len(self._inner)) - step[self._inner][:, self._inner]).T.tocsc())
+
+    def entered(self, law: FloatArray) -> FloatArray:
+        """`(S,)` chances of the leaves, from `(S,)` chances of inner prefixes; those of leaves are left out."""
+        visits = np.zeros(len(law))  # expected, of each inner prefix before the next leaf
+        visits[self._inner] = self._solver.solve(law[self._inner])
+        return np.where(self._leaf, self._backward @ visits, 0.0)
 
 
 def _move_weights(tree: PrefixTree) -> FloatArray:

@@ -29,7 +29,7 @@ from hf_coverage.decode.backtracking import ValueGuidedDecoder
 from hf_coverage.decode.guided_responses import GuidedResponses
 from hf_coverage.decode.prefix_walkers import CallBudget
 from hf_coverage.functional.prefix_tree import Prefix, PrefixTree, leaf_target, total_variation
-from hf_coverage.functional.random_walk import guided_law, output_law, stationary_law, transition_matrix
+from hf_coverage.functional.random_walk import guided_law, output_law, stationary_law, transition_matrix, visit_law
 from recipes.backtracking.findings import report
 from recipes.backtracking.verifiers import SETTINGS, Setting
 from recipes.settings import parse_section, read_settings, refuse_other_settings
@@ -49,7 +49,7 @@ class CompareArguments:
     dyck_error: float = field(default=0.7, metadata={"help": "Standard deviation of log V / V*."})
     budget: int = field(default=8, metadata={"help": "Calls of a response, in those of guidance; also N."})
     responses: int = field(default=1000, metadata={"help": "Responses of every method at every H."})
-    mixing: float = field(default=4, metadata={"help": "Steps of a walk, in H^2."})
+    mixing: float = field(default=4, metadata={"help": "Steps T of a walk, in H^2."})
 
 
 def main() -> None:
@@ -100,10 +100,10 @@ def exact_errors(tree: PrefixTree, horizon: int, steps: int) -> dict[str, float]
     target = leaf_target(tree)
     laws = {
         "guidance": guided_law(tree),
-        "first leaf": output_law(tree, 0, otherwise="continue"),
-        "H^2 steps": output_law(tree, max(horizon**2, 1)),
-        "all steps": output_law(tree, steps),
-        "all steps, then the next leaf": output_law(tree, steps, otherwise="continue"),
+        "first leaf": visit_law(tree, 1),
+        "H visits": visit_law(tree, horizon),
+        "T steps": output_law(tree, steps),
+        "T steps, then the next leaf": output_law(tree, steps, otherwise="continue"),
     }
     stationary = stationary_law(tree)
     at_leaf = stationary[tree.is_leaf].sum()
@@ -150,9 +150,9 @@ def under_budget(
     best = partial(decoder.block_best_of_n, number, candidates=args.budget, budget=budget)
     walk = partial(decoder.backtrack, number, budget=budget)
     methods: dict[str, Callable[[], GuidedResponses]] = {
-        "VGB": partial(walk, steps=steps, otherwise="continue"),
-        "VGB, restarts": partial(walk, steps=steps),
-        "VGB, first leaf": partial(walk, steps=0, otherwise="continue"),
+        "VGB, H visits": partial(walk, visits=horizon),
+        "VGB, first leaf": partial(walk, visits=1),
+        "VGB, T steps": partial(walk, steps=steps),
         "guidance": partial(decoder.guide, number, budget=budget),
         "rejection sampling": partial(decoder.reject, number, budget=budget),
         "block Best-of-N, 1 token": partial(best, block_size=1),

@@ -17,11 +17,12 @@ __all__ = ["report"]
 EXACT = {
     "guidance": ("guidance", COLORS[1], "o-"),
     "first leaf": ("VGB, first leaf", COLORS[5], "s:"),
-    "H^2 steps": ("VGB, $H^2$ steps", COLORS[0], "s--"),
-    "all steps": ("VGB, {mixing:g} $H^2$ steps", COLORS[0], "s-"),
+    "T steps": ("VGB, $T$ = {mixing:g} $H^2$ steps", COLORS[0], "s--"),
+    "H visits": ("VGB, $H$ visits", COLORS[0], "s-"),
 }
 BUDGET = {
-    "VGB": (COLORS[0], "s-"),
+    "VGB, H visits": (COLORS[0], "s-"),
+    "VGB, T steps": (COLORS[0], "s--"),
     "VGB, first leaf": (COLORS[5], "s:"),
     "guidance": (COLORS[1], "o-"),
     "rejection sampling": (COLORS[2], "d-"),
@@ -93,7 +94,7 @@ def draw_exact(settings: dict[str, Any], results: dict[str, dict[int, Any]], pat
     for ax, (name, found) in zip(axes, results.items()):
         if name == "parity":
             for key, label in (("guidance", "guidance, anew at dead ends"), ("VGB", "VGB")):
-                _, color, style = EXACT["guidance" if key == "guidance" else "all steps"]
+                _, color, style = EXACT["guidance" if key == "guidance" else "H visits"]
                 values = [one["steps"][key] for one in found.values()]
                 ax.plot(list(found), values, style, color=color, label=label, markersize=5)
             dress(ax, name, "expected moves to the first good response", log=True)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,10 +14,9 @@ from hf_coverage.decode import prefix_model
 from hf_coverage.decode.backtracking import ValueGuidedDecoder
 from hf_coverage.decode.prefix_walkers import CallBudget
 from hf_coverage.functional.prefix_tree import PrefixTree, leaf_target, total_variation
-from hf_coverage.functional.random_walk import guided_law, output_law
+from hf_coverage.functional.random_walk import guided_law, output_law, visit_law
 
 EOS, LENGTH, PROMPT = 2, 3, [1, 0, 3]
-GO_ON = {"otherwise": "continue"}
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,9 @@ def test_the_walk_ends_at_leaves_in_the_right_proportion_and_guidance_does_not(m
     assert total_variation(output_law(tree, 60), target) < 0.005
     assert fits(walked, output_law(tree, 60), tree)
     assert fits(walked, target, tree)
+    visited = deciding.backtrack(2000, visits=15, seed=7)
+    assert total_variation(visit_law(tree, 15), target) < 0.005
+    assert fits(visited, target, tree)
     guided = deciding.guide(3000)
     assert fits(guided, guided_law(tree), tree)
     assert not fits(guided, target, tree)
@@ -108,20 +111,18 @@ def test_the_walk_ends_at_leaves_in_the_right_proportion_and_guidance_does_not(m
 @pytest.mark.parametrize(
     ("settings", "law"),
     [
-        ({"steps": 7}, {"steps": 7}),
-        ({"steps": 5, "laziness": 0.0}, {"steps": 5, "laziness": 0.0}),
-        ({"steps": 0} | GO_ON, {"steps": 0} | GO_ON),
-        ({"steps": 6} | GO_ON, {"steps": 6} | GO_ON),
-        ({"steps": 9, "block_size": 1}, {"steps": 9, "judged": "one"}),
-        (
-            {"steps": 4, "block_size": 1, "otherwise": "continue"},
-            {"steps": 4, "judged": "one", "otherwise": "continue"},
-        ),
+        ({"steps": 7}, partial(output_law, steps=7)),
+        ({"steps": 5, "laziness": 0.0}, partial(output_law, steps=5, laziness=0.0)),
+        ({"steps": 6, "restart": False}, partial(output_law, steps=6, otherwise="continue")),
+        ({"steps": 9, "block_size": 1}, partial(output_law, steps=9, judged="one")),
+        ({"visits": 1}, partial(visit_law, visits=1)),
+        ({"visits": 2, "laziness": 0.0}, partial(visit_law, visits=2)),
+        ({"visits": 2, "block_size": 1}, partial(visit_law, visits=2, judged="one")),
     ],
 )
 def test_short_walks_have_the_law_of_their_steps(model, tree, settings, law):
-    assert fits(decoder(model).backtrack(3000, seed=1, **settings), output_law(tree, **law), tree)
-    assert total_variation(output_law(tree, **law), leaf_target(tree)) > 0.02
+    assert fits(decoder(model).backtrack(3000, seed=1, **settings), law(tree), tree)
+    assert total_variation(law(tree), leaf_target(tree)) > 0.02
 
 
 @pytest.mark.parametrize("block_size", [1, 2, LENGTH])
@@ -167,6 +168,7 @@ def test_one_candidate_is_the_model_and_many_are_guidance(model, tree):
 
 METHODS = {
     "walk": lambda one, **rest: one.backtrack(16, steps=30, **rest),
+    "visits": lambda one, **rest: one.backtrack(16, visits=3, **rest),
     "blocks": lambda one, **rest: one.backtrack(16, steps=30, block_size=2, **rest),
     "guide": lambda one, **rest: one.guide(16, **rest),
     "candidates": lambda one, **rest: one.guide(16, candidates=3, **rest),
@@ -323,8 +325,10 @@ def test_the_root_needs_a_value_where_blocks_are_drawn(model):
     ("call", "message"),
     [
         (lambda one: one.backtrack(0, steps=1), "`num_responses` must be at least 1, got 0"),
-        (lambda one: one.backtrack(1, steps=0), "`steps` must be at least 1, or 0 with"),
-        (lambda one: one.backtrack(1, steps=1, otherwise="stop"), "`otherwise` must be .* got 'stop'"),
+        (lambda one: one.backtrack(1, steps=0), "`steps` must be at least 1, got 0"),
+        (lambda one: one.backtrack(1, visits=0), "`visits` must be at least 1, got 0"),
+        (lambda one: one.backtrack(1), "Either `steps` or `visits` must say when a walk ends, got None and None"),
+        (lambda one: one.backtrack(1, steps=1, visits=1), "Either `steps` or `visits`"),
         (lambda one: one.backtrack(1, steps=1, laziness=1.0), r"`laziness` must be in \[0, 1\)"),
         (lambda one: one.backtrack(1, steps=1, block_size=0), "`block_size` must be at least 1"),
         (lambda one: one.reject(1, bound=0.0), "`bound` must be positive"),
@@ -355,7 +359,7 @@ def test_a_real_model_avoids_a_letter(smollm2):
     model, tokenizer = smollm2
     prompt, settings = "My grandmother told me that", {"max_new_tokens": 5, "eos_token_id": [], "progress": False}
     one = ValueGuidedDecoder(model, tokenizer, prompt, few_es, top_k=4, **settings)
-    walked = one.backtrack(12, steps=12, otherwise="continue")
+    walked = one.backtrack(12, visits=2)
     plain = one.guide(12, candidates=1, block_size=5)
     assert walked.finished.all()
     assert walked.values.tolist() == few_es(walked.texts)
@@ -369,6 +373,6 @@ def test_a_real_model_avoids_a_letter(smollm2):
         terms = kept.values.log_softmax(-1)[kept.indices == torch.tensor(response)[:, None]]
         assert logprob == pytest.approx(float(terms.sum()), abs=1e-3)
     whole_vocabulary = ValueGuidedDecoder(model, tokenizer, prompt, few_es, **settings)
-    blocks = whole_vocabulary.backtrack(4, steps=6, block_size=2, otherwise="continue")
+    blocks = whole_vocabulary.backtrack(4, visits=2, block_size=2)
     assert blocks.values.tolist() == few_es(blocks.texts)
     assert {len(response) for response in blocks.responses} == {5}

@@ -17,6 +17,7 @@ from hf_coverage.functional.random_walk import (
     output_law,
     stationary_law,
     transition_matrix,
+    visit_law,
     walk_probabilities,
 )
 
@@ -162,6 +163,30 @@ def test_what_comes_out_is_what_the_steps_and_then_the_next_leaf_give(tree, step
 
 
 @settings(deadline=None, max_examples=60)
+@given(trees([0.25, 1.0, 3.0]), st.integers(1, 5), st.sampled_from(["all", "one"]))
+def test_a_visit_is_the_first_leaf_after_a_move_from_the_one_before(tree, visits, judged):
+    matrix, leaf = transition_matrix(tree, judged=judged, laziness=0.0).toarray(), tree.is_leaf
+    lazy = transition_matrix(tree, judged=judged).toarray()  # where it comes to is the same, and powers converge
+    lazy[leaf] = np.eye(len(tree))[leaf]
+    first = np.linalg.matrix_power(lazy, 2**16)
+    law = first[0]
+    for _ in range(visits - 1):
+        law = law @ matrix @ first
+    np.testing.assert_allclose(visit_law(tree, visits, judged=judged), law, atol=1e-9)
+
+
+@pytest.mark.parametrize("judged", ["all", "one"])
+def test_visits_tend_to_the_target_and_the_next_leaf_does_not(judged):
+    tree = biased(4, 3.0)
+    target = leaf_target(tree)
+    errors = [total_variation(visit_law(tree, visits, judged=judged), target) for visits in (1, 3, 9, 60)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 0.05
+    assert errors[-1] < 1e-5
+    assert total_variation(output_law(tree, 3000, otherwise="continue", judged=judged), target) > 0.05
+
+
+@settings(deadline=None, max_examples=60)
 @given(trees())
 def test_guidance_is_the_product_of_its_steps(tree):
     chances = np.zeros(len(tree))
@@ -203,6 +228,8 @@ def test_a_prefix_without_a_way_out_is_stayed_at():
         (lambda: guided_probabilities([0.0], [math.inf]), "`child_values` must be finite"),
         (lambda: metropolis_acceptance(1.0, -2.0), "`value` must be finite"),
         (lambda: output_law(biased(1, 1.0), -1), "`steps` must be at least 0"),
+        (lambda: visit_law(biased(1, 1.0), 0), "`visits` must be at least 1"),
+        (lambda: visit_law(PrefixTree.grow(lambda y: [] if y else [(0, 0.0)], lambda y: float(y == ())), 1), "none"),
         (lambda: leaf_target(PrefixTree.grow(lambda y: [], lambda y: 0.0)), "no leaf"),
         (lambda: PrefixTree.grow(lambda y: [], lambda y: math.nan), "`value` must be finite"),
     ],

@@ -102,10 +102,11 @@ def test_the_distance_counts_failures_and_is_noise_for_what_is_right():
 def test_guidance_gets_worse_with_the_length_and_backtracking_does_not():
     """Exactly; the README's first figure."""
     found = {h: compare.exact_errors(ABC.tree(h, 2.0), h, 4 * h**2) for h in (2, 5, 8)}
-    guided, walked = [[one[key] for one in found.values()] for key in ("guidance", "all steps")]
+    guided, walked = [[one[key] for one in found.values()] for key in ("guidance", "T steps")]
     assert guided[0] < guided[1] < guided[2]
     assert guided[2] > 0.3
     assert max(walked) < 0.05
+    assert max(one["H visits"] for one in found.values()) < 0.05
     assert all(one["stationary"] < 1e-12 for one in found.values())
     steps = {h: compare.steps_to_a_good_response(PARITY.tree(h, 1)) for h in (6, 12)}
     assert steps[12]["guidance"] / steps[6]["guidance"] > 4
@@ -135,7 +136,7 @@ def test_the_recipe_runs_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys)
     for part in (
         "ABC, exactly: total variation",
         "parity, H = 3, equal budgets",
-        "| VGB, restarts |",
+        "| VGB, T steps |",
         "| Best-of-N |",
     ):
         assert part in text
