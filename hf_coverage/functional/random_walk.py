@@ -221,7 +221,8 @@ def visit_law(tree: PrefixTree, visits: int, *, judged: Judged = "all") -> Float
     next_leaf, stays = _NextLeaf(tree, step), step.diagonal()
     law = next_leaf.entered(np.eye(1, len(tree))[0])
     for _ in range(visits - 1):
-        back = np.bincount(np.maximum(tree.parents, 0), weights=law * (1 - stays), minlength=len(tree))
+        back = np.zeros(len(tree))
+        np.add.at(back, tree.parents, law * (1 - stays))  # the root is no leaf, so nothing goes to its parent, -1
         law = law * stays + next_leaf.entered(back)
     return leaf_law(law, "none can be reached")
 
