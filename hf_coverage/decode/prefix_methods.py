@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -245,8 +246,9 @@ def _keep_whole(walker: Walker, responses: Responses) -> None:
 def _choose(cumulative: FloatArray, rng: np.random.Generator) -> int:
     """An index with probability proportional to the steps of `cumulative`; never one of step 0."""
     total = cumulative[-1]
+    choice = bisect_right(cumulative, rng.random() * total)
     # The product may round up to the total, behind which there is nothing.
-    return int(np.searchsorted(cumulative, min(rng.random() * total, np.nextafter(total, 0.0)), side="right"))
+    return choice if choice < len(cumulative) else bisect_left(cumulative, total)
 
 
 def _require_way(there_is: bool, what: str) -> None:
