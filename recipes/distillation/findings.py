@@ -6,6 +6,7 @@ from os import PathLike
 
 import numpy as np
 from datasets import Dataset
+from matplotlib.ticker import MaxNLocator
 
 from hf_coverage import CoverageProfile
 from hf_coverage.functional.checks import metric_key
@@ -113,4 +114,6 @@ def draw_runs(runs: Sequence[Run], test: Dataset, path: str | PathLike[str], *, 
     left.legend(frameon=False)
     middle.set(xlabel="step", ylabel="KL from the teacher, nats a token", ylim=(0, None))
     right.set(xlabel="step", ylabel="share of the tokens that is stopped", ylim=(-0.02, 1))
+    for ax in (middle, right):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     save_figure(figure, path)
