@@ -44,6 +44,7 @@ class CompareArguments:
     abc_horizons: list[int] = field(default_factory=lambda: [2, 4, 6], metadata={"help": "H."})
     abc_error: float = field(default=2.0, metadata={"help": "Factor after every a."})
     parity_horizons: list[int] = field(default_factory=lambda: [3, 6], metadata={"help": "H, multiples of 3."})
+    parity_steps: list[int] = field(default_factory=lambda: [9], metadata={"help": "More H, for expected moves only."})
     parity_error: float = field(default=1, metadata={"help": "Tokens that the verifier is late by."})
     dyck_horizons: list[int] = field(default_factory=lambda: [4, 6], metadata={"help": "H, even."})
     dyck_error: float = field(default=0.7, metadata={"help": "Standard deviation of log V / V*."})
@@ -68,7 +69,12 @@ def main() -> None:
             found = remember(output / "parts" / f"{name}-{horizon}.json", experiment)
             results.setdefault(setting.name, {})[horizon] = found
             console.print(f"{setting.name}, H = {horizon} ({time.monotonic() - start:.0f} s)", markup=False)
-    report(output, kept, results, console)
+    (parity,) = [setting for setting in SETTINGS if setting.name == "parity"]
+    moves = {horizon: one["steps"] for horizon, one in results["parity"].items()}
+    for horizon in args.parity_steps:
+        experiment = partial(long_steps, parity, horizon, args.parity_error)
+        moves[horizon] = remember(output / "parts" / f"parity-steps-{horizon}.json", experiment)
+    report(output, kept, results, moves, console)
 
 
 def remember(file: Path, experiment: Callable[[], Any]) -> Any:
@@ -123,6 +129,11 @@ def steps_to_a_good_response(tree: PrefixTree) -> dict[str, float]:
         parent = tree.parents[node]
         chance[node] = chance[parent] * weights[node] / total[parent] if total[parent] > 0 else 0.0
     return {"VGB": float(walked), "guidance": float(chance[1:].sum() / chance[tree.is_leaf & (tree.values > 0)].sum())}
+
+
+def long_steps(setting: Setting, horizon: int, error: float) -> dict[str, float]:
+    """The same for a tree that nothing else is asked of."""
+    return steps_to_a_good_response(setting.tree(horizon, error))
 
 
 def under_budget(

@@ -32,13 +32,20 @@ BUDGET = {
 }
 
 
-def report(output: Path, settings: dict[str, Any], results: dict[str, dict[int, Any]], console: Console) -> None:
+Moves = dict[int, dict[str, float]]
+"""Expected moves to the first good response by H and method."""
+
+
+def report(
+    output: Path, settings: dict[str, Any], results: dict[str, dict[int, Any]], moves: Moves, console: Console
+) -> None:
     """Write `report.md` and the figures."""
     tables = [exact_table(name, found) for name, found in results.items()]
+    tables.append(moves_table(moves))
     tables += [budget_table(name, found) for name, found in results.items()]
     text = "\n\n".join(f"{table.caption}\n\n{table.to_markdown()}" for table in tables)
     (output / "report.md").write_text(text + "\n", encoding="utf-8")
-    draw_exact(settings, results, output / "exact.png")
+    draw_exact(settings, results, moves, output / "exact.png")
     draw_budget(settings, results, output / "budget.png")
     console.print(text, markup=False)
     console.print(f"Written: {output / 'report.md'}, exact.png and budget.png beside it", markup=False)
@@ -66,6 +73,13 @@ def exact_table(name: str, found: dict[int, Any]) -> Table:
     return Table(columns, rows, caption)
 
 
+def moves_table(moves: Moves) -> Table:
+    """What parity costs."""
+    rows = [[str(horizon), one["guidance"], one["VGB"]] for horizon, one in moves.items()]
+    caption = "parity, exactly: expected moves until the first good response; guidance begins anew at dead ends."
+    return Table(["H", "guidance", "VGB"], rows, caption)
+
+
 def rounded(value: float) -> float:
     """A distance without what floating-point sums leave of 0."""
     return value if value > 1e-9 else 0.0
@@ -88,15 +102,15 @@ def budget_table(name: str, found: dict[int, Any]) -> Table:
     return Table(["method", *titles], rows, caption)
 
 
-def draw_exact(settings: dict[str, Any], results: dict[str, dict[int, Any]], path: Path) -> None:
+def draw_exact(settings: dict[str, Any], results: dict[str, dict[int, Any]], moves: Moves, path: Path) -> None:
     """Exact errors over H; for parity, where guidance that begins anew has none, what it costs."""
     figure, axes = new_axes(len(results), width=4.2, height=3.8)
     for ax, (name, found) in zip(axes, results.items()):
         if name == "parity":
             for key, label in (("guidance", "guidance, anew at dead ends"), ("VGB", "VGB")):
                 _, color, style = EXACT["guidance" if key == "guidance" else "H visits"]
-                values = [one["steps"][key] for one in found.values()]
-                ax.plot(list(found), values, style, color=color, label=label, markersize=5)
+                values = [one[key] for one in moves.values()]
+                ax.plot(list(moves), values, style, color=color, label=label, markersize=5)
             dress(ax, name, "expected moves to the first good response", log=True)
             ax.legend(frameon=False)
             continue

@@ -15,7 +15,7 @@ from recipes.backtracking.verifiers import SETTINGS
 ABC, PARITY, DYCK = SETTINGS
 ARGUMENTS = [
     *["--config", "recipes/backtracking/small.yaml", "--responses", "12", "--mixing", "2"],
-    *["--abc_horizons", "2", "3", "--parity_horizons", "3", "--dyck_horizons", "4"],
+    *["--abc_horizons", "2", "3", "--parity_horizons", "3", "--parity_steps", "6", "--dyck_horizons", "4"],
 ]
 
 
