@@ -1,6 +1,6 @@
 """Pass@k of k responses chosen by representation-based exploration, against random ones of the same samples.
 
-    python -m recipes.exploration.compare --config recipes/exploration/chain_sum.yaml
+    python -m recipes.exploration.compare --config recipes/reasoning/chain_sum.yaml
 
 Takes the responses that `recipes.reasoning.sample` has drawn and judged with the same configuration, represents them
 by the hidden states of the checkpoint that they are from, and writes tables and a figure into

@@ -26,7 +26,7 @@ from recipes.exploration.strategies import (
 )
 from recipes.reasoning import finetune, sample
 
-RECIPE = Path(compare.__file__).parent
+CONFIGURATION = Path(finetune.__file__).parent / "chain_sum.yaml"
 
 # peft asks a model for a property that transformers 5.23 has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -53,11 +53,12 @@ def tiny(tmp_path_factory):
 
 
 def run(monkeypatch, main, model, output, *more):
-    words = ["--config", str(RECIPE / "chain_sum.yaml"), "--output_dir", str(output), "--model.name", str(model)]
+    words = ["--config", str(CONFIGURATION), "--output_dir", str(output), "--model.name", str(model)]
     small = {
         "data.train_rows": 32, "data.rows": 6, "measure.samples": 9, "measure.sample_prompts": 5,
         "measure.sample_steps": "0 2", "measure.max_new_tokens": 3, "measure.pass_at": "1 2 4 9",
-        "finetune.save_steps": 2, "finetune.logging_steps": 1, "finetune.report_to": "none",
+        "finetune.num_train_epochs": 1, "finetune.save_steps": 2, "finetune.logging_steps": 1,
+        "finetune.report_to": "none",
     }  # fmt: skip
     for name, value in small.items():
         words += [f"--{name}", *str(value).split()]
@@ -146,16 +147,3 @@ def test_differences_are_paired_by_question():
     half = 3.182446 * np.std([0.5, 0.5, 0, 0], ddof=1) / 2
     assert (change.low, change.high) == pytest.approx((0.25 - half, 0.25 + half))
     assert table.rows[0][2] is None
-
-
-def test_the_committed_configurations_draw_from_checkpoints_that_there_are():
-    files = sorted(RECIPE.glob("*.yaml"))
-    assert len(files) == 2
-    for file in files:
-        recipe = finetune.read_recipe(["--config", str(file)], None)
-        steps = recipe.data.train_rows // recipe.finetune.per_device_train_batch_size
-        steps *= int(recipe.finetune.num_train_epochs)
-        assert set(recipe.measure.sample_steps) <= {0, steps}
-        assert recipe.finetune.save_steps == steps
-        assert recipe.measure.pass_at[-1] == recipe.measure.samples
-        assert recipe.measure.sample_prompts == recipe.data.rows
