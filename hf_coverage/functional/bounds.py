@@ -272,7 +272,7 @@ def best_of_n_budget(log_ratios: ArrayLike, regret: float, *, weights: ArrayLike
         return BestOfNBudget(math.inf, math.inf, 1.0, regret, necessary)
     ms = np.exp(log_m)
     values = coverage(ratios, ms, weights=weights)
-    usable = (values <= 0.5) & (values < regret)
+    usable = (values <= 0.5 + 1e-12) & (values < regret)  # half of the rows, also where their weights sum up to more
     if not usable.any():
         return BestOfNBudget(math.inf, math.inf, float(values[-1]), regret, necessary)
     samples = 2 * ms[usable] * np.log(1 / (regret - values[usable]))

@@ -87,7 +87,7 @@ def test_the_budget_keeps_its_promise_and_is_the_least_over_m(pair, regret, rewa
     budget = bounds.best_of_n_budget(ratios(d, p), regret, weights=d)
     if math.isinf(budget.n):
         return
-    assert budget.coverage <= 0.5
+    assert budget.coverage <= 0.5 + 1e-12
     n = math.ceil(budget.n)
     if n < 1e6:
         loss = math.fsum(d * reward) - reference.best_of_n_reward(p, reward, n)
@@ -96,6 +96,13 @@ def test_the_budget_keeps_its_promise_and_is_the_least_over_m(pair, regret, rewa
         c = reference.exact_coverage(d, p, m)
         if c <= 0.5 and c < regret:
             assert budget.n <= max(1.0, 2 * m * math.log(1 / (regret - c))) * (1 + 1e-6)
+
+
+def test_a_coverage_of_one_half_may_be_used_however_it_is_rounded():
+    weights = [1 / 6] * 6
+    assert sum(weights[:3]) / sum(weights) > 0.5
+    budget = bounds.best_of_n_budget([math.inf, math.log(4), math.log(2), 0.0, -1.0, -2.0], 0.75, weights=weights)
+    assert (budget.m, budget.n) == pytest.approx((1.0, 2 * math.log(4)), rel=1e-6)
 
 
 @given(distributions(), st.floats(0.02, 0.45))
