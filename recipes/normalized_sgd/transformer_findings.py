@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.ticker import LogFormatterMathtext
 from rich.console import Console
 
 from hf_coverage import CoverageProfile
@@ -114,7 +115,7 @@ def draw(measure: Any, half: Half, runs: dict[str, list[Run]], chosen: dict[str,
     grid = np.geomspace(1, 4 * max([*measure.n, *measure.pass_at]), 60)
     for (name, tried), color in zip(runs.items(), (COLORS[6], *COLORS[:6])):
         profiles = [half.of(run) for run in tried]
-        shown = [profile for profile in profiles if np.isfinite(profile.kl)]
+        shown = [profile for profile in profiles if profile.kl < 1.25 * half.of(runs[START][0]).kl]
         losses = [profile.kl for profile in shown]
         left.plot(
             losses, [profile.cov(measure.choose_n) for profile in shown], "o-", color=color, label=name, alpha=0.8
@@ -124,9 +125,9 @@ def draw(measure: Any, half: Half, runs: dict[str, list[Run]], chosen: dict[str,
         right.fill_between(curve.n, curve.low, curve.high, color=color, alpha=0.12, linewidth=0)
     left.set_xlabel("cross-entropy in nats a response (lower is better)")
     left.set_ylabel(f"Cov$_{{{metric_key(measure.choose_n)}}}$ (lower is better)")
-    left.set_title("each learning rate, the least one first", fontsize=10)
+    left.set_title("each learning rate that did not diverge", fontsize=10)
     right.set_xscale("log", base=2)
-    right.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    right.xaxis.set_major_formatter(LogFormatterMathtext(base=2))
     right.set_xlabel("N")
     right.set_ylabel("Cov$_N$ (lower is better)")
     right.set_title(f"at the learning rates chosen by Cov$_{{{metric_key(measure.choose_n)}}}$", fontsize=10)
