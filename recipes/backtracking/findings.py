@@ -46,7 +46,7 @@ def report(
     text = "\n\n".join(f"{table.caption}\n\n{table.to_markdown()}" for table in tables)
     (output / "report.md").write_text(text + "\n", encoding="utf-8")
     draw_exact(settings, results, moves, output / "exact.png")
-    draw_budget(settings, results, output / "budget.png")
+    draw_budget(results, output / "budget.png")
     console.print(text, markup=False)
     console.print(f"Written: {output / 'report.md'}, exact.png and budget.png beside it", markup=False)
 
@@ -122,7 +122,7 @@ def draw_exact(settings: dict[str, Any], results: dict[str, dict[int, Any]], mov
     save_figure(figure, path)
 
 
-def draw_budget(settings: dict[str, Any], results: dict[str, dict[int, Any]], path: Path) -> None:
+def draw_budget(results: dict[str, dict[int, Any]], path: Path) -> None:
     """Errors under equal budgets over H."""
     figure, axes = new_axes(len(results), width=4.2, height=4.2)
     for ax, (name, found) in zip(axes, results.items()):
@@ -132,7 +132,7 @@ def draw_budget(settings: dict[str, Any], results: dict[str, dict[int, Any]], pa
         noise = [one["noise"] for one in found.values()]
         ax.plot(list(found), noise, ":", color="black", label="drawn from $p\\,V$")
         about = next(setting.about for setting in SETTINGS if setting.name == name)
-        dress(ax, f"{name}: {about}", f"total variation, {settings['budget']} times the calls of guidance")
+        dress(ax, f"{name}: {about}", "total variation to $p\\,V$")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     save_figure(figure, path)
 
@@ -141,6 +141,7 @@ def dress(ax: Axes, title: str, ylabel: str, *, log: bool = False) -> None:
     """Labels of an axes whose horizontal axis is H."""
     ax.set_title(title, fontsize=10)
     ax.set_xlabel("$H$, tokens of a response")
+    ax.set_xticks(sorted({int(h) for line in ax.get_lines() for h in line.get_xdata()}))
     ax.set_ylabel(ylabel)
     if log:
         ax.set_yscale("log")
