@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_coverage.decode.backtracking import ValueGuidedDecoder
     from hf_coverage.decode.best_of_n import evaluate_best_of_n, judge_best_of_n
     from hf_coverage.decode.best_of_n_result import BestOfNResult
+    from hf_coverage.decode.exploration import ExplorationReward, response_features, select_diverse
+    from hf_coverage.decode.guided_responses import GuidedResponses
+    from hf_coverage.decode.prefix_walkers import CallBudget
+    from hf_coverage.decode.test_time_training import TTTLogitsProcessor
+    from hf_coverage.decode.ttt_generate import ttt_generate
+    from hf_coverage.decode.ttt_mixin import TestTimeTrainingMixin
+    from hf_coverage.functional.step_rule import StepRule
     from hf_coverage.measure.answers import score_answers
     from hf_coverage.measure.builders import sample_corpus, single_answer_corpus, teacher_scored_corpus, windows_corpus
     from hf_coverage.measure.callback import CoverageCallback, CoverageWarning
@@ -32,19 +40,26 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "BestOfNResult": "decode.best_of_n_result",
+    "CallBudget": "decode.prefix_walkers",
     "CoverageCallback": "measure.callback",
     "CoverageLoss": "optim.objectives",
     "CoverageProfile": "measure.profile",
     "CoverageWarning": "measure.callback",
     "DistillationMixin": "optim.distillation",
+    "ExplorationReward": "decode.exploration",
+    "GuidedResponses": "decode.guided_responses",
     "InherentVariance": "measure.inherent_variance",
     "NormalizedGradient": "optim.normalized",
     "NormalizedSGD": "optim.sgd",
     "PredictivenessResult": "select.predictiveness",
     "ScoreTable": "measure.score_table",
     "SequenceLossMixin": "optim.trainer",
+    "StepRule": "functional.step_rule",
+    "TTTLogitsProcessor": "decode.test_time_training",
+    "TestTimeTrainingMixin": "decode.ttt_mixin",
     "TournamentCallback": "select.callback",
     "TournamentResult": "select.result",
+    "ValueGuidedDecoder": "decode.backtracking",
     "evaluate_best_of_n": "decode.best_of_n",
     "judge_best_of_n": "decode.best_of_n",
     "layer_groups": "optim.groups",
@@ -52,30 +67,40 @@ _HOMES = {
     "measure_inherent_variance": "measure.inherent_variance",
     "normalized_optimizer": "optim.trainer",
     "predictiveness": "select.predictiveness",
+    "response_features": "decode.exploration",
     "sample_corpus": "measure.builders",
     "score_answers": "measure.answers",
     "score_responses": "measure.scoring",
+    "select_diverse": "decode.exploration",
     "single_answer_corpus": "measure.builders",
     "teacher_scored_corpus": "measure.builders",
     "tournament": "select.tournament",
+    "ttt_generate": "decode.ttt_generate",
     "windows_corpus": "measure.builders",
 }
 
 __all__ = [
     "BestOfNResult",
+    "CallBudget",
     "CoverageCallback",
     "CoverageLoss",
     "CoverageProfile",
     "CoverageWarning",
     "DistillationMixin",
+    "ExplorationReward",
+    "GuidedResponses",
     "InherentVariance",
     "NormalizedGradient",
     "NormalizedSGD",
     "PredictivenessResult",
     "ScoreTable",
     "SequenceLossMixin",
+    "StepRule",
+    "TTTLogitsProcessor",
+    "TestTimeTrainingMixin",
     "TournamentCallback",
     "TournamentResult",
+    "ValueGuidedDecoder",
     "evaluate_best_of_n",
     "evaluate_module",
     "judge_best_of_n",
@@ -84,12 +109,15 @@ __all__ = [
     "measure_inherent_variance",
     "normalized_optimizer",
     "predictiveness",
+    "response_features",
     "sample_corpus",
     "score_answers",
     "score_responses",
+    "select_diverse",
     "single_answer_corpus",
     "teacher_scored_corpus",
     "tournament",
+    "ttt_generate",
     "windows_corpus",
 ]
 

@@ -1,1 +1,1 @@
-"""Decode with coverage in mind: Best-of-N with any verifier."""
+"""Decode with coverage in mind: Best-of-N, test-time training, backtracking and exploration."""
