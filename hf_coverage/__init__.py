@@ -103,6 +103,7 @@ __all__ = [
     "ValueGuidedDecoder",
     "evaluate_best_of_n",
     "evaluate_module",
+    "generate_module",
     "judge_best_of_n",
     "layer_groups",
     "log_linear_n",
@@ -138,8 +139,31 @@ def evaluate_module(name: str) -> str:
         >>> Path(evaluate_module("coverage")).name
         'coverage'
     """
-    modules = Path(__file__).parent / "evaluate_modules"
-    names = sorted(folder.name for folder in modules.iterdir() if (folder / f"{folder.name}.py").is_file())
+    return _folder("evaluate_modules", name)
+
+
+def generate_module(name: str) -> str:
+    """Folder of a decoding method of this package, for `generate(custom_generate=...)` or to be pushed to the Hub.
+
+    Args:
+        name: `"test_time_training"`.
+
+    Returns:
+        The folder's path; `generate` asks for `trust_remote_code=True` beside it.
+
+    Raises:
+        ValueError: if there is no method of that name.
+
+    Example:
+        >>> Path(generate_module("test_time_training")).name
+        'test_time_training'
+    """
+    return _folder("generate_modules", name)
+
+
+def _folder(kind: str, name: str) -> str:
+    modules = Path(__file__).parent / kind
+    names = sorted(folder.name for folder in modules.iterdir() if (folder / "README.md").is_file())
     if name not in names:
         raise ValueError(f"`name` must be one of {', '.join(names)}, but is {name!r}.")
     return str(modules / name)
