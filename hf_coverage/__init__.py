@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from hf_coverage.select.predictiveness import PredictivenessResult, predictiveness
     from hf_coverage.select.result import TournamentResult
     from hf_coverage.select.tournament import tournament
+    from hf_coverage.select.tune_ttt import TTTChoice, tune_ttt
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ _HOMES = {
     "ScoreTable": "measure.score_table",
     "SequenceLossMixin": "optim.trainer",
     "StepRule": "functional.step_rule",
+    "TTTChoice": "select.tune_ttt",
     "TTTLogitsProcessor": "decode.test_time_training",
     "TestTimeTrainingMixin": "decode.ttt_mixin",
     "TournamentCallback": "select.callback",
@@ -76,6 +78,7 @@ _HOMES = {
     "teacher_scored_corpus": "measure.builders",
     "tournament": "select.tournament",
     "ttt_generate": "decode.ttt_generate",
+    "tune_ttt": "select.tune_ttt",
     "windows_corpus": "measure.builders",
 }
 
@@ -96,6 +99,7 @@ __all__ = [
     "ScoreTable",
     "SequenceLossMixin",
     "StepRule",
+    "TTTChoice",
     "TTTLogitsProcessor",
     "TestTimeTrainingMixin",
     "TournamentCallback",
@@ -119,6 +123,7 @@ __all__ = [
     "teacher_scored_corpus",
     "tournament",
     "ttt_generate",
+    "tune_ttt",
     "windows_corpus",
 ]
 

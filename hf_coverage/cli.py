@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from hf_coverage import __version__
-from hf_coverage.commands import best_of_n, compare, profile, report, sample, score, suggest, tournament
+from hf_coverage.commands import best_of_n, compare, profile, report, sample, score, suggest, tournament, tune_ttt
 from hf_coverage.commands.console import print_error
 
 __all__ = ["app"]
@@ -37,6 +37,8 @@ hf-coverage tournament RUN/checkpoint-* --data corpus
 hf-coverage best-of-n MODEL problems.jsonl --verifier math-verify
 
 hf-coverage suggest MODEL --data corpus --n 16 --steps 1000
+
+hf-coverage tune-ttt MODEL --data corpus --n 16
 
 Exit codes: 0 done, 1 something failed, 2 the command line or the configuration file is wrong.
 """
@@ -102,5 +104,6 @@ for _command, _examples in (
     (tournament.tournament, tournament.EXAMPLES),
     (best_of_n.best_of_n, best_of_n.EXAMPLES),
     (suggest.suggest, suggest.EXAMPLES),
+    (tune_ttt.tune_ttt, tune_ttt.EXAMPLES),
 ):
     app.command(help=_help(_command), epilog=_examples)(_command)

@@ -1,0 +1,207 @@
+"""The choice of steps for test-time training, beside a slow loop."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hf_coverage
+from hf_coverage import CoverageProfile, StepRule
+from hf_coverage.functional.paired import paired_coverage_difference, paired_kl_difference
+from hf_coverage.functional.statistics import group_codes
+from hf_coverage.select.tune_ttt import check_rules, generation_settings, rule_name, split_groups, tune_ttt
+
+RULES = (StepRule(0.1), StepRule(0.1, radius=2.0), StepRule(1.0), StepRule(1.0, radius=2.0))
+
+
+def case(seed=0, prompts=12, gain=0.0):
+    """Whole-number log-probabilities, so that many are tied, in groups of three rows, shuffled."""
+    rng = np.random.default_rng(seed)
+    groups = [f"prompt {row}" for row in rng.permutation(np.repeat(np.arange(prompts), 3))]
+    plain = -rng.integers(1, 6, 3 * prompts).astype(float)
+    adapted = {rule: np.minimum(plain + rng.integers(-1, 2, plain.size) + gain, 0.0) for rule in RULES}
+    return plain, adapted, groups, -rng.integers(0, 2, plain.size).astype(float)
+
+
+def slow_choice(adapted, n, reference, rows):
+    """The first rule with the least count of covered rows, then the least sum of -log p."""
+    best = None
+    for rule, values in adapted.items():
+        hits, loss = 0, 0.0
+        for row in rows:
+            hits += (0.0 if reference is None else reference[row]) - values[row] >= math.log(n) - 1e-9
+            loss -= values[row]
+        if best is None or (hits, loss) < best[:2]:
+            best = hits, loss, rule
+    return best
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000), st.sampled_from([2, 4.5, 16]), st.booleans(), st.integers(0, 3))
+def test_the_choice_is_the_slow_loop_s_and_the_judgement_is_on_the_rest(seed, n, known, half):
+    plain, adapted, groups, reference = case(seed)
+    reference = reference if known else None
+    choice = tune_ttt(plain, adapted, n, reference_logprobs=reference, groups=groups, seed=half)
+    first = split_groups(groups, half)
+    hits, _, rule = slow_choice(adapted, n, reference, np.flatnonzero(first))
+    assert choice.rule == rule
+    assert choice.searched[1 + RULES.index(rule)].log_ratios.size == first.sum()
+    assert choice.searched[1 + RULES.index(rule)].interval(n)[0] <= hits / first.sum()
+    rest = np.flatnonzero(~first)
+    ratios = [(0.0 if reference is None else reference[rest]) - values[rest] for values in (adapted[rule], plain)]
+    codes = group_codes(groups)[rest]
+    assert choice.difference == pytest.approx(paired_coverage_difference(*ratios, n, groups=codes))
+    assert choice.cross_entropy_difference == pytest.approx(paired_kl_difference(*ratios, groups=codes))
+    assert choice.helps == (choice.difference.high < 0)
+    assert choice.plain.kind == choice.adapted.kind == ("density" if known else "samples")
+
+
+def test_only_rows_of_the_choosing_half_choose():
+    plain, adapted, groups, _ = case(3, prompts=40)
+    before = tune_ttt(plain, adapted, 32, groups=groups)
+    rest = ~split_groups(groups)
+    changed = {rule: np.where(rest, -50.0 if rule == before.rule else 0.0, values) for rule, values in adapted.items()}
+    after = tune_ttt(plain, changed, 32, groups=groups)
+    assert after.rule == before.rule
+    assert after.difference.low > 0
+    assert "covers less than plain decoding, so that it does not help" in after.sentence
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 1000), st.integers(4, 30), st.integers(0, 5))
+def test_halves_keep_prompts_whole_and_do_not_depend_on_the_rows_order(seed, prompts, half):
+    groups = np.repeat(np.arange(prompts), 2).tolist()
+    order = np.random.default_rng(seed).permutation(len(groups))
+    first = split_groups(groups, half)
+    assert (first[::2] == first[1::2]).all()
+    assert first[::2].sum() == prompts // 2
+    assert (split_groups([groups[row] for row in order], half) == first[order]).all()
+
+
+def test_without_groups_every_row_is_a_prompt():
+    plain, adapted, _, _ = case(1)
+    first = split_groups(np.arange(plain.size, dtype=np.uint64))
+    choice = tune_ttt(plain, adapted, 4)
+    assert choice.searched[0].logprobs.tolist() == plain[first].tolist()
+    assert choice.plain.logprobs.tolist() == plain[~first].tolist()
+
+
+@pytest.mark.parametrize(
+    ("gain", "helps", "words"),
+    [
+        (3.0, True, "covers more than plain decoding. On 20 prompts that did not choose it"),
+        (-3.0, False, "covers less than plain decoding, so that it does not help"),
+        (0.0, False, "the interval includes 0, so that it is not shown to help"),
+    ],
+)
+def test_it_says_whether_it_helps(gain, helps, words):
+    plain = np.tile([-2.0, -4.0], 20)
+    choice = tune_ttt(plain, {RULES[0]: np.minimum(plain + gain, 0.0)}, 16)
+    assert choice.helps is helps
+    assert words in choice.sentence
+    assert ("no gain there either" in choice.sentence) == (gain <= 0)
+    assert "only bounds were compared" in choice.sentence
+    known = tune_ttt(plain, {RULES[0]: plain}, 16, reference_logprobs=np.full(40, -0.5))
+    assert "only bounds" not in known.sentence
+    assert "the Cov_16 is" in known.sentence
+
+
+def test_ties_are_broken_by_cross_entropy_and_then_by_order_and_it_says_so():
+    plain = np.tile([-1.0, -9.0], 6)
+    better = np.tile([-0.5, -9.0], 6)
+    by_loss = tune_ttt(plain, {RULES[0]: plain, RULES[2]: better}, 16)
+    assert (by_loss.rule, by_loss.decided_by) == (RULES[2], "cross-entropy")
+    assert "the choice between them is by cross-entropy" in by_loss.sentence
+    by_order = tune_ttt(plain, {RULES[2]: plain, RULES[0]: plain}, 16)
+    assert (by_order.rule, by_order.decided_by) == (RULES[2], "order")
+    alone = tune_ttt(plain, {RULES[0]: np.minimum(plain + 7.0, 0.0), RULES[2]: plain}, 16)
+    assert (alone.rule, alone.decided_by) == (RULES[0], "coverage")
+
+
+@pytest.mark.parametrize(("best", "words"), [(0, "the smallest that"), (1, None), (2, "the largest that")])
+def test_it_says_when_the_grid_ends_at_the_best(best, words):
+    plain = np.tile([-1.0, -4.0], 6)
+    rules = [StepRule(lr) for lr in (0.1, 1.0, 10.0)]
+    choice = tune_ttt(plain, {rule: plain + (k == best) * 0.5 for k, rule in enumerate(rules)}, 16)
+    assert choice.rule == rules[best]
+    assert (words or "the smallest that") in choice.sentence if words else "Its lr is" not in choice.sentence
+
+
+def test_the_json_is_strict_and_has_what_was_decided(tmp_path):
+    plain, adapted, groups, reference = case(5, gain=1.0)
+    plain[0] = -math.inf  # an infinite cross-entropy
+    choice = tune_ttt(plain, adapted, 4, reference_logprobs=reference, groups=groups)
+    text = choice.to_json(tmp_path / "choice.json", seed=0)
+    facts = json.loads((tmp_path / "choice.json").read_text(), parse_constant=pytest.fail)
+    assert facts == json.loads(text)
+    assert facts["seed"] == 0
+    assert facts["generation_settings"] == generation_settings(choice.rule)
+    assert facts["difference"]["low"] == choice.difference.low
+    assert list(facts["choosing_half"]["results"]) == ["plain", *map(rule_name, RULES)]
+    judged = facts["other_half"]["results"]
+    assert judged["plain"]["cov_4"] == choice.plain.cov(4)
+    assert judged[facts["chosen"]]["cov_4_interval"] == list(choice.adapted.interval(4))
+    assert facts["other_half"]["num_rows"] + facts["choosing_half"]["num_rows"] == plain.size
+
+
+def test_settings_are_those_of_generate():
+    from transformers import GenerationConfig
+
+    rule = StepRule(0.1, radius=2.0, decay=0.25, lam=1.0, num_steps=3)
+    found = generation_settings(rule)
+    assert found == {"ttt_lr": 0.1, "ttt_radius": 2.0, "ttt_decay": 0.25, "ttt_lam": 1.0, "ttt_steps": 3}
+    from hf_coverage.decode.ttt_generate import _Settings
+
+    given_ = dict.fromkeys(("lr", "scope", "on_prompt", "radius", "decay", "lam", "top_k", "steps"))
+    assert _Settings.resolve(given_, GenerationConfig(**found).to_dict()).rule() == rule
+    cut = StepRule(0.1, top_k=5)
+    assert _Settings.resolve(given_, GenerationConfig(**generation_settings(cut)).to_dict()).rule() == cut
+
+
+@pytest.mark.parametrize(
+    ("rules", "n", "error", "message"),
+    [
+        ([], 16, ValueError, "at least one `StepRule`"),
+        ([StepRule(0.0)], 16, ValueError, "`lr` must be above 0"),
+        ([StepRule(torch.ones(2))], 16, ValueError, "`lr` must be one number"),
+        ([StepRule(0.1, radius=1.0, center="zero")], 16, ValueError, '`center` must be "start"'),
+        ([StepRule(0.1), StepRule(0.1)], 16, ValueError, "lr 0.1 is there twice"),
+        ([0.1], 16, TypeError, "got float"),
+        ([StepRule(0.1)], 1, ValueError, "`n` must be above 1"),
+        ([StepRule(0.1)], 0.5, ValueError, "`n` must be a finite number >= 1"),
+    ],
+)
+def test_rules_that_cannot_be_followed_are_refused(rules, n, error, message):
+    with pytest.raises(error, match=message):
+        check_rules(rules, n)
+
+
+def test_rows_that_do_not_fit_are_refused():
+    plain = np.full(8, -2.0)
+    with pytest.raises(ValueError, match=r"`plain`, 8 of them, but lr 0\.1 has 7"):
+        tune_ttt(plain, {RULES[0]: plain[:7]}, 16)
+    with pytest.raises(ValueError, match=r"lr 0\.1: `logprobs` must hold .* row 2 is nan"):
+        tune_ttt(plain, {RULES[0]: [-1.0, -1.0, math.nan, *plain[3:]]}, 16)
+    with pytest.raises(TypeError, match="got list"):
+        tune_ttt(plain, [plain], 16)
+    with pytest.raises(ValueError, match="at least 4 prompts"):
+        tune_ttt(plain, {RULES[0]: plain}, 16, groups=[0, 1, 2, 2, 2, 2, 2, 2])
+
+
+def test_an_n_that_tells_nothing_apart_is_refused_with_one_that_does():
+    plain = -np.arange(20.0, 40.0)
+    with pytest.raises(ValueError, match=r"too small to choose by: every response .* N = 3\.93e\+12") as caught:
+        tune_ttt(plain, {RULES[0]: plain}, 16)
+    named = float(str(caught.value).split("N = ")[1].split(" ")[0])
+    assert CoverageProfile.from_logprobs(plain).cov_upper(named) == pytest.approx(0.5, abs=0.051)
+    tune_ttt(plain, {RULES[0]: np.append(plain[:-1], -1.0)}, 16)  # one response is enough to tell
+
+
+def test_it_is_public():
+    assert hf_coverage.tune_ttt is tune_ttt
+    plain, adapted, _, _ = case()
+    assert isinstance(tune_ttt(plain, adapted, 4), hf_coverage.TTTChoice)
