@@ -13,10 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from hf_coverage.functional.fast_weights import FastWeights, fast_logits, fast_step, new_fast_weights
+from hf_coverage.functional.fast_weights import Cut, FastWeights, fast_logits, fast_step, new_fast_weights
 from hf_coverage.functional.step_rule import StepRule
 
-__all__ = ["POSITIONS", "adapt_head", "apply_fast_weights", "follow_tokens", "squared_head_norm"]
+__all__ = [
+    "POSITIONS",
+    "adapt_head",
+    "apply_fast_weights",
+    "branch_fast_weights",
+    "follow_tokens",
+    "squared_head_norm",
+]
 
 POSITIONS = 32
 """Positions whose logits are computed at once: enough for a good matrix product, little beside the errors."""
@@ -32,6 +39,8 @@ def follow_tokens(
     has_bias: bool = False,
     squared_norm: Tensor | None = None,
     mask: Tensor | None = None,
+    state: FastWeights | None = None,
+    room: int = 0,
 ) -> tuple[FastWeights, Tensor]:
     """Follow given tokens with one step of the head after each: `log p_{W_1}(y_1), log p_{W_2}(y_2), ...`.
 
@@ -43,6 +52,8 @@ def follow_tokens(
         has_bias: Whether the head has a bias.
         squared_norm: `||W||_F^2` with the bias as a column of W; needed for a ball around zero.
         mask: Boolean `(B, T)`, true at the tokens that count; the others change nothing and get 0. None: all.
+        state: Heads to go on from, with room for these tokens; its buffers are written to. None: `head` itself.
+        room: Tokens to leave room for after these, where there is no `state`.
 
     Returns:
         The heads after all steps, and each token's log-probability before its own step `(B, T)`, nats.
@@ -52,14 +63,15 @@ def follow_tokens(
     """
     length = tokens.shape[1]
     start = head(hidden[:, :POSITIONS])
-    state = new_fast_weights(
-        hidden[:, 0],
-        start[:, 0],
-        rule=rule,
-        capacity=length * rule.num_steps,
-        has_bias=has_bias,
-        squared_norm=squared_norm,
-    )
+    if state is None:
+        state = new_fast_weights(
+            hidden[:, 0],
+            start[:, 0],
+            rule=rule,
+            capacity=(length + room) * rule.num_steps,
+            has_bias=has_bias,
+            squared_norm=squared_norm,
+        )
     logprobs = state.steps.new_zeros(tokens.shape)
     for t in range(length):
         if t and t % POSITIONS == 0:
@@ -72,6 +84,28 @@ def follow_tokens(
         logprobs[:, t] = found if active is None else found.where(active, 0.0)
         state = fast_step(state, hidden[:, t], plain, chosen, logits=logits, active=active)
     return state, logprobs
+
+
+def branch_fast_weights(state: FastWeights, rows: int) -> FastWeights:
+    """Let the first of B heads go on, more than once, from where they are.
+
+    Args:
+        state: The heads, which stay what they are.
+        rows: How many of them go on.
+
+    Returns:
+        These heads. They share the buffers of `state` and write to those after its last step, so that one branch has
+        to end before the next begins.
+    """
+    cut = None if state.cut is None else Cut(*(part[:rows] for part in state.cut))
+    return state._replace(
+        scale=state.scale[:rows],
+        hidden=state.hidden[:rows],
+        errors=state.errors[:rows],
+        cut=cut,
+        steps=state.steps[:rows].clone(),  # decay and projection rescale past ones in place
+        squared_norm=state.squared_norm[:rows],
+    )
 
 
 @torch.no_grad()

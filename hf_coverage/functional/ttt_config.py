@@ -6,7 +6,7 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from hf_coverage.functional.step_rule import StepRule
@@ -74,3 +74,10 @@ class TTTConfig(StepRule):
             raise ValueError('`top_k` cuts the steps of the head: leave it out, or take `scope="head"`.')
         if self.scope != "head" and self.radius is not None and self.center != "start":
             raise ValueError(f'`center` must be "start" for `scope={self.scope!r}`, got {self.center!r}.')
+
+    @classmethod
+    def of(cls, rule: StepRule) -> TTTConfig:
+        """What a rule alone means: steps of the head on the tokens of the response; a configuration is itself."""
+        if isinstance(rule, cls):
+            return rule
+        return cls(**{entry.name: getattr(rule, entry.name) for entry in fields(rule)})

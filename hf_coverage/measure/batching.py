@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hf_coverage.measure.corpus import EncodedCorpus
 
-__all__ = ["Batch", "Limits", "Step", "build_step", "plan_batches", "tokens_read"]
+__all__ = ["Batch", "Limits", "Step", "build_step", "plan_batches", "predicted_tokens", "tokens_read"]
 
 IntArray = NDArray[np.int64]
 
@@ -119,7 +119,14 @@ def plan_batches(
 
 
 def build_step(
-    corpus: EncodedCorpus, rows: Sequence[int], slots: IntArray, start: int, stop: int, *, context: int
+    corpus: EncodedCorpus,
+    rows: Sequence[int],
+    slots: IntArray,
+    start: int,
+    stop: int,
+    *,
+    context: int,
+    on_prompt: bool = False,
 ) -> Step:
     """Lay out the forward pass that scores the response tokens predicted at positions `start` to `stop` of each row.
 
@@ -132,6 +139,7 @@ def build_step(
         start: First predicting position on the axis of `prompt + completion[:-1]`.
         stop: One past the last.
         context: Where the input begins: `start` where the cache holds what comes before, else 0.
+        on_prompt: Whether what is predicted begins with the second token of each prompt, see `predicted_tokens`.
 
     Returns:
         The pass, with numpy arrays.
@@ -142,12 +150,14 @@ def build_step(
         distinct = {line: index for index, line in enumerate(dict.fromkeys(lines))}
         sequences, lines = np.array([distinct[line] for line in lines]), list(distinct)
     ids = _pad(lines)
-    spans = [_predicted(corpus, row, start, stop) for row in rows]
+    predicted = [predicted_tokens(corpus, row, on_prompt=on_prompt) for row in rows]
+    befores = [tokens_read(corpus, row) - len(line) for row, line in zip(rows, predicted)]
+    spans = [_span(len(line), start - before, stop - before) for line, before in zip(predicted, befores)]
     counts = np.array([last - first for first, last in spans])
     tokens = np.concatenate([np.arange(first, last) for first, last in spans])
-    offsets = sequences * ids.shape[1] + [len(corpus.prompts[row]) - 1 - context for row in rows]
+    offsets = sequences * ids.shape[1] + np.array(befores) - context
     positions, pick = np.unique(np.repeat(offsets, counts) + tokens, return_inverse=True)
-    labels = chain.from_iterable(corpus.completions[row][first:last] for row, (first, last) in zip(rows, spans))
+    labels = chain.from_iterable(line[first:last] for line, (first, last) in zip(predicted, spans))
     return Step(
         ids=ids,
         sequences=sequences,
@@ -171,11 +181,25 @@ def tokens_read(corpus: EncodedCorpus, row: int) -> int:
     return len(corpus.prompts[row]) + len(corpus.completions[row]) - 1
 
 
-def _predicted(corpus: EncodedCorpus, row: int, start: int, stop: int) -> tuple[int, int]:
-    """Range of the row's response tokens that are predicted at positions `start` to `stop`."""
-    before, length = len(corpus.prompts[row]) - 1, len(corpus.completions[row])
-    first = min(max(0, start - before), length)
-    return first, min(max(first, stop - before), length)
+def predicted_tokens(corpus: EncodedCorpus, row: int, *, on_prompt: bool) -> list[int]:
+    """What a row's positions predict: its response, or all of it but its first token.
+
+    Args:
+        corpus: Token ids of all rows.
+        row: Which row.
+        on_prompt: Whether the prompt counts; nothing predicts its first token.
+
+    Returns:
+        The tokens; the last one is predicted at the last position that is read.
+    """
+    completion = corpus.completions[row]
+    return [*corpus.prompts[row][1:], *completion] if on_prompt else completion
+
+
+def _span(length: int, start: int, stop: int) -> tuple[int, int]:
+    """What `start` to `stop` has of 0 to `length`."""
+    first = min(max(0, start), length)
+    return first, min(max(first, stop), length)
 
 
 def _group_by_prompt(corpus: EncodedCorpus, rows: Sequence[int]) -> tuple[list[list[int]], list[int]]:

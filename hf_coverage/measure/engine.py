@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hf_coverage.functional.logprobs import collision_probability, logsumexp, token_kl
-from hf_coverage.functional.step_rule import StepRule
+from hf_coverage.functional.ttt_config import TTTConfig
 from hf_coverage.measure.adapted import adaptable, adapted_logprobs
-from hf_coverage.measure.batching import Batch, Limits, Step, build_step, plan_batches, tokens_read
+from hf_coverage.measure.batching import Batch, Limits, Step, build_step, plan_batches, predicted_tokens, tokens_read
 from hf_coverage.measure.corpus import EncodedCorpus
 from hf_coverage.measure.forward import HeadForward, HeadOutput
 from hf_coverage.measure.prefix_cache import continue_lines
@@ -39,7 +39,7 @@ class ScoringOptions:
         share_prefixes: Whether responses of one prompt continue from one run of it where the architecture allows it.
         per_token: Whether the log-probability of each token is kept.
         head_statistics: Whether the output head's norms and inherent variance are measured.
-        ttt: How the output head makes a step after each token of a response; None: it does not.
+        ttt: What makes a step after each token; None: nothing.
 
     Raises:
         ValueError: If a size is not positive, or `ttt` is combined with `head_statistics` or has no single step size.
@@ -50,7 +50,7 @@ class ScoringOptions:
     share_prefixes: bool = True
     per_token: bool = False
     head_statistics: bool = False
-    ttt: StepRule | None = None
+    ttt: TTTConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "logits_memory"):
@@ -84,6 +84,8 @@ class ScoringEngine:
         probes = [forward.probe() for forward in self.forwards]
         self.vocab_size = probes[0].logits.shape[-1]
         if options.ttt is not None:
+            if options.ttt.scope != "head":
+                raise ValueError(f'`ttt` is scored with `scope="head"` alone, got {options.ttt.scope!r}.')
             self._head = adaptable(self.forwards[0].head, plain=probes[0].plain_head)
             if teacher is not None:
                 raise ValueError("`teacher` measures a model that stays what it is: leave out it or `ttt`.")
@@ -148,10 +150,10 @@ class ScoringEngine:
 
     def _score_batch(self, corpus: EncodedCorpus, batch: Batch) -> dict[str, NDArray]:
         """Per-token values of a batch, row after row in the order of `batch.rows`."""
+        if self.options.ttt is not None:
+            return self._score_adapted(corpus, batch, self.options.ttt)
         lengths = [len(corpus.completions[row]) for row in batch.rows]
         slots = dict(zip(batch.rows, accumulate(lengths, initial=0)))
-        if self.options.ttt is not None:
-            return self._score_adapted(corpus, batch, slots, self.options.ttt)
         values: dict[str, NDArray] = {}
         for step, outputs in self._run(corpus, batch, slots):
             for start in range(0, len(step.positions), self.positions):
@@ -163,35 +165,35 @@ class ScoringEngine:
                     place[step.slots[inside]] = column.cpu().numpy()
         return values
 
-    def _score_adapted(
-        self, corpus: EncodedCorpus, batch: Batch, slots: dict[int, int], rule: StepRule
-    ) -> dict[str, NDArray]:
+    def _score_adapted(self, corpus: EncodedCorpus, batch: Batch, rule: TTTConfig) -> dict[str, NDArray]:
         """The same under heads that follow their responses, once the inputs of all are there."""
-        parts = [
-            (step.slots, output.hidden[torch.from_numpy(step.pick).to(output.hidden.device)])
-            for step, (output,) in self._run(corpus, batch, slots)
-        ]
-        order = torch.from_numpy(np.argsort(np.concatenate([place for place, _ in parts])))
-        hidden = torch.cat([part for _, part in parts])
-        tokens = np.concatenate([np.asarray(corpus.completions[row], dtype=np.int64) for row in batch.rows])
-        lengths = [len(corpus.completions[row]) for row in batch.rows]
+        lines = [predicted_tokens(corpus, row, on_prompt=rule.on_prompt) for row in batch.rows]
+        starts = list(accumulate(map(len, lines), initial=0))
+        followed = np.empty((2, starts[-1]), dtype=np.int64)
+        followed[1] = list(chain.from_iterable(lines))
+        parts: list[Tensor] = []
+        for step, (output,) in self._run(corpus, batch, dict(zip(batch.rows, starts)), on_prompt=rule.on_prompt):
+            followed[0, step.slots] = step.pick + sum(map(len, parts))
+            parts.append(output.hidden)
         logprobs = adapted_logprobs(
-            hidden[order.to(hidden.device)],
-            torch.from_numpy(tokens).to(hidden.device),
-            lengths,
+            torch.cat(parts),
+            [followed[:, start:stop] for start, stop in pairwise(starts)],
+            [tuple(corpus.prompts[row]) for row in batch.rows],
+            [len(corpus.completions[row]) for row in batch.rows],
             self._head,
             rule=rule,
             memory=self.options.logits_memory,
         )
-        return {"token_logprobs": logprobs.float().cpu().numpy()}
+        return {"token_logprobs": np.concatenate(logprobs)}
 
     def _run(
-        self, corpus: EncodedCorpus, batch: Batch, slots: dict[int, int]
+        self, corpus: EncodedCorpus, batch: Batch, slots: dict[int, int], *, on_prompt: bool = False
     ) -> Iterator[tuple[Step, list[HeadOutput]]]:
         """The forward passes of a batch: the first segment once, then every wave's way on from it."""
 
         def step_of(rows: Sequence[int], start: int, stop: int, context: int) -> Step:
-            return build_step(corpus, rows, np.array([slots[row] for row in rows]), start, stop, context=context)
+            own = np.array([slots[row] for row in rows])
+            return build_step(corpus, rows, own, start, stop, context=context, on_prompt=on_prompt)
 
         first = step_of(batch.rows, 0, batch.cuts[0], 0)
         keep = self.cached and len(batch.cuts) > 1

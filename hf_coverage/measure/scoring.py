@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_coverage import __version__
 from hf_coverage.functional.step_rule import StepRule
+from hf_coverage.functional.ttt_config import TTTConfig
 from hf_coverage.measure.batching import tokens_read
 from hf_coverage.measure.corpus import EncodedCorpus, encode_corpus
 from hf_coverage.measure.engine import ScoringEngine, ScoringOptions
@@ -59,7 +60,7 @@ def score_encoded(
         per_token: Whether to return each token's log-probability.
         teacher: Causal language model of the same vocabulary to measure KL(teacher || model) against.
         head_statistics: Whether to measure the output head's input.
-        ttt: How the output head makes a step after each token of a response.
+        ttt: Test-time training.
         progress: Whether to show a progress bar on the main process.
 
     Returns:
@@ -78,7 +79,8 @@ def score_encoded(
         >>> scores.logprob.round(1), scores.num_tokens
         (array([-7.1, -2.3]), array([3, 1]))
     """
-    options = ScoringOptions(batch_tokens, logits_memory, share_prefixes, per_token, head_statistics, ttt)
+    config = None if ttt is None else TTTConfig.of(ttt)
+    options = ScoringOptions(batch_tokens, logits_memory, share_prefixes, per_token, head_statistics, config)
     with _engine(model, teacher, options) as engine, _progress_bar(encoded, progress) as bar:
         return engine.score(encoded, range(len(encoded)), bar.update)
 
@@ -126,9 +128,10 @@ def score_responses(
             (1 - sum_v q_v^2)` and `sampled_variance = sum_t ||h_t||^2 (1 - 2 q_{y_t} + sum_v q_v^2)`, h_t the input
             of the output head. q is D's next-token distribution: the teacher's where one is given. Without a teacher
             the model's own is put in for it: see `measure.inherent_variance` for what that measures.
-        ttt: Score the model that test-time training makes of this one, `log p_TTT(y|x)`, and how its output head makes
-            a step after each token of a response, every response from the model's own head: what `TTTLogitsProcessor`
-            and `ttt_generate` sample from with the same numbers. None: the model as it is.
+        ttt: Score the model that test-time training makes of this one, `log p_TTT(y|x)`, and how: every response (and
+            its prompt, with `on_prompt`) moves parameters of its own from where the model's are. It is what
+            `ttt_generate` samples from with the same settings; a `StepRule` alone is the head's. None: the model as
+            it is.
         output_dir: Folder of a `ScoreTable` to write, or to go on with after an interruption.
         shard_rows: Rows per shard of that table.
         progress: Whether to show a progress bar, on the main process.
@@ -155,7 +158,8 @@ def score_responses(
         arXiv 2510.15020, Equation (1) for log p(y|x), (8) for the inherent variance, (22) and (23) for test-time
         training, (50) for the stopped KL.
     """
-    options = ScoringOptions(batch_tokens, logits_memory, share_prefixes, per_token, head_statistics, ttt)
+    config = None if ttt is None else TTTConfig.of(ttt)
+    options = ScoringOptions(batch_tokens, logits_memory, share_prefixes, per_token, head_statistics, config)
     if shard_rows < 1:
         raise ValueError(f"`shard_rows` must be at least 1, got {shard_rows}.")
     encoded = encode_corpus(corpus, tokenizer, append_eos=append_eos)
@@ -169,9 +173,7 @@ def score_responses(
         if output_dir is None:
             scores = engine.score(encoded, range(len(encoded)), bar.update)
         else:
-            # A table that was begun before there was an option, or without it, is the same table.
-            described = {name: value for name, value in asdict(options).items() if value is not None}
-            settings = {"shard_rows": shard_rows, "options": described | {"append_eos": append_eos}}
+            settings = {"shard_rows": shard_rows, "options": _describe_options(options) | {"append_eos": append_eos}}
             metadata = _describe_run(model, teacher, tokenizer, encoded, settings)
             table = on_main_process(lambda: ScoreTable.begin(output_dir, metadata))
             scores = _score_into_table(engine, encoded, table, bar)
@@ -221,6 +223,18 @@ def _describe_run(
             "transformers": transformers.__version__,
         },
     }
+
+
+def _describe_options(options: ScoringOptions) -> dict[str, Any]:
+    """Options as a table keeps them: one that was begun before there was an option, or without it, is the same."""
+    described = {name: value for name, value in asdict(options).items() if value is not None}
+    if options.ttt is not None:
+        first = {entry.name for entry in fields(StepRule)}
+        values = {entry.name: (getattr(options.ttt, entry.name), entry.default) for entry in fields(TTTConfig)}
+        described["ttt"] = {
+            name: value for name, (value, default) in values.items() if name in first or value != default
+        }
+    return described
 
 
 def _describe_model(model: nn.Module) -> dict[str, Any]:
