@@ -50,6 +50,7 @@ def seeds(monkeypatch):
     return seeds
 
 
+@pytest.mark.slow
 def test_one_seed_is_run_judged_and_only_read_when_asked_again(tmp_path):
     output = tmp_path / "runs"
     printed = run(output, "0")
