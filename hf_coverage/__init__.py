@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from hf_coverage.select.predictiveness import PredictivenessResult, predictiveness
     from hf_coverage.select.result import TournamentResult
     from hf_coverage.select.tournament import tournament
-    from hf_coverage.select.tune_ttt import TTTChoice, tune_ttt
+    from hf_coverage.select.ttt_choice import TTTChoice
+    from hf_coverage.select.tune_ttt import tune_ttt
 
 __version__ = "0.1.0"
 
@@ -56,7 +57,7 @@ _HOMES = {
     "ScoreTable": "measure.score_table",
     "SequenceLossMixin": "optim.trainer",
     "StepRule": "functional.step_rule",
-    "TTTChoice": "select.tune_ttt",
+    "TTTChoice": "select.ttt_choice",
     "TTTLogitsProcessor": "decode.test_time_training",
     "TestTimeTrainingMixin": "decode.ttt_mixin",
     "TournamentCallback": "select.callback",

@@ -1,7 +1,7 @@
 """`hf-coverage tune-ttt`: which steps of test-time training cover best, and whether they cover more than none."""
 
 from collections.abc import Sequence
-from itertools import product
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,16 +21,14 @@ from hf_coverage.commands.options import (
     Split,
     TokenizerName,
 )
-from hf_coverage.report.provenance import provenance, running_command
+from hf_coverage.commands.score_rules import score_rules
+from hf_coverage.report.provenance import provenance
 from hf_coverage.report.table import Cell, Column, Table
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedModel
-
-    from hf_coverage.functional.step_rule import StepRule
+    from hf_coverage.functional.ttt_config import TTTConfig
     from hf_coverage.measure.reference import Reference
-    from hf_coverage.select.tune_ttt import TTTChoice
+    from hf_coverage.select.ttt_choice import TTTChoice
 
 __all__ = ["EXAMPLES", "tune_ttt"]
 
@@ -41,11 +39,19 @@ hf-coverage tune-ttt Qwen/Qwen3-0.6B --data corpus --n 16 --lr 1e-5,1e-4,1e-3
 
 hf-coverage tune-ttt ./checkpoint-500 --data corpus --n 16 --lr 0.01,0.1 --radius none,1,10
 
+hf-coverage tune-ttt ./checkpoint-500 --data corpus --n 16 --scope head,lora --on-prompt --rank 4
+
 torchrun --nproc_per_node 2 -m hf_coverage tune-ttt gpt2 --data corpus -n 16
 """
 
 _RULE = "Steps"
-_PLAIN = "plain"
+
+
+class CacheName(str, Enum):
+    """What becomes of keys and values when the backbone changes."""
+
+    exact = "exact"
+    stale = "stale"
 
 
 def tune_ttt(
@@ -54,16 +60,28 @@ def tune_ttt(
         str, typer.Option("--data", "--corpus", help="Held-out prompts and responses: folder, file or Hub id.")
     ],
     n: Annotated[float, typer.Option("--n", "-n", help="The N of Cov_N to choose by, a real number above 1.")],
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to train, comma-separated: `head`, `lora` (adapters of all layers but the head) or `all`. The "
+            "two latter need a backward pass for every token.",
+            show_default="head",
+            rich_help_panel=_RULE,
+        ),
+    ] = None,
     lr: Annotated[
         list[str] | None,
         typer.Option(
-            help="Step sizes to try, comma-separated.", show_default="1e-5,1e-4,1e-3,1e-2", rich_help_panel=_RULE
+            help="Step sizes to try, comma-separated; by default some of each scope's.", rich_help_panel=_RULE
         ),
     ] = None,
+    on_prompt: Annotated[
+        bool, typer.Option("--on-prompt", help="Try each with steps on the prompt as well.", rich_help_panel=_RULE)
+    ] = False,
     radius: Annotated[
         list[str] | None,
         typer.Option(
-            help="Balls around the head to try it in, comma-separated; `none` for no ball.",
+            help="Balls around the start to try it in, comma-separated; `none` for no ball.",
             show_default="none",
             rich_help_panel=_RULE,
         ),
@@ -76,7 +94,20 @@ def tune_ttt(
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(help="Cut a step to the likeliest tokens, that many; by default exact.", rich_help_panel=_RULE),
+        typer.Option(
+            help="Cut the head's step to that many likeliest tokens; by default exact.", rich_help_panel=_RULE
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of the adapters.", show_default="8", rich_help_panel=_RULE)
+    ] = None,
+    cache: Annotated[
+        CacheName | None,
+        typer.Option(
+            help="Keys and values under `lora` and `all`: computed again for every token, or left as they were.",
+            show_default="exact",
+            rich_help_panel=_RULE,
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps on each token.", rich_help_panel=_RULE)] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the two halves.")] = 0,
@@ -100,21 +131,29 @@ def tune_ttt(
 ) -> None:
     """Choose the step size of test-time training by coverage, and tell whether it covers more than plain decoding.
 
-    The output head makes a step after every token of a response, and starts anew with the next response. Each setting
-    is scored on the data in one pass, as sampling at temperature 1 would draw from it; half of the prompts choose the
-    setting with the least Cov_N, and the other half compare it with plain decoding. Scores are kept: run the command
-    again to go on after an interruption, with one more `--lr`, or with another N, and only what is new is scored.
+    The output head (or what `--scope` says) makes a step after every token of a response, and starts anew with the
+    next one. Each setting is scored on the data as sampling at temperature 1 would draw from it; half of the prompts
+    choose the setting with the least Cov_N, and the other half compare it with plain decoding. Scores are kept: run
+    the command again to go on after an interruption, with one more `--lr` or `--scope`, or with another N, and only
+    what is new is scored.
 
     Writes tune_ttt.json, and score folders that `profile`, `compare` and `tournament` take.
     """
-    from hf_coverage.functional.step_rule import StepRule
     from hf_coverage.measure.reference import read_reference
-    from hf_coverage.select.tune_ttt import check_rules, split_groups
+    from hf_coverage.select.ttt_settings import check_rules, ttt_grid
+    from hf_coverage.select.tune_ttt import split_groups
 
-    sizes = _numbers(lr or ["1e-5,1e-4,1e-3,1e-2"], "--lr")
-    balls = _numbers(radius or ["none"], "--radius", none=True)
-    fixed: dict[str, Any] = {"decay": decay, "lam": lam, "top_k": top_k, "num_steps": steps}
-    rules = check_rules([StepRule(size, ball, **fixed) for size, ball in product(sizes, balls)], n)
+    rules = ttt_grid(
+        _words(scope or ["head"]),
+        lrs=None if lr is None else _numbers(lr, "--lr"),
+        radii=_numbers(radius or ["none"], "--radius", none=True),
+        on_prompt=on_prompt,
+        some={"top_k": top_k, "rank": rank, "cache": None if cache is None else cache.value},
+        decay=decay,
+        lam=lam,
+        num_steps=steps,
+    )
+    check_rules(rules, n)
     rows = read_dataset(data, split)
     origin = check_origin(data, append_eos=append_eos)
     reference = read_reference(rows, group_by)
@@ -146,61 +185,8 @@ def tune_ttt(
         say(f"All numbers are in {path}, the scores in {output_dir / 'scores'}.")
 
 
-def score_rules(
-    model: "PreTrainedModel",
-    rows: "Dataset",
-    rules: Sequence["StepRule"],
-    reference: "Reference",
-    folder: Path,
-    *,
-    facts: dict[str, Any],
-    tokenizer: Any,
-    **options: Any,
-) -> list[list[float]]:
-    """Score plain decoding and each rule into a folder of its own; every process of a job calls it.
-
-    Args:
-        model: the model.
-        rows: the corpus.
-        rules: the rules.
-        reference: what the corpus knows of its rows.
-        folder: where the score folders go.
-        facts: what is written beside the scores.
-        tokenizer: the model's.
-        options: see `score_responses`.
-
-    Returns:
-        Log p(y|x) of all rows, for each rule and then for plain decoding.
-
-    Raises:
-        ValueError: if no response is long enough for a step to matter.
-    """
-    from hf_coverage.measure.reference import write_reference
-    from hf_coverage.measure.scoring import score_responses
-    from hf_coverage.select.tune_ttt import rule_name
-
-    found = []
-    # Plain decoding comes last: a model whose head cannot make a step is refused before anything is scored.
-    for index, rule in enumerate([*rules, None], start=1):
-        name = _PLAIN if rule is None else rule_name(rule)
-        own = folder / name.replace(", ", "_").replace(" ", "-")
-        say(f"{index} of {len(rules) + 1}: {name}")
-        scored = score_responses(
-            model, tokenizer, rows, ttt=rule, output_dir=own, progress=is_main_process(), **options
-        )
-        if is_main_process():
-            write_reference(own, reference, {"name": name, "command": running_command()} | facts)
-        if max(scored["num_tokens"][:]) < 2:
-            raise ValueError(
-                "every response is one token long, and test-time training changes what comes after it: give longer "
-                "responses."
-            )
-        found.append(scored["logprob"][:])
-    return found
-
-
 def choose(
-    scores: Sequence[Sequence[float]], rules: Sequence["StepRule"], n: float, reference: "Reference", seed: int
+    scores: Sequence[Sequence[float]], rules: Sequence["TTTConfig"], n: float, reference: "Reference", seed: int
 ) -> "TTTChoice":
     """The choice among rules, from what `score_rules` returned for them."""
     from hf_coverage.select.tune_ttt import tune_ttt as choose_rule
@@ -218,7 +204,7 @@ def choose(
 def show(choice: "TTTChoice") -> None:
     """Print a choice."""
     from hf_coverage.report.summary import comparison_table
-    from hf_coverage.select.tune_ttt import generation_settings
+    from hf_coverage.select.ttt_settings import generation_settings
 
     print_table(_search_table(choice))
     print_table(comparison_table(choice.plain, [choice.adapted], [choice.n]))
@@ -248,18 +234,21 @@ def _search_table(choice: "TTTChoice") -> Table:
     return Table(columns, rows, caption)
 
 
+def _words(texts: Sequence[str]) -> list[str]:
+    """What an option lists, comma-separated, each once."""
+    return list(dict.fromkeys(text.strip().lower() for text in ",".join(map(str, texts)).split(",")))
+
+
 def _numbers(texts: Sequence[str], option: str, *, none: bool = False) -> list[Any]:
     """The numbers of an option, each once, in order; `none` among them is None where it is allowed."""
     found: list[float | None] = []
-    for text in ",".join(map(str, texts)).split(","):
-        if none and text.strip().lower() == "none":
+    for text in _words(texts):
+        if none and text == "none":
             found.append(None)
             continue
         try:
             found.append(float(text))
         except ValueError as error:
             allowed = "numbers or `none`" if none else "numbers"
-            raise typer.BadParameter(
-                f"{text.strip()!r} is none for `{option}`: give {allowed}, comma-separated."
-            ) from error
+            raise typer.BadParameter(f"{text!r} is none for `{option}`: give {allowed}, comma-separated.") from error
     return list(dict.fromkeys(found))

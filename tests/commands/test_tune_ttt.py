@@ -14,7 +14,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig
 
 import hf_coverage
 from hf_coverage import StepRule, score_responses, ttt_generate, tune_ttt
-from hf_coverage.select.tune_ttt import rule_name, split_groups
+from hf_coverage.functional.ttt_config import TTTConfig
+from hf_coverage.select.ttt_settings import rule_name
+from hf_coverage.select.tune_ttt import split_groups
 from tests.commands.shell import error_line, invoke, load
 
 ROOT = Path(hf_coverage.__file__).parents[1]
@@ -143,6 +145,17 @@ def test_the_settings_of_a_step_are_scored(work):
     assert strict("out/tune_ttt.json")["generation_settings"] == {"ttt_lr": 0.5, "ttt_top_k": 3}
 
 
+def test_every_setting_is_tried_on_the_prompt_too(work):
+    output = invoke("tune-ttt student --data corpus --n 4 --lr 0.3,0.5 --on-prompt -o out")
+    rules = [TTTConfig(lr, on_prompt=prompt) for lr in (0.3, 0.5) for prompt in (False, True)]
+    expected = library_choice(work, rules=rules)
+    found = strict("out/tune_ttt.json")
+    assert found["chosen"] == rule_name(expected.rule)
+    assert found["difference"] == pytest.approx(expected.difference._asdict())
+    assert list(found["choosing_half"]["results"]) == ["plain", *map(rule_name, rules)]
+    assert "lr 0.5, on_prompt" in output
+
+
 def test_groups_are_documents_where_asked(work):
     rows = [{"prompt": f"the cat {k}", "completion": " sat on mat", "book": k // 3} for k in range(15)]
     Dataset.from_list(rows).to_json("books.jsonl")
@@ -162,6 +175,9 @@ def test_groups_are_documents_where_asked(work):
         (("0.01,0.3", "-1"), "`lr` must be finite and at least 0"),
         (("none,0.5", "0"), "`radius` must be positive"),
         (("--lr", "--top-k 3 --lr"), "`top_k` must not be combined with `radius`"),
+        (("--lr", "--scope tail --lr"), "`scopes` must be some of head, lora, all, got 'tail'"),
+        (("--lr", "--rank 4 --lr"), "`rank` is that of adapters"),
+        (("--lr", "--cache stale --lr"), "`cache` is exact whatever the head does"),
         (("--data corpus", "--data missing.jsonl"), "there is no file missing.jsonl"),
         (("--data corpus", "--data prompts.jsonl"), "`completion`"),
         (("--data corpus", "--data few.jsonl"), "at least 4 prompts (or documents)"),
@@ -187,6 +203,10 @@ def test_responses_that_steps_cannot_reach_are_refused(work):
     line = error_line(COMMAND.replace("--data corpus", "--data short.jsonl"))
     assert "every response is one token long" in line
     assert [path.name for path in Path("out/scores").iterdir()] == ["lr-0.01"]
+    # steps on a prompt reach them
+    rows = {"prompt": [f"the {word}" for word in ("cat", "dog", "mat", "red")], "completion": [" sat"] * 4}
+    Dataset.from_dict(rows).to_json("prompted.jsonl")
+    invoke("tune-ttt student --data prompted.jsonl --on-prompt --n 6 --lr 0.1 -o other")
 
 
 def test_an_n_at_which_a_bound_says_nothing_is_refused_and_the_next_one_scores_nothing(work):

@@ -6,14 +6,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
 import hf_coverage
-from hf_coverage import CoverageProfile, StepRule
+from hf_coverage import CoverageProfile, StepRule, score_responses, ttt_generate
 from hf_coverage.functional.paired import paired_coverage_difference, paired_kl_difference
 from hf_coverage.functional.statistics import group_codes
-from hf_coverage.select.tune_ttt import check_rules, generation_settings, rule_name, split_groups, tune_ttt
+from hf_coverage.functional.ttt_config import TTTConfig
+from hf_coverage.select.ttt_settings import STEP_SIZES, check_rules, generation_settings, rule_name, ttt_grid
+from hf_coverage.select.tune_ttt import split_groups, tune_ttt
+from tests.decode.ttt_reference import tiny_llama
 
 RULES = (StepRule(0.1), StepRule(0.1, radius=2.0), StepRule(1.0), StepRule(1.0, radius=2.0))
 
@@ -148,18 +153,55 @@ def test_the_json_is_strict_and_has_what_was_decided(tmp_path):
     assert facts["other_half"]["num_rows"] + facts["choosing_half"]["num_rows"] == plain.size
 
 
-def test_settings_are_those_of_generate():
-    from transformers import GenerationConfig
+@pytest.mark.parametrize(
+    "rule",
+    [
+        StepRule(0.1, radius=2.0, decay=0.25, lam=1.0, num_steps=3),
+        StepRule(0.1, top_k=5),
+        TTTConfig(0.1, on_prompt=True),
+    ],
+    ids=rule_name,
+)
+def test_generate_follows_the_settings_as_scoring_does_the_rule(rule):
+    model, ids = tiny_llama(), torch.tensor([[3, 4, 5, 6]])
+    config = GenerationConfig(
+        **generation_settings(rule), max_new_tokens=6, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True
+    )
+    result = model.generate(ids, generation_config=config, custom_generate=ttt_generate)
+    corpus = Dataset.from_dict({"prompt": ids.tolist(), "completion": result.sequences[:, 4:].tolist()})
+    scored = score_responses(model, None, corpus, ttt=rule, progress=False)
+    assert scored["logprob"][0] == pytest.approx(float(result.token_logprobs.sum()), abs=1e-4)
+    plain = score_responses(model, None, corpus, progress=False)
+    assert abs(plain["logprob"][0] - scored["logprob"][0]) > 1e-2
 
-    rule = StepRule(0.1, radius=2.0, decay=0.25, lam=1.0, num_steps=3)
-    found = generation_settings(rule)
-    assert found == {"ttt_lr": 0.1, "ttt_radius": 2.0, "ttt_decay": 0.25, "ttt_lam": 1.0, "ttt_steps": 3}
-    from hf_coverage.decode.ttt_generate import _Settings
 
-    given_ = dict.fromkeys(("lr", "scope", "on_prompt", "radius", "decay", "lam", "top_k", "steps"))
-    assert _Settings.resolve(given_, GenerationConfig(**found).to_dict()).rule() == rule
-    cut = StepRule(0.1, top_k=5)
-    assert _Settings.resolve(given_, GenerationConfig(**generation_settings(cut)).to_dict()).rule() == cut
+def test_a_grid_has_every_combination_and_gives_each_scope_what_it_has():
+    rules = ttt_grid(["head", "lora"], lrs=[0.1, 0.2], on_prompt=True, some={"rank": 4, "top_k": 3}, decay=0.5)
+    assert rules == [
+        *(TTTConfig(lr, top_k=3, decay=0.5, on_prompt=prompt) for lr in (0.1, 0.2) for prompt in (False, True)),
+        *(
+            TTTConfig(lr, scope="lora", rank=4, decay=0.5, on_prompt=prompt)
+            for lr in (0.1, 0.2)
+            for prompt in (False, True)
+        ),
+    ]
+    assert len({rule_name(rule) for rule in rules}) == len(rules)
+    assert [rule.lr for rule in ttt_grid(["all", "lora"])] == [*STEP_SIZES["all"], *STEP_SIZES["lora"]]
+    for scopes, some, message in (
+        (["head", "tail"], {}, "`scopes` must be some of head, lora, all, got 'tail'"),
+        (["head", "all"], {"rank": 4}, "`rank` is that of adapters"),
+        (["head"], {"cache": "stale"}, "`cache` is exact whatever the head does"),
+        (["lora"], {"top_k": 3}, "`top_k` cuts the steps of the head"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ttt_grid(scopes, some=some)
+
+
+def test_the_end_of_a_grid_is_that_of_the_scope():
+    plain = np.tile([-1.0, -4.0], 6)
+    rules = [TTTConfig(0.1), TTTConfig(1.0), TTTConfig(1e-3, scope="all"), TTTConfig(10.0, scope="all")]
+    choice = tune_ttt(plain, {rule: plain + (rule.lr == 1.0) * 0.5 for rule in rules}, 16)
+    assert "Its lr is the largest that was tried" in choice.sentence
 
 
 @pytest.mark.parametrize(
@@ -170,6 +212,7 @@ def test_settings_are_those_of_generate():
         ([StepRule(torch.ones(2))], 16, ValueError, "`lr` must be one number"),
         ([StepRule(0.1, radius=1.0, center="zero")], 16, ValueError, '`center` must be "start"'),
         ([StepRule(0.1), StepRule(0.1)], 16, ValueError, "lr 0.1 is there twice"),
+        ([StepRule(0.1), TTTConfig(0.1)], 16, ValueError, "lr 0.1 is there twice"),
         ([0.1], 16, TypeError, "got float"),
         ([StepRule(0.1)], 1, ValueError, "`n` must be above 1"),
         ([StepRule(0.1)], 0.5, ValueError, "`n` must be a finite number >= 1"),

@@ -1,0 +1,132 @@
+"""Settings of test-time training: which can be chosen among, what they are called, and how `generate` takes them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from itertools import product
+from typing import Any
+
+from hf_coverage.functional.checks import check_n
+from hf_coverage.functional.step_rule import StepRule
+from hf_coverage.functional.ttt_config import TTTConfig
+
+__all__ = ["STEP_SIZES", "check_rules", "generation_settings", "rule_name", "ttt_grid"]
+
+STEP_SIZES: Mapping[str, tuple[float, ...]] = {
+    "head": (1e-5, 1e-4, 1e-3, 1e-2),
+    "lora": (1e-3, 1e-2, 1e-1),
+    "all": (1e-6, 1e-5, 1e-4),
+}
+"""Step sizes to try of each scope."""
+
+_BELONGS = {"top_k": {"head"}, "rank": {"lora"}, "cache": {"lora", "all"}}
+"""Which scopes a setting is of, where it is not of all."""
+
+
+def ttt_grid(
+    scopes: Iterable[str],
+    *,
+    lrs: Sequence[float] | None = None,
+    radii: Sequence[float | None] = (None,),
+    on_prompt: bool = False,
+    some: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> list[TTTConfig]:
+    """All combinations of some settings of test-time training.
+
+    Args:
+        scopes: what to train.
+        lrs: step sizes; None: `STEP_SIZES` of each scope.
+        radii: balls; None is none.
+        on_prompt: whether to have everything with steps on the prompt as well as without.
+        some: settings that not all scopes have, `top_k`, `rank` and `cache`: each scope gets its own.
+        settings: of all of them.
+
+    Returns:
+        One configuration for each combination.
+
+    Raises:
+        ValueError: if a setting is out of its range, or none of the scopes has it.
+
+    Example:
+        >>> [rule_name(rule) for rule in ttt_grid(["head", "lora"], lrs=[0.1], some={"rank": 4})]
+        ['lr 0.1', 'lr 0.1, scope lora, rank 4']
+    """
+    scopes = list(scopes)
+    found = []
+    for scope in scopes:
+        if scope not in STEP_SIZES:
+            raise ValueError(f"`scopes` must be some of {', '.join(STEP_SIZES)}, got {scope!r}.")
+        own = {
+            name: value
+            for name, value in (some or {}).items()
+            # What none of them has is for the configuration to refuse.
+            if value is not None and (scope in _BELONGS[name] or not _BELONGS[name].intersection(scopes))
+        }
+        sizes = STEP_SIZES[scope] if lrs is None else lrs
+        for lr, radius, prompt in product(sizes, radii, (False, True) if on_prompt else (False,)):
+            found.append(TTTConfig(lr, radius, scope=scope, on_prompt=prompt, **own, **settings))  # type: ignore[arg-type]
+    return found
+
+
+def check_rules(rules: Sequence[StepRule], n: float) -> tuple[StepRule, ...]:
+    """Refuse rules that `ttt_generate` cannot follow, and an N that cannot choose between them, before any scoring.
+
+    Args:
+        rules: the rules to choose from.
+        n: the N of Cov_N.
+
+    Returns:
+        The rules.
+
+    Raises:
+        ValueError: if there are none, one is twice there, has an `lr` that is 0 or one for each row, or a ball around
+            zero, or `n` is not above 1.
+    """
+    if not check_n(n) > 1:
+        raise ValueError(f"`n` must be above 1, for a bound on Cov_1 is 1 whatever the rule, but is {n}.")
+    if not rules:
+        raise ValueError("`adapted` must have at least one `StepRule` to choose.")
+    for rule in rules:
+        if not isinstance(rule, StepRule):
+            raise TypeError(f"`adapted` must have `StepRule`s for keys, got {type(rule).__name__}.")
+        if not isinstance(rule.lr, (int, float)):
+            raise ValueError("`lr` must be one number for all rows, to be chosen for decoding.")
+        if not rule.lr > 0:
+            raise ValueError("`lr` must be above 0: with 0 it is plain decoding, which is compared with anyway.")
+        if rule.radius is not None and rule.center != "start":
+            raise ValueError('`center` must be "start": `ttt_generate` knows no other ball.')
+    name, times = Counter(map(rule_name, rules)).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"`adapted` must have each rule once, but {name} is there twice.")
+    return tuple(rules)
+
+
+def generation_settings(rule: StepRule) -> dict[str, Any]:
+    """A rule as `generate(custom_generate=ttt_generate, ...)` and `GenerationConfig` take it, defaults left out.
+
+    Example:
+        >>> generation_settings(TTTConfig(0.1, radius=2.0, scope="lora"))
+        {'ttt_lr': 0.1, 'ttt_radius': 2.0, 'ttt_scope': 'lora'}
+    """
+    config = TTTConfig.of(rule)
+    settings: dict[str, Any] = {"ttt_lr": float(config.lr)}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if entry.name not in ("lr", "center") and value != entry.default:
+            name = "ttt_steps" if entry.name == "num_steps" else f"ttt_{entry.name}"
+            settings[name] = float(value) if entry.name in ("radius", "decay", "lam") else value
+    return settings
+
+
+def rule_name(rule: StepRule) -> str:
+    """A rule in words, another one for every rule.
+
+    Example:
+        >>> rule_name(StepRule(0.1, radius=2.0)), rule_name(TTTConfig(0.1, scope="lora", on_prompt=True))
+        ('lr 0.1, radius 2.0', 'lr 0.1, scope lora, on_prompt')
+    """
+    settings = [(name.removeprefix("ttt_"), value) for name, value in generation_settings(rule).items()]
+    return ", ".join(name if value is True else f"{name} {value}" for name, value in settings)
