@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from hf_coverage.measure.forward import inference, is_sharded, refuse_zero3, unwrap
+from hf_coverage.measure.prompt_reading import own_config, pad_left, read_prompts
 
 __all__ = ["Sample", "Sampler", "Sampling", "end_token_ids", "require_room"]
 
@@ -128,7 +129,7 @@ class Sampler:
         first_batch: int = 0,
         progress: bool = False,
     ) -> list[Sample]:
-        """Draw one response to each prompt.
+        """Draw one response to each prompt; prompts that come again in a batch are read once.
 
         Args:
             prompts: Token ids, never empty; repeat a prompt for several responses.
@@ -162,8 +163,18 @@ class Sampler:
     def _draw_batch(
         self, prompts: list[list[int]], index: int, stop: Callable[[list[int]], bool] | None
     ) -> list[Sample]:
+        if not self.model._is_stateful or self.sharded:
+            return self._draw_together(prompts, (index,), stop)
+        # Some recurrent models read padding as they read any token, so theirs must be of one length.
+        lengths = sorted({len(prompt) for prompt in prompts})
+        groups = [[prompt for prompt in prompts if len(prompt) == length] for length in lengths]
+        return [s for place, group in enumerate(groups) for s in self._draw_together(group, (index, place), stop)]
+
+    def _draw_together(
+        self, prompts: list[list[int]], place: tuple[int, ...], stop: Callable[[list[int]], bool] | None
+    ) -> list[Sample]:
         device, eos = self.model.device, self.sampling.eos_token_ids
-        ids, mask = _pad_left(prompts)
+        ids, mask = pad_left(prompts)
         recorder, stopper = _DensityRecorder(), _Stopper(ids.shape, stop)
         config = GenerationConfig(
             do_sample=True,
@@ -175,10 +186,13 @@ class Sampler:
             pad_token_id=0,
             use_cache=True,
         )
-        with _own_config(self.model, config), _seeded(device, (self.seed, index)):
+        # The passes of a sharded model must be the same in number on all processes, whatever their prompts.
+        cache = None if self.sharded else read_prompts(self.model, prompts)
+        with own_config(self.model, config), _seeded(device, (self.seed, *place)):
             sequences = self.model.generate(
                 ids.to(device),
                 attention_mask=mask.to(device),
+                past_key_values=cache,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([*self.sampling.processors(), recorder]),
                 stopping_criteria=None if stop is None else StoppingCriteriaList([stopper]),
@@ -236,17 +250,6 @@ class _Stopper(StoppingCriteria):
 
 
 @contextmanager
-def _own_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Keep a model's generation defaults out of `generate`, which fills whatever is None with them."""
-    before = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = before
-
-
-@contextmanager
 def _seeded(device: torch.device, entropy: tuple[int, ...]) -> Iterator[None]:
     """Seed the generators that sampling on `device` draws from, and put them back."""
     seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
@@ -259,14 +262,6 @@ def _seeded(device: torch.device, entropy: tuple[int, ...]) -> Iterator[None]:
         with torch.random.fork_rng(devices=devices, device_type=device.type):
             torch.manual_seed(seed)
             yield
-
-
-def _pad_left(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids (B, L) and mask (B, L)."""
-    length = max(map(len, prompts))
-    ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, mask
 
 
 def require_room(model: PreTrainedModel, prompts: Sequence[list[int]], new_tokens: Sequence[int]) -> None:
