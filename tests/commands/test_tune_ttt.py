@@ -206,7 +206,7 @@ def test_responses_that_steps_cannot_reach_are_refused(work):
     # steps on a prompt reach them
     rows = {"prompt": [f"the {word}" for word in ("cat", "dog", "mat", "red")], "completion": [" sat"] * 4}
     Dataset.from_dict(rows).to_json("prompted.jsonl")
-    invoke("tune-ttt student --data prompted.jsonl --on-prompt --n 6 --lr 0.1 -o other")
+    invoke("tune-ttt student --data prompted.jsonl --on-prompt --n 1000 --lr 0.1 -o other")
 
 
 def test_an_n_at_which_a_bound_says_nothing_is_refused_and_the_next_one_scores_nothing(work):
