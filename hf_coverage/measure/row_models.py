@@ -60,27 +60,26 @@ class RowModels:
                 '`config` must have `scope="lora"` or "all" and one step size for all rows, '
                 f"got {config.scope!r} and {config.lr}."
             )
-        network = row_network(model, config)
-        self._model, self._device, self._shape = network.model, network.device, (len(ids),)
-        with row_passes(network.model):
+        self._network = row_network(model, config)
+        device = self._network.device
+        with row_passes(self._network.model):
             # Copies: what was made under `inference_mode` cannot take part.
-            ids = ids.to(network.device, copy=True)
-            mask = (
-                torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device, torch.bool, copy=True)
-            )
-            _check_padding(mask)
-            shared = len(ids) > 1 and network.shares_passes
-            groups = torch.arange(len(ids), device=ids.device).split(len(ids) if shared else 1)
-            self._lines = [_Lines(network, config, rows, ids[rows], mask[rows]) for rows in groups]
+            ids = ids.to(device, copy=True)
+            mask = torch.ones_like(ids) if mask is None else mask.to(device, copy=True)
+            _check_padding(mask.bool())
+            self._lines = [
+                _Lines(self._network, config, rows, ids[rows], mask[rows].bool()) for rows in self._groups(len(ids))
+            ]
+        self._num_rows = len(ids)
         self._logits: Tensor | None = None
 
     def logits(self) -> Tensor:
         """Logits of what comes next `(B, V)`, in float32 at least; those of a row that has ended are the last ones."""
-        with row_passes(self._model):
+        with row_passes(self._network.model):
             for lines in self._lines:
                 found = lines.logits()
                 if self._logits is None:
-                    self._logits = found.new_zeros(*self._shape, found.shape[-1])
+                    self._logits = found.new_zeros(self._num_rows, found.shape[-1])
                 self._logits[lines.rows] = found
         if self._logits is None:
             raise RuntimeError("All rows ended before there were logits.")
@@ -93,15 +92,48 @@ class RowModels:
             tokens: y `(B,)`, int64.
             active: Rows `(B,)` that go on; the others have ended, for good. None: all that have not ended.
         """
-        with row_passes(self._model):
-            tokens = tokens.to(self._device, copy=True)
-            active = (
-                torch.ones_like(tokens, dtype=torch.bool) if active is None else active.to(self._device, copy=True)
-            )
-            going_on = [lines for lines in self._lines if active[lines.rows].any()]
-            for lines in going_on:
-                lines.step(tokens[lines.rows], active[lines.rows])
-            self._lines = [lines.of(active[lines.rows].nonzero()[:, 0]) for lines in going_on]
+        with row_passes(self._network.model):
+            tokens = tokens.to(self._network.device, copy=True)
+            going = torch.ones_like(tokens) if active is None else active.to(tokens.device, copy=True)
+            going_on = []
+            for lines in self._lines:
+                places = going[lines.rows].nonzero()[:, 0]
+                if len(places):
+                    lines.step(tokens[lines.rows], going[lines.rows].bool())
+                    all_go_on = len(places) == len(lines.rows)
+                    going_on.append(lines if all_go_on else lines.of(places, lines.rows[places]))
+            self._lines = going_on
+
+    def select(self, rows: Tensor) -> RowModels:
+        """Go on with some rows as they are now, with several copies of a row that is asked for several times.
+
+        Args:
+            rows: Which ones `(C,)`, int64; none that has ended.
+
+        Returns:
+            Models of C sequences, which share nothing with each other or with these.
+
+        Raises:
+            ValueError: If a row has ended.
+        """
+        places = {int(row): (lines, place) for lines in self._lines for place, row in enumerate(lines.rows)}
+        wanted = rows.tolist()
+        if not places.keys() >= set(wanted):
+            raise ValueError(f"`rows` must be rows that have not ended, {sorted(places)}, got {wanted}.")
+        selected = copy.copy(self)
+        selected._num_rows, selected._logits = len(wanted), None
+        with row_passes(self._network.model):
+            selected._lines = []
+            for group in self._groups(len(wanted)):
+                found = [places[wanted[new]] for new in group.tolist()]
+                index = torch.tensor([place for _, place in found], device=group.device)
+                selected._lines.append(found[0][0].of(index, group))  # those that share passes are together already
+        return selected
+
+    def _groups(self, num_rows: int) -> tuple[Tensor, ...]:
+        """The rows that go through the network together."""
+        shared = num_rows > 1 and self._network.shares_passes
+        return torch.arange(num_rows, device=self._network.device).split(num_rows if shared else 1)
 
 
 class _Lines:
@@ -156,14 +188,13 @@ class _Lines:
         self._mask = torch.cat([self._mask, real.unsqueeze(-1)], dim=1)
         self._cache, self._cache_after = self._cache_after, None
 
-    def of(self, places: Tensor) -> _Lines:
-        """The same, for the rows at some places `(c,)`."""
-        if len(places) == len(self.rows):
-            return self
+    def of(self, places: Tensor, rows: Tensor) -> _Lines:
+        """Copies of the rows at some places `(c,)`, which are new `rows` `(c,)`."""
         lines = copy.copy(self)
-        lines.rows, lines._ids, lines._mask = self.rows[places], self._ids[places], self._mask[places]
+        lines.rows, lines._ids, lines._mask = rows, self._ids[places], self._mask[places]
         lines._parameters = [theta.detach()[places].requires_grad_(True) for theta in self._parameters]
         lines._cache = None if self._cache is None else copied_cache(self._cache, places)
+        lines._cache_after = lines._pending = None
         return lines
 
     def _read(self) -> Tensor:

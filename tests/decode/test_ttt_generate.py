@@ -185,7 +185,7 @@ def test_the_model_is_left_as_it_was():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ttt_scope": "lora"}, "`ttt_scope` must be \"head\", the one scope there is, got 'lora'"),
+        ({"ttt_scope": "tail"}, '`scope` must be "head", "lora" or "all", got \'tail\''),
         ({"num_beams": 2}, "sampling and greedy decoding, got beam search; generate with `num_beams=1`"),
         ({"num_beams": 2, "do_sample": True}, "got beam sample"),
         ({"rows": 1, "prompt_lookup_num_tokens": 2}, "got assisted generation"),

@@ -6,6 +6,6 @@ from hf_coverage.decode.ttt_generate import ttt_generate
 
 
 def generate(model: Any, streamer: Any = None, **arguments: Any) -> Any:
-    """Sample or decode greedily with a gradient step of the output head after every token; see the card."""
+    """Sample or decode greedily with a gradient step after every token; see the card."""
     # The arguments are those of the call, nothing is prepared yet: the model's own `generate` does that.
     return model.generate(custom_generate=ttt_generate, ttt_streamer=streamer, **arguments)
