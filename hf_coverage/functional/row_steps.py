@@ -33,7 +33,7 @@ def row_norms(tensors: Iterable[Tensor]) -> Tensor:
         >>> row_norms([torch.tensor([[3.0], [0.0]]), torch.tensor([[[4.0]], [[1.0]]])])
         tensor([5., 1.])
     """
-    norms = [torch.linalg.vector_norm(tensor.flatten(1), dim=1) for tensor in tensors]
+    norms = [torch.linalg.vector_norm(tensor.reshape(len(tensor), -1), dim=1) for tensor in tensors]
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), dim=0)
 
 
