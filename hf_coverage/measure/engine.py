@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hf_coverage.functional.logprobs import collision_probability, logsumexp, token_kl
 from hf_coverage.functional.ttt_config import TTTConfig
-from hf_coverage.measure.adapted import adaptable, adapted_logprobs
-from hf_coverage.measure.batching import Batch, Limits, Step, build_step, plan_batches, predicted_tokens, tokens_read
+from hf_coverage.measure.adapted_heads import require_adaptable, score_heads
+from hf_coverage.measure.adapted_rows import RowScorer
+from hf_coverage.measure.batching import Batch, tokens_read
 from hf_coverage.measure.corpus import EncodedCorpus
-from hf_coverage.measure.forward import HeadForward, HeadOutput
-from hf_coverage.measure.prefix_cache import continue_lines
+from hf_coverage.measure.forward import HeadForward
+from hf_coverage.measure.passes import BatchPasses
+from hf_coverage.measure.plain_scores import score_plain
 from hf_coverage.measure.scores import Scores
 
 __all__ = ["ScoringEngine", "ScoringOptions"]
-
-_DUMMY = np.zeros((1, 1), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class ScoringOptions:
 
 
 class ScoringEngine:
-    """Models ready to score: their limits are known, and whether responses can share a cache.
+    """Models ready to score.
 
     Use it inside `inference(model, teacher)`.
 
@@ -74,41 +71,22 @@ class ScoringEngine:
 
     Raises:
         ValueError: If a model has no output embeddings, the vocabularies differ, `logits_memory` is too small, or
-            the head cannot make steps, or there is a teacher, with `ttt`.
+            the model cannot make steps, or there is a teacher, with `ttt`.
     """
 
     def __init__(self, model: nn.Module, teacher: nn.Module | None, options: ScoringOptions) -> None:
         self.options = options
         self.state = PartialState()
-        self.forwards = [HeadForward(model)] if teacher is None else [HeadForward(model), HeadForward(teacher)]
-        probes = [forward.probe() for forward in self.forwards]
-        self.vocab_size = probes[0].logits.shape[-1]
-        if options.ttt is not None:
-            if options.ttt.scope != "head":
-                raise ValueError(f'`ttt` is scored with `scope="head"` alone, got {options.ttt.scope!r}.')
-            self._head = adaptable(self.forwards[0].head, plain=probes[0].plain_head)
-            if teacher is not None:
-                raise ValueError("`teacher` measures a model that stays what it is: leave out it or `ttt`.")
-        if probes[-1].logits.shape[-1] != self.vocab_size:
-            raise ValueError(
-                f"`teacher` must have the vocabulary of `model`, {self.vocab_size} tokens, "
-                f"got {probes[-1].logits.shape[-1]}; KL compares their distributions token by token."
-            )
-        # Next to the logits there is at most one float32 copy: models upcast, soft-cap or scale what the head returns.
-        position_bytes = sum(self.vocab_size * (probe.logits.element_size() + 4) for probe in probes)
-        if options.logits_memory < position_bytes:
-            raise ValueError(
-                f"`logits_memory` must hold the logits of one position, {position_bytes} bytes for this vocabulary, "
-                f"got {options.logits_memory}."
-            )
-        self.positions = options.logits_memory // position_bytes
-        # Heads that make steps are called when all their inputs are there, and a pass needs at least one position.
-        self._first = self.positions if options.ttt is None else 1
-        # A head that can be called alone takes the positions of one pass in chunks; otherwise the pass is bounded.
-        chunked = all(probe.plain_head for probe in probes)
-        self.limits = Limits(options.batch_tokens, sys.maxsize if chunked else self.positions)
-        self.cached = all(probe.repeatable for probe in probes)
-        self.sharded = any(forward.sharded for forward in self.forwards)
+        if options.ttt is not None and teacher is not None:
+            raise ValueError("`teacher` measures a model that stays what it is: leave out it or `ttt`.")
+        self._passes = BatchPasses(
+            model, teacher, batch_tokens=options.batch_tokens, logits_memory=options.logits_memory
+        )
+        self._rows: RowScorer | None = None
+        if options.ttt is not None and options.ttt.scope == "head":
+            require_adaptable(self._passes)
+        elif options.ttt is not None:
+            self._rows = RowScorer(model, options.ttt, batch_tokens=options.batch_tokens)
 
     def check(self, corpus: EncodedCorpus, rows: range) -> None:
         """Refuse rows that do not fit a model, without scoring them.
@@ -116,8 +94,8 @@ class ScoringEngine:
         Raises:
             ValueError: If a token id is out of range, or a row is longer than a model takes; names the row.
         """
-        for forward in self.forwards:
-            _check_rows(corpus, rows, forward, self.vocab_size)
+        for forward in self._passes.forwards:
+            _check_rows(corpus, rows, forward, self._passes.vocab_size)
 
     def score(self, corpus: EncodedCorpus, rows: range, advance: Callable[[int], Any]) -> Scores:
         """Score consecutive rows: each of them on one process, the result on all.
@@ -134,119 +112,39 @@ class ScoringEngine:
             ValueError: If a token id or a row's length does not fit, or the model returns NaN.
         """
         self.check(corpus, rows)
-        share = self.options.share_prefixes and self.cached
-        batches = plan_batches(corpus, rows, self.limits, share_prefixes=share)
+        batches = self._plan(corpus, rows)
         world, rank = self.state.num_processes, self.state.process_index
         parts = []
         for start in range(0, len(batches), world):
             together = batches[start : start + world]
             if rank < len(together):
                 parts.append((together[rank].rows, self._score_batch(corpus, together[rank])))
-            if self.sharded:  # every process has to take part in every forward pass of the others
+            if self._passes.sharded:  # every process has to take part in every forward pass of the others
                 done = together[rank].num_forwards if rank < len(together) else 0
-                self._run_along(max(batch.num_forwards for batch in together) - done)
+                self._passes.run_along(max(batch.num_forwards for batch in together) - done)
             advance(sum(tokens_read(corpus, row) for batch in together for row in batch.rows))
-        return _assemble(gather_object(parts), corpus, rows, self.options.per_token)
+        return _assemble(gather_object(parts), corpus, rows, self.options)
+
+    def _plan(self, corpus: EncodedCorpus, rows: range) -> list[Batch]:
+        if self._rows is not None:
+            return self._rows.plan(corpus, rows)
+        return self._passes.plan(corpus, rows, share_prefixes=self.options.share_prefixes)
 
     def _score_batch(self, corpus: EncodedCorpus, batch: Batch) -> dict[str, NDArray]:
         """Per-token values of a batch, row after row in the order of `batch.rows`."""
+        if self._rows is not None:
+            return {"token_logprobs": self._rows.score(corpus, batch)}
         if self.options.ttt is not None:
-            return self._score_adapted(corpus, batch, self.options.ttt)
-        lengths = [len(corpus.completions[row]) for row in batch.rows]
-        slots = dict(zip(batch.rows, accumulate(lengths, initial=0)))
-        values: dict[str, NDArray] = {}
-        for step, outputs in self._run(corpus, batch, slots):
-            for start in range(0, len(step.positions), self.positions):
-                chunk = slice(start, start + self.positions)
-                inside = (step.pick >= chunk.start) & (step.pick < chunk.stop)
-                pick, labels = step.pick[inside] - chunk.start, step.labels[inside]
-                for name, column in _token_values(outputs, chunk, pick, labels, self.options.head_statistics).items():
-                    place = values.setdefault(name, np.empty(sum(lengths), dtype=np.float32))
-                    place[step.slots[inside]] = column.cpu().numpy()
-        return values
-
-    def _score_adapted(self, corpus: EncodedCorpus, batch: Batch, rule: TTTConfig) -> dict[str, NDArray]:
-        """The same under heads that follow their responses, once the inputs of all are there."""
-        lines = [predicted_tokens(corpus, row, on_prompt=rule.on_prompt) for row in batch.rows]
-        starts = list(accumulate(map(len, lines), initial=0))
-        followed = np.empty((2, starts[-1]), dtype=np.int64)
-        followed[1] = list(chain.from_iterable(lines))
-        parts: list[Tensor] = []
-        for step, (output,) in self._run(corpus, batch, dict(zip(batch.rows, starts)), on_prompt=rule.on_prompt):
-            followed[0, step.slots] = step.pick + sum(map(len, parts))
-            parts.append(output.hidden)
-        logprobs = adapted_logprobs(
-            torch.cat(parts),
-            [followed[:, start:stop] for start, stop in pairwise(starts)],
-            [tuple(corpus.prompts[row]) for row in batch.rows],
-            [len(corpus.completions[row]) for row in batch.rows],
-            self._head,
-            rule=rule,
-            memory=self.options.logits_memory,
-        )
-        return {"token_logprobs": np.concatenate(logprobs)}
-
-    def _run(
-        self, corpus: EncodedCorpus, batch: Batch, slots: dict[int, int], *, on_prompt: bool = False
-    ) -> Iterator[tuple[Step, list[HeadOutput]]]:
-        """The forward passes of a batch: the first segment once, then every wave's way on from it."""
-
-        def step_of(rows: Sequence[int], start: int, stop: int, context: int) -> Step:
-            own = np.array([slots[row] for row in rows])
-            return build_step(corpus, rows, own, start, stop, context=context, on_prompt=on_prompt)
-
-        first = step_of(batch.rows, 0, batch.cuts[0], 0)
-        keep = self.cached and len(batch.cuts) > 1
-        outputs = [
-            forward(first.ids, first.positions, first=self._first, keep_cache=keep) for forward in self.forwards
-        ]
-        roots = [output.cache for output in outputs]
-        yield first, outputs
-        line_of = dict(zip(batch.rows, first.sequences))
-        for wave in batch.waves:
-            lines = np.array([line_of[row] for row in wave])
-            last = len(batch.cuts) == 2
-            caches = [continue_lines(root, lines, last=last) if keep and root is not None else None for root in roots]
-            for start, stop in pairwise(batch.cuts):
-                step = step_of(wave, start, stop, start if keep else 0)
-                outputs = [
-                    forward(step.ids, step.positions, first=self._first, cache=cache)
-                    for forward, cache in zip(self.forwards, caches)
-                ]
-                yield step, outputs
-
-    def _run_along(self, num_forwards: int) -> None:
-        for _ in range(num_forwards):
-            for forward in self.forwards:
-                forward(_DUMMY, _DUMMY[0])
-
-
-def _token_values(
-    outputs: list[HeadOutput], chunk: slice, pick: NDArray, labels: NDArray, head_statistics: bool
-) -> dict[str, Tensor]:
-    """Values of the response tokens that a chunk of one pass's positions predicts, by column."""
-    logits = outputs[0].take_logits(chunk)
-    rows, tokens = torch.from_numpy(pick).to(logits.device), torch.from_numpy(labels).to(logits.device)
-    chosen = logits[rows, tokens]
-    values = {"token_logprobs": chosen.float() - logsumexp(logits)[rows]}
-    reference = logits  # q of the inherent variance: the teacher's, or else the model's own
-    if len(outputs) > 1:
-        reference = outputs[1].take_logits(chunk).to(logits.device)
-        values["token_kl"] = token_kl(reference, logits)[rows]
-    if head_statistics:
-        norm = outputs[0].feature_norm(chunk).to(logits.device)[rows]
-        collision = collision_probability(reference)[rows]
-        sampled = values["token_logprobs"]
-        if reference is not logits:
-            sampled = reference[rows, tokens].float() - logsumexp(reference)[rows]
-        values["hidden_norm"] = norm
-        values["inherent_variance"] = norm.square() * (1 - collision)
-        values["sampled_variance"] = norm.square() * (1 - 2 * sampled.exp() + collision).clamp_min(0.0)
-    return values
+            memory = self.options.logits_memory
+            return {"token_logprobs": score_heads(self._passes, corpus, batch, self.options.ttt, memory=memory)}
+        return score_plain(self._passes, corpus, batch, head_statistics=self.options.head_statistics)
 
 
 def _assemble(
-    parts: list[tuple[tuple[int, ...], dict[str, NDArray]]], corpus: EncodedCorpus, rows: range, per_token: bool
+    parts: list[tuple[tuple[int, ...], dict[str, NDArray]]],
+    corpus: EncodedCorpus,
+    rows: range,
+    options: ScoringOptions,
 ) -> Scores:
     """Put the batches of all processes into the order of the rows, and sum up each row."""
     tokens: dict[str, list[Any]] = {name: [None] * len(rows) for name in parts[0][1]}
@@ -258,15 +156,17 @@ def _assemble(
     logprob = _reduce(np.sum, tokens["token_logprobs"])
     if np.isnan(logprob).any():
         row = rows[int(np.isnan(logprob).argmax())]
-        raise ValueError(
-            f"`model` gave NaN for row {row}: its weights are damaged, or its logits overflow in this dtype; "
-            "load it in float32 or bfloat16."
-        )
+        why = "its weights are damaged, or its logits overflow in this dtype; load it in float32 or bfloat16"
+        if options.ttt is not None:
+            why = (
+                f"its steps with lr {options.ttt.lr} led it there; take a smaller one, or a ball (`radius`) for `ttt`"
+            )
+        raise ValueError(f"`model` gave NaN for row {row}: {why}.")
     statistics = "hidden_norm" in tokens
     return Scores(
         logprob=logprob,
         num_tokens=np.array([len(corpus.completions[row]) for row in rows], dtype=np.int64),
-        token_logprobs=tokens["token_logprobs"] if per_token else None,
+        token_logprobs=tokens["token_logprobs"] if options.per_token else None,
         token_kl=tokens.get("token_kl"),
         hidden_norm=_reduce(np.max, tokens["hidden_norm"]) if statistics else None,
         inherent_variance=_reduce(np.sum, tokens["inherent_variance"]) if statistics else None,

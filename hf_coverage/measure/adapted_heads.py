@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
-from itertools import zip_longest
+from itertools import accumulate, chain, pairwise, zip_longest
 
 import numpy as np
 import torch
@@ -19,38 +19,73 @@ from torch import Tensor, nn
 
 from hf_coverage.functional.head_training import POSITIONS, branch_fast_weights, follow_tokens, squared_head_norm
 from hf_coverage.functional.step_rule import StepRule
-from hf_coverage.measure.batching import IntArray
+from hf_coverage.functional.ttt_config import TTTConfig
+from hf_coverage.measure.batching import Batch, IntArray, predicted_tokens
+from hf_coverage.measure.corpus import EncodedCorpus
+from hf_coverage.measure.passes import BatchPasses
 
-__all__ = ["adaptable", "adapted_logprobs"]
+__all__ = ["adapted_logprobs", "require_adaptable", "score_heads"]
 
 _Branching = tuple[IntArray, dict[int, IntArray]]
 """What lines begin with, and how each of some rows goes on from there, longest first."""
 
 
-def adaptable(head: nn.Module, *, plain: bool) -> nn.Linear:
-    """Refuse heads whose steps have no closed form.
-
-    Args:
-        head: The output head.
-        plain: Whether the model returns what it gives, and it may be called alone.
-
-    Returns:
-        The same head.
+def require_adaptable(passes: BatchPasses) -> nn.Linear:
+    """Refuse models whose heads make no steps in closed form, and return the head of one that does.
 
     Raises:
-        ValueError: If the head is not linear, or not plain.
+        ValueError: If the head is not linear, or the model changes what it gives.
     """
+    head = passes.forwards[0].head
     if not isinstance(head, nn.Linear):
         raise ValueError(
             f"`ttt` needs a linear output head, got {type(head).__name__}; if that is an adapter's layer, merge it "
             "first (`merge_and_unload`)."
         )
-    if not plain:
+    if not passes.plain_head:
         raise ValueError(
             "`ttt` needs logits as the head gives them, but the model changes them afterwards (scaling or "
-            "soft-capping) or spreads its head over processes; leave it out."
+            'soft-capping) or spreads its head over processes; leave it out, or take `scope="lora"` or "all", which '
+            "follow the network's own gradient."
         )
     return head
+
+
+def score_heads(
+    passes: BatchPasses, corpus: EncodedCorpus, batch: Batch, config: TTTConfig, *, memory: int
+) -> NDArray[np.float32]:
+    """Score the responses of a batch, row after row, under heads that follow them.
+
+    Args:
+        passes: The model.
+        corpus: Token ids of all rows.
+        batch: The rows.
+        config: How the head makes a step, and whether on the prompts as well.
+        memory: Bytes for what the steps keep; a longer line takes what it takes, alone.
+
+    Returns:
+        `log p_TTT(y_h | x, y_<h)` of all tokens, nats.
+    """
+    lines = [predicted_tokens(corpus, row, on_prompt=config.on_prompt) for row in batch.rows]
+    starts = list(accumulate(map(len, lines), initial=0))
+    followed = np.empty((2, starts[-1]), dtype=np.int64)
+    followed[1] = list(chain.from_iterable(lines))
+    inputs: list[Tensor] = []
+    # The head is called when all its inputs are there, and a pass needs at least one position.
+    passed = passes.run(corpus, batch, dict(zip(batch.rows, starts)), first=1, on_prompt=config.on_prompt)
+    for step, (output,) in passed:
+        followed[0, step.slots] = step.pick + sum(map(len, inputs))
+        inputs.append(output.hidden)
+    logprobs = adapted_logprobs(
+        torch.cat(inputs),
+        [followed[:, start:stop] for start, stop in pairwise(starts)],
+        [tuple(corpus.prompts[row]) for row in batch.rows],
+        [len(corpus.completions[row]) for row in batch.rows],
+        require_adaptable(passes),
+        rule=config,
+        memory=memory,
+    )
+    return np.concatenate(logprobs)
 
 
 def adapted_logprobs(
