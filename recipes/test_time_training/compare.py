@@ -8,6 +8,7 @@ Writes `report.md`, `findings.json` and the figures. Any value of the configurat
 as `--text.documents 8`. What was stopped goes on with the text that was stopped when the same command is given again.
 """
 
+import copy
 import shutil
 import sys
 import time
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from rich.console import Console
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_coverage.functional.ttt_config import TTTConfig
@@ -27,13 +29,18 @@ from hf_coverage.measure.builders import sample_corpus
 from hf_coverage.measure.scoring import score_responses
 from recipes.compression_audit.compress import compression
 from recipes.reasoning.model import SMOLLM2, load_base, load_tokenizer
-from recipes.settings import parse_section, read_settings, refuse_other_settings
+from recipes.settings import Settings, parse_section, read_settings, refuse_other_settings
 from recipes.test_time_training.findings import Known, Results, Scoped, report
 from recipes.test_time_training.following import PLAIN, Followed, follow_corpus, rule_label
 from recipes.test_time_training.texts import KINDS, windows_of
 
 ITSELF = "itself"
 """The student that is the reference's own model."""
+
+TASTE = "taste"
+"""The reference that is the model with a bias; the others are its temperatures."""
+
+PARTS = ("text", "long", "safety", "known", "scopes")
 
 
 @dataclass
@@ -43,6 +50,7 @@ class RunArguments:
     lr: list[float] = field(default_factory=lambda: [1e-5, 1e-4, 1e-3], metadata={"help": "Step sizes to try."})
     top_k: int | None = field(default=256, metadata={"help": "Cut steps to the likeliest tokens; None: exact."})
     seed: int = field(default=0, metadata={"help": "Of the windows and of what is sampled."})
+    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": "What is run and reported."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; None leaves it to torch."})
 
 
@@ -78,8 +86,10 @@ class KnownArguments:
     temperatures: list[float] = field(default_factory=lambda: [0.7, 1.0], metadata={"help": "D: the model at these."})
     students: list[str] = field(
         default_factory=lambda: [ITSELF, "int4-rtn-64", "context-64"],
-        metadata={"help": "Adapted at temperature 1; at the others it is the model itself."},
+        metadata={"help": "What covers D at temperature 1; the others are covered by the model itself."},
     )
+    taste_share: float = field(default=0.1, metadata={"help": "Part of the vocabulary that another D prefers."})
+    taste: float = field(default=2.0, metadata={"help": "By so many nats."})
 
 
 @dataclass
@@ -113,10 +123,6 @@ class Recipe:
             parse_section(kind, settings[name]) for name, kind in SECTIONS.items()
         )
         self.output = Path(self.run.output_dir)
-        kept = {name: asdict(getattr(self, name)) for name in SECTIONS}
-        for name in ("output_dir", "threads"):
-            del kept["run"][name]
-        refuse_other_settings(self.output, kept)
         if self.run.threads:
             torch.set_num_threads(self.run.threads)
         self.model: PreTrainedModel = load_base(self.run.model).eval()
@@ -130,7 +136,15 @@ class Recipe:
         ]
         return {rule_label(rule): rule for rule in tried}
 
+    def folder(self, part: str) -> Path:
+        """Where the results of a part are kept, once it is clear that they are of these settings."""
+        kept: Settings = {part: asdict(getattr(self, part)), "text": asdict(self.text)}
+        kept["run"] = {name: getattr(self.run, name) for name in ("model", "lr", "top_k", "seed")}
+        refuse_other_settings(self.output / part, kept)
+        return self.output / part
+
     def windows(self, kind: str, prompt_tokens: int, response_tokens: int, documents: int) -> Dataset:
+        """Windows of a kind, the same ones each time."""
         return windows_of(
             kind,
             self.tokenizer,
@@ -143,41 +157,45 @@ class Recipe:
 
 def main() -> None:
     recipe, console = Recipe(sys.argv[1:]), Console()
-    results = Results(recipe.rules(), {}, {}, {}, {}, [])
+    results = Results(recipe.rules(), {}, {}, {}, {}, {})
     parts = {
-        "text": ((results.texts, kind, found) for kind, found in over_texts(recipe)),
-        "long": ((results.long, kind, found) for kind, found in over_long_texts(recipe)),
-        "safety": ((results.safety, kind, found) for kind, found in over_unsafe_steps(recipe)),
-        "known": ((results.known, name, found) for name, found in over_references(recipe)),
+        "text": (over_texts, results.texts),
+        "long": (over_long_texts, results.long),
+        "safety": (over_unsafe_steps, results.safety),
+        "known": (over_references, results.known),
+        "scopes": (over_scopes, results.scoped),
     }
-    for part, steps in parts.items():
+    unknown = sorted(set(recipe.run.parts) - set(parts))
+    if unknown:
+        raise ValueError(f"`parts` must be among {', '.join(parts)}, got {unknown[0]!r}.")
+    for part in recipe.run.parts:
+        experiment, found = parts[part]
         start = time.monotonic()
-        for place, name, found in steps:
-            place[name] = found
+        for name, values in experiment(recipe, recipe.folder(part)):
+            found[name] = values
             console.print(f"{part}, {name} ({time.monotonic() - start:.0f} s)", markup=False, highlight=False)
             start = time.monotonic()
-    results.scoped.extend(over_scopes(recipe, console))
     report(recipe.output, results, console)
 
 
-def over_texts(recipe: Recipe) -> Iterator[tuple[str, Followed]]:
+def over_texts(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Followed]]:
     """Real text, whose density nobody knows."""
     shape = recipe.text.prompt_tokens, recipe.text.response_tokens, recipe.text.documents
     for kind in KINDS:
         corpus = recipe.windows(kind, *shape)
-        yield kind, follow_corpus(recipe.model, corpus, recipe.rules(), recipe.output / "text" / kind)
+        yield kind, follow_corpus(recipe.model, corpus, recipe.rules(), folder / kind)
 
 
-def over_long_texts(recipe: Recipe) -> Iterator[tuple[str, Followed]]:
+def over_long_texts(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Followed]]:
     """The same with longer responses, to see what becomes of the steps as they add up."""
     rules = [TTTConfig(lr, top_k=recipe.run.top_k) for lr in recipe.long.lr]
     shape = recipe.long.prompt_tokens, recipe.long.response_tokens, recipe.long.documents
     for kind in KINDS:
         named = {rule_label(rule): rule for rule in rules}
-        yield kind, follow_corpus(recipe.model, recipe.windows(kind, *shape), named, recipe.output / "long" / kind)
+        yield kind, follow_corpus(recipe.model, recipe.windows(kind, *shape), named, folder / kind)
 
 
-def over_unsafe_steps(recipe: Recipe) -> Iterator[tuple[str, Followed]]:
+def over_unsafe_steps(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Followed]]:
     """Steps that are too large, kept in a ball or drawn back; all of them exact."""
     args, shape = recipe.safety, (recipe.text.prompt_tokens, recipe.text.response_tokens, recipe.text.documents)
     rules = [TTTConfig(lr) for lr in args.lr]
@@ -188,32 +206,40 @@ def over_unsafe_steps(recipe: Recipe) -> Iterator[tuple[str, Followed]]:
         corpus = recipe.windows(kind, *shape)
         corpus = corpus.select(range(min(args.documents, len(corpus))))
         named = {rule_label(rule): rule for rule in rules}
-        yield kind, follow_corpus(recipe.model, corpus, named, recipe.output / "safety" / kind)
+        yield kind, follow_corpus(recipe.model, corpus, named, folder / kind)
 
 
-def over_references(recipe: Recipe) -> Iterator[tuple[str, Known]]:
-    """References of known density: the model's own samples, covered by what it has become, or at a temperature."""
+def over_references(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Known]]:
+    """References of known density: the model's samples, covered by what became of it, or changed and covered by it."""
     calibration = torch.tensor(recipe.windows("code", 32, 64, 16)["prompt"][:])
-    for temperature in recipe.known.temperatures:
-        corpus = sampled(recipe, temperature)
-        for student in recipe.known.students if temperature == 1 else [ITSELF]:
-            model, context = recipe.model, None
-            if student.startswith("context-"):
-                context = int(student.removeprefix("context-"))
-            elif student != ITSELF:
-                model = compression(student, calibration=calibration)(recipe.model)
-            name = f"{student}, D at {temperature:g}"
-            found = follow_corpus(model, corpus, recipe.rules(), recipe.output / "known" / name, context=context)
-            yield name, Known(np.array(corpus["reference_logprob"][:]), found)
+    args = recipe.known
+    pairs = [(f"D at {temperature:g}", ITSELF) for temperature in args.temperatures if temperature != 1]
+    pairs += [(TASTE, ITSELF)] if args.taste else []
+    pairs += [("D at 1", student) for student in args.students]
+    for reference, student in pairs:
+        corpus = sampled(recipe, reference, folder / "corpora" / reference)
+        model, context = recipe.model, None
+        if student.startswith("context-"):
+            context = int(student.removeprefix("context-"))
+        elif student != ITSELF:
+            model = compression(student, calibration=calibration)(recipe.model)
+        name = f"{student}, {reference}"
+        found = follow_corpus(model, corpus, recipe.rules(), folder / name, context=context)
+        yield name, Known(np.array(corpus["reference_logprob"][:]), found)
 
 
-def sampled(recipe: Recipe, temperature: float) -> Dataset:
-    """Responses of the model at a temperature to the beginnings of windows, or those that are there."""
-    args, folder = recipe.known, recipe.output / "corpora" / f"{temperature:g}"
+def sampled(recipe: Recipe, reference: str, folder: Path) -> Dataset:
+    """Responses of a reference to the beginnings of windows, or those that are there."""
+    args = recipe.known
     if not folder.exists():
         windows = [recipe.windows(kind, args.prompt_tokens, args.response_tokens, args.prompts) for kind in KINDS[:-1]]
+        teacher, temperature = recipe.model, 1.0
+        if reference == TASTE:
+            teacher = with_taste(recipe.model, share=args.taste_share, strength=args.taste, seed=recipe.run.seed)
+        else:
+            temperature = float(reference.removeprefix("D at "))
         corpus = sample_corpus(
-            recipe.model,
+            teacher,
             None,
             concatenate_datasets(windows)["prompt"][:],
             k=1,
@@ -229,7 +255,20 @@ def sampled(recipe: Recipe, temperature: float) -> Dataset:
     return load_from_disk(folder)
 
 
-def over_scopes(recipe: Recipe, console: Console) -> Iterator[Scoped]:
+def with_taste(model: PreTrainedModel, *, share: float, strength: float, seed: int) -> PreTrainedModel:
+    """The model with a bias towards a random part of its vocabulary, nats: what steps of the head can learn."""
+    head = model.get_output_embeddings()
+    biased = nn.Linear(head.in_features, head.out_features, device=head.weight.device, dtype=head.weight.dtype)
+    liked = np.random.default_rng(seed).random(head.out_features) < share
+    with torch.no_grad():
+        biased.weight.copy_(head.weight)
+        biased.bias.copy_(strength * torch.from_numpy(liked))
+    changed = copy.deepcopy(model)
+    changed.set_output_embeddings(biased)
+    return changed
+
+
+def over_scopes(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Scoped]]:
     """Few and short texts, followed by the head, by adapters and by all parameters."""
     args, shape = recipe.scopes, (recipe.text.prompt_tokens, recipe.text.response_tokens, recipe.text.documents)
     rules: list[TTTConfig | None] = [None]
@@ -241,11 +280,9 @@ def over_scopes(recipe: Recipe, console: Console) -> Iterator[Scoped]:
         corpus = recipe.windows(kind, *shape)
         corpus = corpus.select(range(min(args.documents, len(corpus)))).map(lambda row: shortened(row, args))
         for rule in rules:
-            name = PLAIN if rule is None else f"{rule.scope} {rule.lr:g} {rule.cache}"
-            start, folder = time.monotonic(), recipe.output / "scopes" / kind / name
-            table = score_responses(recipe.model, None, corpus, ttt=rule, output_dir=folder, shard_rows=1)
-            console.print(f"scopes, {kind}, {name} ({time.monotonic() - start:.0f} s)", markup=False, highlight=False)
-            yield Scoped(kind, rule, np.array(table["logprob"][:]), args.response_tokens)
+            name = f"{kind}, {PLAIN if rule is None else rule_label(rule)}"
+            table = score_responses(recipe.model, None, corpus, ttt=rule, output_dir=folder / name, shard_rows=1)
+            yield name, Scoped(kind, rule, np.array(table["logprob"][:]), args.response_tokens)
 
 
 def shortened(row: dict[str, list[int]], args: ScopeArguments) -> dict[str, list[int]]:

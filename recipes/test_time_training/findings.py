@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter, NullLocator
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -75,24 +74,32 @@ class Results:
     long: dict[str, Followed]
     safety: dict[str, Followed]
     known: dict[str, Known]
-    scoped: list[Scoped]
+    scoped: dict[str, Scoped]
 
 
 def report(output: Path, results: Results, console: Console) -> None:
-    """Write `report.md`, `findings.json` and three figures."""
+    """Write `report.md`, `findings.json` and the figures, of the parts that were run."""
     choices = dict(all_choices(results))
-    tables = [text_table(results, choices), transfer_table(results, choices), known_table(choices)]
-    tables += [safety_table(results), *([scope_table(results)] if results.scoped else [])]
+    tables: list[Table] = []
+    if results.texts:
+        tables += [text_table(results, choices), transfer_table(results, choices)]
+        draw_rates(results, output / "step_sizes.png")
+    if results.long:
+        draw_positions(results, output / "positions.png")
+    if results.safety:
+        tables.append(safety_table(results))
+    if results.known:
+        tables.append(known_table(choices))
+        draw_known(choices, output / "known_density.png")
+    if results.scoped:
+        tables.append(scope_table(results))
     sentences = explain(results, choices)
     text = "\n\n".join(f"{table.caption}\n\n{table.to_markdown()}" for table in tables)
     text += "\n\n" + "\n".join(f"- {sentence}" for sentence in sentences) + "\n"
     (output / "report.md").write_text(text, encoding="utf-8")
     strict_json(facts(results, choices), output / "findings.json")
-    draw_rates(results, output / "step_sizes.png")
-    draw_positions(results, output / "positions.png")
-    draw_known(choices, output / "known_density.png")
-    console.print(text, markup=False, highlight=False)
-    console.print(f"Written: {output / 'report.md'}, findings.json and three figures beside it", markup=False)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Written: {output / 'report.md'}, findings.json and the figures beside it", markup=False)
 
 
 def all_choices(results: Results) -> Iterator[tuple[tuple[str, str], TTTChoice]]:
@@ -232,9 +239,10 @@ def safety_table(results: Results) -> Table:
 
 def scope_table(results: Results) -> Table:
     """The head beside adapters and all parameters, on a few texts."""
-    plain = {scoped.kind: scoped for scoped in results.scoped if scoped.rule is None}
+    first = next(iter(results.scoped.values()))
+    plain = {scoped.kind: scoped for scoped in results.scoped.values() if scoped.rule is None}
     rows: list[list[Cell]] = []
-    for scoped in results.scoped:
+    for scoped in results.scoped.values():
         if scoped.rule is None:
             continue
         before = plain[scoped.kind]
@@ -245,25 +253,28 @@ def scope_table(results: Results) -> Table:
     return Table(
         ["text", "what is trained", "lr", "keys and values", Column("nats a token"), Column("change")],
         rows,
-        f"What is trained: {results.scoped[0].num_tokens} tokens of the first {len(results.scoped[0].logprobs)} texts "
-        "of a kind, steps on the prompt too. Cross-entropy of the model as it is and its change, below zero is better.",
+        f"What is trained: {first.num_tokens} tokens of the first {len(first.logprobs)} texts "
+        "of a kind, steps on the prompt too. Cross-entropy of the model as it is and its change; below zero is "
+        "better, 95 % intervals over texts.",
     )
 
 
 def explain(results: Results, choices: Mapping[tuple[str, str], TTTChoice]) -> list[str]:
     """Sentences on what no table shows."""
-    lines = [f"{name}, steps on {mode}: {choice.sentence}" for (name, mode), choice in choices.items()]
-    errors = [
-        float(values.max())
-        for followed in results.texts.values()
-        for name, values in followed.items()
-        if name.endswith(", error")
-    ]
-    if errors:
-        lines.append(
-            "Cutting the steps changes the log-probability of a response's last token by no more than "
-            f"{max(errors):.2g} nats, in any text and at any step size."
-        )
+    lines = []
+    for label, choice_of in (("covers more", True), ("covers less", False)):
+        found = [
+            f"{name} ({mode})"
+            for (name, mode), choice in choices.items()
+            if (choice.difference.high < 0 if choice_of else choice.difference.low > 0)
+        ]
+        lines.append(f"At the chosen step size the adapted model {label}, by more than chance, on: {_listed(found)}.")
+    likelier = [f"{name} ({mode})" for (name, mode), c in choices.items() if c.cross_entropy_difference.high < 0]
+    lines.append(f"Its cross-entropy is lower by more than chance on: {_listed(likelier)}.")
+    for name, rule in results.rules.items():
+        errors = [float(followed[f"{name}, error"].max()) for followed in results.texts.values() if rule.top_k]
+        if errors and max(errors) < 1:
+            lines.append(f"{name}: cutting the steps changes a last token by no more than {max(errors):.2g} nats.")
     return lines
 
 
@@ -289,7 +300,9 @@ def facts(results: Results, choices: Mapping[tuple[str, str], TTTChoice]) -> dic
             "safety": changes(results.safety),
         },
         "positions": {kind: binned_changes(followed) for kind, followed in results.long.items()},
-        "choices": {f"{name}, steps on {mode}": json.loads(choice.to_json()) for (name, mode), choice in choices.items()},
+        "choices": {
+            f"{name}, steps on {mode}": json.loads(choice.to_json()) for (name, mode), choice in choices.items()
+        },
         "scopes": [
             {
                 "text": scoped.kind,
@@ -298,7 +311,7 @@ def facts(results: Results, choices: Mapping[tuple[str, str], TTTChoice]) -> dic
                 "cache": None if scoped.rule is None else scoped.rule.cache,
                 "logprobs": scoped.logprobs,
             }
-            for scoped in results.scoped
+            for scoped in results.scoped.values()
         ],
     }
 
@@ -324,14 +337,14 @@ def draw_rates(results: Results, path: Path) -> None:
         for (kind, followed), color in zip(results.texts.items(), COLORS):
             found = [change_a_token(followed, name) for name in rules]
             _error_line(ax, [float(rule.lr) for rule in rules.values()], found, color, kind)
-            lowest = min(lowest, *(one.low for one in found))
+            lowest = min(lowest, *(one.value for one in found))
         ax.set_xscale("log")
         ax.set_xlabel("step size")
         ax.set_title(f"Steps on {mode}")
     axes[0].set_ylabel("change of cross-entropy, nats a token\n(below zero is better)")
     for ax in axes:
         ax.axhline(0, color="#666666", linewidth=1)
-        ax.set_ylim(1.15 * lowest, -1.5 * lowest)
+        ax.set_ylim(1.6 * lowest, -1.6 * lowest)
     axes[0].legend(frameon=False)
     save_figure(figure, path)
 
@@ -377,7 +390,13 @@ def draw_known(choices: Mapping[tuple[str, str], TTTChoice], path: Path) -> None
 
 def _error_line(ax: Axes, x: list[float], values: list[Interval], color: str, label: str) -> None:
     centre, low, high = np.array(values).T
-    ax.errorbar(x, centre, [centre - low, high - centre], color=color, marker="o", markersize=4, capsize=2, label=label)
+    ax.errorbar(
+        x, centre, [centre - low, high - centre], color=color, marker="o", markersize=4, capsize=2, label=label
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return "; ".join(names) if names else "none"
 
 
 def _mean(values: FloatArray) -> Interval:

@@ -4,7 +4,8 @@ The steps change the head alone, so that one forward pass serves all rules: `sco
 numbers, with a pass for each.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,9 @@ Followed = dict[str, NDArray[np.float32]]
 
 
 def rule_label(rule: TTTConfig) -> str:
-    """A name for a rule of the head, in files and tables: another one for every rule that this recipe tries."""
-    words = [f"lr {rule.lr:g}"]
+    """A name for a rule, in files and tables: another one for every rule that this recipe tries."""
+    words = [] if rule.scope == "head" else [rule.scope, f"{rule.cache} cache"]
+    words += [f"lr {rule.lr:g}"]
     words += ["prompt too"] if rule.on_prompt else []
     words += [] if rule.radius is None else [f"radius {rule.radius:g}"]
     words += [] if rule.decay == 0 else [f"decay {rule.decay:g}"]
@@ -40,7 +42,12 @@ def rule_label(rule: TTTConfig) -> str:
 
 
 def follow_corpus(
-    model: PreTrainedModel, corpus: Dataset, rules: Mapping[str, TTTConfig], folder: Path, *, context: int | None = None
+    model: PreTrainedModel,
+    corpus: Dataset,
+    rules: Mapping[str, TTTConfig],
+    folder: Path,
+    *,
+    context: int | None = None,
 ) -> Followed:
     """Score all responses of a corpus, which must be equally long; rows that `folder` has are read.
 
@@ -80,8 +87,9 @@ def follow_row(
     found = {PLAIN: logits[:, -length:].log_softmax(-1).gather(-1, tokens[:, -length:, None])[0, :, 0]}
     for name, rule in rules.items():
         start = 0 if rule.on_prompt else len(prompt) - 1
-        blocks = iter(logits[:, start:].split(POSITIONS, dim=1))
-        state, logprobs = follow_tokens(hidden[:, start:], tokens[:, start:], lambda _: next(blocks), rule=rule)
+        blocks = iter(logits[:, start:].split(POSITIONS, dim=1))  # what the head would give, block after block
+        given = partial(_next_of, blocks)
+        state, logprobs = follow_tokens(hidden[:, start:], tokens[:, start:], given, rule=rule)
         found[name] = logprobs[0, -length:]
         if rule.top_k is not None:
             found[f"{name}, error"] = 2 * fast_error_bound(state, hidden[:, -1])
@@ -106,3 +114,7 @@ def read_hidden(model: PreTrainedModel, ids: Tensor, *, context: int | None = No
         read = model.base_model(input_ids=ids[:, start : start + context], use_cache=False).last_hidden_state
         parts.append(read[:, half:])
     return torch.cat(parts, dim=1)
+
+
+def _next_of(blocks: Iterator[Tensor], hidden: Tensor) -> Tensor:
+    return next(blocks)

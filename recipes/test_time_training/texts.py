@@ -46,7 +46,13 @@ def texts_of(kind: str) -> list[str]:
 
 
 def windows_of(
-    kind: str, tokenizer: PreTrainedTokenizerBase, *, prompt_tokens: int, response_tokens: int, documents: int, seed: int
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompt_tokens: int,
+    response_tokens: int,
+    documents: int,
+    seed: int,
 ) -> Dataset:
     """One window of each of so many documents, both drawn at random, as a corpus of token ids.
 
