@@ -47,7 +47,6 @@ PARTS = ("text", "long", "safety", "known", "scopes")
 class RunArguments:
     output_dir: str = field(metadata={"help": "Folder of everything written."})
     model: str = field(default=SMOLLM2, metadata={"help": f"{SMOLLM2} comes with a package; else a folder or Hub id."})
-    lr: list[float] = field(default_factory=lambda: [1e-5, 1e-4, 1e-3], metadata={"help": "Step sizes to try."})
     top_k: int | None = field(default=256, metadata={"help": "Cut steps to the likeliest tokens; None: exact."})
     seed: int = field(default=0, metadata={"help": "Of the windows and of what is sampled."})
     parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": "What is run and reported."})
@@ -59,6 +58,7 @@ class TextArguments:
     documents: int = field(default=32, metadata={"help": "Of each kind; one half chooses the step size."})
     prompt_tokens: int = 256
     response_tokens: int = 128
+    lr: list[float] = field(default_factory=lambda: [1e-5, 1e-4, 1e-3], metadata={"help": "Step sizes to try."})
 
 
 @dataclass
@@ -81,6 +81,7 @@ class SafetyArguments:
 @dataclass
 class KnownArguments:
     prompts: int = field(default=16, metadata={"help": "Of each kind but the mixed one."})
+    lr: list[float] = field(default_factory=lambda: [1e-4], metadata={"help": "Step sizes to try."})
     prompt_tokens: int = 192
     response_tokens: int = 128
     temperatures: list[float] = field(default_factory=lambda: [0.7, 1.0], metadata={"help": "D: the model at these."})
@@ -128,18 +129,17 @@ class Recipe:
         self.model: PreTrainedModel = load_base(self.run.model).eval()
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.run.model)
 
-    def rules(self) -> dict[str, TTTConfig]:
-        """All step sizes, on the response alone and on the prompt too."""
+    def rules(self, rates: list[float]) -> dict[str, TTTConfig]:
+        """Step sizes on the response alone, and on the prompt too."""
         tried = [
-            TTTConfig(lr, on_prompt=on_prompt, top_k=self.run.top_k)
-            for on_prompt, lr in product((False, True), self.run.lr)
+            TTTConfig(lr, on_prompt=on_prompt, top_k=self.run.top_k) for on_prompt, lr in product((False, True), rates)
         ]
         return {rule_label(rule): rule for rule in tried}
 
     def folder(self, part: str) -> Path:
         """Where the results of a part are kept, once it is clear that they are of these settings."""
-        kept: Settings = {part: asdict(getattr(self, part)), "text": asdict(self.text)}
-        kept["run"] = {name: getattr(self.run, name) for name in ("model", "lr", "top_k", "seed")}
+        kept: Settings = {"text": asdict(self.text)} | {part: asdict(getattr(self, part))}
+        kept["run"] = {name: getattr(self.run, name) for name in ("model", "top_k", "seed")}
         refuse_other_settings(self.output / part, kept)
         return self.output / part
 
@@ -157,7 +157,7 @@ class Recipe:
 
 def main() -> None:
     recipe, console = Recipe(sys.argv[1:]), Console()
-    results = Results(recipe.rules(), {}, {}, {}, {}, {})
+    results = Results(recipe.rules(sorted({*recipe.text.lr, *recipe.known.lr})), {}, {}, {}, {}, {})
     parts = {
         "text": (over_texts, results.texts),
         "long": (over_long_texts, results.long),
@@ -183,7 +183,7 @@ def over_texts(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Followed]]:
     shape = recipe.text.prompt_tokens, recipe.text.response_tokens, recipe.text.documents
     for kind in KINDS:
         corpus = recipe.windows(kind, *shape)
-        yield kind, follow_corpus(recipe.model, corpus, recipe.rules(), folder / kind)
+        yield kind, follow_corpus(recipe.model, corpus, recipe.rules(recipe.text.lr), folder / kind)
 
 
 def over_long_texts(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Followed]]:
@@ -224,7 +224,7 @@ def over_references(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Known]]
         elif student != ITSELF:
             model = compression(student, calibration=calibration)(recipe.model)
         name = f"{student}, {reference}"
-        found = follow_corpus(model, corpus, recipe.rules(), folder / name, context=context)
+        found = follow_corpus(model, corpus, recipe.rules(args.lr), folder / name, context=context)
         yield name, Known(np.array(corpus["reference_logprob"][:]), found)
 
 

@@ -113,7 +113,8 @@ def all_choices(results: Results) -> Iterator[tuple[tuple[str, str], TTTChoice]]
 
 
 def choose(followed: Followed, rules: Mapping[str, TTTConfig], reference: FloatArray | None = None) -> TTTChoice:
-    """Choose among rules by Cov_N, at an N that half of the responses are missed at by the model as it is."""
+    """Choose among the rules that were tried by Cov_N, at an N at which the model as it is misses half of the rows."""
+    rules = {name: rule for name, rule in rules.items() if name in followed}
     totals = {name: followed[name].sum(axis=1, dtype=np.float64) for name in (PLAIN, *rules)}
     return tune_ttt(
         totals[PLAIN],
@@ -272,7 +273,11 @@ def explain(results: Results, choices: Mapping[tuple[str, str], TTTChoice]) -> l
     likelier = [f"{name} ({mode})" for (name, mode), c in choices.items() if c.cross_entropy_difference.high < 0]
     lines.append(f"Its cross-entropy is lower by more than chance on: {_listed(likelier)}.")
     for name, rule in results.rules.items():
-        errors = [float(followed[f"{name}, error"].max()) for followed in results.texts.values() if rule.top_k]
+        errors = [
+            float(followed[f"{name}, error"].max())
+            for followed in results.texts.values()
+            if f"{name}, error" in followed
+        ]
         if errors and max(errors) < 1:
             lines.append(f"{name}: cutting the steps changes a last token by no more than {max(errors):.2g} nats.")
     return lines
@@ -335,9 +340,11 @@ def draw_rates(results: Results, path: Path) -> None:
     for ax, (mode, on_prompt) in zip(axes, MODES.items()):
         rules = {name: rule for name, rule in results.rules.items() if rule.on_prompt == on_prompt}
         for (kind, followed), color in zip(results.texts.items(), COLORS):
-            found = [change_a_token(followed, name) for name in rules]
-            _error_line(ax, [float(rule.lr) for rule in rules.values()], found, color, kind)
-            lowest = min(lowest, *(one.value for one in found))
+            tried = {
+                float(rule.lr): change_a_token(followed, name) for name, rule in rules.items() if name in followed
+            }
+            _error_line(ax, list(tried), list(tried.values()), color, kind)
+            lowest = min(lowest, *(one.value for one in tried.values()))
         ax.set_xscale("log")
         ax.set_xlabel("step size")
         ax.set_title(f"Steps on {mode}")
