@@ -272,7 +272,7 @@ def explain(results: Results, choices: Mapping[tuple[str, str], TTTChoice]) -> l
         lines.append(f"At the chosen step size the adapted model {label}, by more than chance, on: {_listed(found)}.")
     likelier = [f"{name} ({mode})" for (name, mode), c in choices.items() if c.cross_entropy_difference.high < 0]
     lines.append(f"Its cross-entropy is lower by more than chance on: {_listed(likelier)}.")
-    for name, rule in results.rules.items():
+    for name in results.rules:
         errors = [
             float(followed[f"{name}, error"].max())
             for followed in results.texts.values()
