@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ValueGuidedDecoder"]
 
+_OWN_NAMES = {"prompt", "prompts", "completions", "completion_ids", "finished"}
+
 
 class ValueGuidedDecoder:
     """Decodes responses to one prompt under a process verifier.
@@ -34,8 +36,10 @@ class ValueGuidedDecoder:
     process. At whole responses V says what they are worth; at prefixes it should be about the mean of that over what
     may follow. A prefix of value 0 cuts off all that follows it.
 
-    Model and verifier are asked once for each prefix while it is remembered, by whatever method. The prompt is read
-    once; the response so far is read anew with each prefix, in batches. Make a new decoder after the model changed.
+    Model and verifier are asked once for each prefix while it is remembered, by whatever method and also in a later
+    call, such as one after an interruption. The model reads the last token of a prefix, in batches, and continues from
+    the keys and values of those before it where its cache holds them by token. Make a new decoder after the model
+    changed.
 
     Args:
         model: any causal language model.
@@ -51,7 +55,8 @@ class ValueGuidedDecoder:
             tokenizer's; an empty list: none.
         columns: what else the verifier is given by name, such as an answer.
         batch_size: prefixes that model and verifier get at once.
-        cache_size: prefixes whose next-token distributions, values and moves are remembered; 0: none.
+        cache_size: prefixes whose next-token distributions (four bytes a token of the vocabulary), attention keys,
+            values and moves are remembered; 0: none.
         progress: whether to show a progress bar.
 
     Raises:
@@ -99,6 +104,11 @@ class ValueGuidedDecoder:
     ) -> None:
         if batch_size < 1 or cache_size < 0:
             raise ValueError(f"`batch_size` must be at least 1 and `cache_size` 0, got {batch_size}, {cache_size}.")
+        taken = sorted(_OWN_NAMES & set(columns or {}))
+        if taken:
+            raise ValueError(
+                f"`columns` must not have `{taken[0]}`, which the decoder gives itself; call it otherwise."
+            )
         row = {"prompt": prompt, **(columns or {})}
         table = PromptTable.from_corpus(Dataset.from_dict({name: [value] for name, value in row.items()}))
         (prompt_ids,) = table.encode(tokenizer)
@@ -159,6 +169,12 @@ class ValueGuidedDecoder:
             _at_least_one(name, 1 if value is None else value)
         if not 0 <= laziness < 1:
             raise ValueError(f"`laziness` must be in [0, 1), got {laziness}.")
+        least = self._responses.least_moves(block_size or 1)
+        if steps is not None and steps < least:
+            raise ValueError(
+                f"`steps` must be at least {least}, the moves to the shortest whole response, got {steps}: no walk "
+                "would ever end at one."
+            )
         method = Backtracking(
             self._responses,
             steps=steps,

@@ -38,6 +38,10 @@ class Responses:
         """Whether a prefix is a whole response: a leaf."""
         return len(prefix) >= self.max_new_tokens or (prefix[-1:] != () and prefix[-1] in self.eos_token_ids)
 
+    def least_moves(self, block_size: int) -> int:
+        """Moves of a block each to the shortest whole response."""
+        return 1 if self.eos_token_ids else -(-self.max_new_tokens // block_size)
+
     def draw(
         self, prefix: Prefix, length: int, rng: np.random.Generator
     ) -> Generator[Look | Judge | Expand, Any, Drawn]:
@@ -253,4 +257,8 @@ def _choose(cumulative: FloatArray, rng: np.random.Generator) -> int:
 
 def _require_way(there_is: bool, what: str) -> None:
     if not there_is:
-        raise ValueError(f"`verifier` gives {what} the value 0, so no response can be reached from the prompt.")
+        raise ValueError(
+            f"`verifier` gives {what} the value 0, so no response can be reached from the prompt. Prefixes that may "
+            "still become good need a value above 0; a verifier that only knows whole responses can give 1 to all "
+            "others, which `finished` tells it."
+        )

@@ -17,11 +17,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_coverage.decode.judge import needed_arguments
+from hf_coverage.decode.prefix_reader import PrefixReader
 from hf_coverage.decode.prompt_table import PromptTable
 from hf_coverage.functional.prefix_tree import Prefix
-from hf_coverage.measure.forward import HeadForward, inference
 from hf_coverage.measure.generation import Sampling
-from hf_coverage.measure.prefix_cache import continue_lines, is_repeatable
 
 __all__ = ["NextTokens", "PrefixModel", "PrefixVerifier", "Recent"]
 
@@ -98,44 +97,27 @@ class _Asked(ABC, Generic[Answer]):
 class PrefixModel(_Asked[NextTokens]):
     """Next-token distributions of a model after prefixes of a response to one prompt.
 
-    The prompt is read once, and every batch continues from its keys and values where the model's cache allows that.
-    The response so far is read anew with each prefix that is not remembered.
-
     Args:
         model: any causal language model.
         prompt: token ids, never empty.
         sampling: what is done to the logits.
         batch_size: prefixes of one forward pass.
-        cache_size: prefixes whose distributions are kept, four bytes a token of the vocabulary each.
+        cache_size: prefixes whose distributions are kept, four bytes a token of the vocabulary each, and beside them
+            the keys and values of their last tokens.
     """
 
     def __init__(
         self, model: nn.Module, prompt: Sequence[int], sampling: Sampling, *, batch_size: int, cache_size: int
     ) -> None:
         super().__init__(batch_size, cache_size)
-        self._forward = HeadForward(model)
+        self._reader = PrefixReader(model, prompt, size=cache_size)
         self._processors = sampling.processors()
-        self._shared, self._last = None, list(prompt)
-        if len(prompt) > 1:
-            with inference(self._forward.model):
-                head = np.array([prompt[:-1]])
-                cache = self._forward(head, np.array([len(prompt) - 2]), keep_cache=True).cache
-            if is_repeatable(cache):
-                self._shared, self._last = cache, list(prompt[-1:])
 
     def _compute(self, prefixes: list[Prefix]) -> list[NextTokens]:
-        width = len(self._last) + max(map(len, prefixes))
-        ids = np.zeros((len(prefixes), width), dtype=np.int64)
-        for row, prefix in enumerate(prefixes):
-            ids[row, : len(self._last) + len(prefix)] = [*self._last, *prefix]
-        ends = np.array([row * width + len(self._last) + len(prefix) - 1 for row, prefix in enumerate(prefixes)])
-        lines = np.zeros(len(prefixes), dtype=np.int64)
-        cache = None if self._shared is None else continue_lines(self._shared, lines, last=True)
-        with inference(self._forward.model):
-            scores = self._forward(ids, ends, cache=cache).take_logits(slice(None)).float()
-            for processor in self._processors:
-                scores = processor(torch.empty(0), scores)
-            logprobs = scores.log_softmax(dim=-1).cpu().numpy()
+        scores = self._reader.logits(prefixes).float()
+        for processor in self._processors:
+            scores = processor(torch.empty(0), scores)
+        logprobs = scores.log_softmax(dim=-1).cpu().numpy()
         everything = np.arange(logprobs.shape[1])
         possible = [everything if (row > -np.inf).all() else np.flatnonzero(row > -np.inf) for row in logprobs]
         return [NextTokens(tokens, row[tokens]) for tokens, row in zip(possible, logprobs)]

@@ -9,7 +9,7 @@ the same pass.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -109,15 +109,17 @@ class HeadForward:
         first: int | None = None,
         cache: Cache | None = None,
         keep_cache: bool = False,
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> HeadOutput:
         """Run the model.
 
         Args:
-            ids: Token ids `(S, T)`, right-padded; no mask: no token sees what is right of it.
+            ids: Token ids `(S, T)`, right-padded, which needs no mask: no token sees what is right of it.
             positions: Positions `(M,)` of the flattened `ids` that logits are wanted at.
             first: How many of them get their logits in this pass; None: all.
             cache: What came before `ids`; it grows in place.
             keep_cache: Whether to return a cache.
+            inputs: What else the model is to get, such as a mask of what the cache holds.
 
         Returns:
             Logits, hidden states and cache.
@@ -130,6 +132,7 @@ class HeadForward:
             arguments["use_cache"] = keep_cache or cache is not None
         if cache is not None:
             arguments["past_key_values"] = cache
+        arguments |= {name: value.to(self.device) for name, value in (inputs or {}).items()}
         chosen = torch.from_numpy(positions).to(self.device)
         with select_before(self.head, chosen, first, ids.shape) as seen:
             outputs = self.model(input_ids=torch.from_numpy(ids).to(self.device), **arguments)

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import chisquare
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_coverage.decode import prefix_model
+from hf_coverage.decode import prefix_reader
 from hf_coverage.decode.backtracking import ValueGuidedDecoder
 from hf_coverage.decode.prefix_walkers import CallBudget
 from hf_coverage.functional.prefix_tree import PrefixTree, leaf_target, total_variation
@@ -246,7 +246,7 @@ def test_a_response_does_not_depend_on_the_others(model):
 @pytest.mark.parametrize("shares", [True, False])
 def test_logprobs_are_those_of_the_model(model, prompt, shares, monkeypatch):
     if not shares:
-        monkeypatch.setattr(prefix_model, "is_repeatable", lambda cache: False)
+        monkeypatch.setattr(prefix_reader, "is_repeatable", lambda cache: False)
     was_training = model.training
     found = decoder(model, prompt=prompt, top_k=3, temperature=0.7).backtrack(50, steps=20)
     assert model.training == was_training
@@ -304,7 +304,7 @@ def fail(completion_ids):
         (lambda completion_ids: [1.0], ValueError, "one value a prefix, but gave 1 for 4"),
         (lambda completion_ids: 1.0, TypeError, "must return a list of numbers, one a prefix, but returned 1.0"),
         (lambda completion_ids: ["high"] * len(completion_ids), TypeError, "must return numbers, but gave 'high' to"),
-        (lambda completion_ids: [0] * len(completion_ids), ValueError, "gives every first token the value 0"),
+        (lambda completion_ids: [0] * len(completion_ids), ValueError, "every first token the value 0.*`finished`"),
         (lambda answer: [1.0] * len(answer), ValueError, "`verifier` needs `answer`, which is no column"),
         (3, TypeError, "`verifier` must be callable"),
     ],
@@ -329,7 +329,7 @@ def test_the_root_needs_a_value_where_blocks_are_drawn(model):
         (lambda one: one.backtrack(1, visits=0), "`visits` must be at least 1, got 0"),
         (lambda one: one.backtrack(1), "Either `steps` or `visits` must say when a walk ends, got None and None"),
         (lambda one: one.backtrack(1, steps=1, visits=1), "Either `steps` or `visits`"),
-        (lambda one: one.backtrack(1, steps=1, laziness=1.0), r"`laziness` must be in \[0, 1\)"),
+        (lambda one: one.backtrack(1, steps=3, laziness=1.0), r"`laziness` must be in \[0, 1\)"),
         (lambda one: one.backtrack(1, steps=1, block_size=0), "`block_size` must be at least 1"),
         (lambda one: one.reject(1, bound=0.0), "`bound` must be positive"),
         (lambda one: one.guide(1, block_size=2), "`block_size` above 1 needs `candidates`"),
@@ -341,6 +341,40 @@ def test_the_root_needs_a_value_where_blocks_are_drawn(model):
 def test_numbers_out_of_range_are_refused(model, call, message):
     with pytest.raises(ValueError, match=message):
         call(decoder(model))
+
+
+@pytest.mark.parametrize(("block_size", "least"), [(None, 3), (2, 2)])
+def test_walks_too_short_for_any_response_are_refused(model, block_size, least):
+    with pytest.raises(
+        ValueError, match=f"`steps` must be at least {least}, the moves to the shortest .* got {least - 1}"
+    ):
+        decoder(model, eos_token_id=[]).backtrack(1, steps=least - 1, block_size=block_size)
+    decoder(model, eos_token_id=[]).backtrack(1, steps=least, block_size=block_size)
+    decoder(model).backtrack(1, steps=1, budget=CallBudget(steps=5))  # a response may end early
+
+
+@pytest.mark.parametrize("name", ["prompt", "completions", "finished"])
+def test_a_column_cannot_take_the_place_of_the_decoders_own(model, name):
+    with pytest.raises(ValueError, match=f"`columns` must not have `{name}`, which the decoder gives itself"):
+        decoder(model, columns={name: [1]})
+
+
+def test_what_was_interrupted_goes_on_from_what_it_knows(model):
+    """Ctrl-C, or a verifier that raises now and then: the same responses in the end, and nothing asked twice."""
+    asked, left = Counter(), [4]
+
+    def interrupted(completion_ids):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        asked.update(map(tuple, completion_ids))
+        return verifier(completion_ids)
+
+    one = decoder(model, interrupted, batch_size=3)
+    with pytest.raises(KeyboardInterrupt):
+        one.backtrack(5, steps=20)
+    assert one.backtrack(5, steps=20).responses == decoder(model).backtrack(5, steps=20).responses
+    assert max(asked.values()) == 1
 
 
 def test_columns_reach_the_verifier(model):
