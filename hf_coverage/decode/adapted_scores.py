@@ -24,8 +24,8 @@ __all__ = ["Adapted", "AdaptedHeads", "AdaptedNetworks", "AdaptedScores", "EndWa
 _RESERVED = 256
 """The most steps of a head that memory is reserved for before they are made."""
 
-_READ = {"attention_mask", "cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
-"""What `generate` gives a model beside token ids that says nothing more than they do."""
+_KNOWN = {"attention_mask", "cache_params", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
+"""What a model gets beside token ids that tells it nothing more than they do, or is checked."""
 
 
 class EndWatch(StoppingCriteriaList):
@@ -206,7 +206,7 @@ def _refuse_more_than_tokens(config: TTTConfig, mask: Tensor, arguments: dict[st
     """Raise if the model reads something that passes over token ids and their padding do not."""
     asked = f'`ttt_scope="{config.scope}"` reads token ids alone'
     given = {name: value for name, value in arguments.items() if value is not None}
-    others = sorted(set(given) - _READ)
+    others = sorted(name for name in given if name not in _KNOWN and not name.startswith("output_"))
     if others:
         raise ValueError(f'{asked}, but the model also gets `{others[0]}`; leave it out, or take `ttt_scope="head"`.')
     cache = given.get("past_key_values")

@@ -1,6 +1,7 @@
 """Test-time training of adapters and of all parameters by definition: one row, a copy of the model, autograd."""
 
 import copy
+import warnings
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -58,7 +59,9 @@ def tiny_model(kind):
 def with_adapters(model, starts):
     """A copy of the model with PEFT's own adapters, which start as given, layer after layer."""
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = get_peft_model(copy.deepcopy(model), config).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT asks the host by an old name, and says what it does about `Conv1D`
+        adapted = get_peft_model(copy.deepcopy(model), config).eval()
     layers = [
         module for module in adapted.modules() if isinstance(getattr(module, "lora_A", None), torch.nn.ModuleDict)
     ]

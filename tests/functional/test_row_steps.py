@@ -82,7 +82,8 @@ def test_rows_that_make_no_step_keep_their_bits_whatever_their_gradients_are(rul
 
 def test_rows_inside_of_their_ball_keep_their_bits():
     thetas, gradients, start, _ = draw_problem(0, dtype=torch.float32)
-    expected = [theta + 0.1 * gradient for theta, gradient in zip(thetas, gradients)]
+    expected = [theta.clone() for theta in thetas]
+    step_rows_(expected, gradients, rule=StepRule(0.1), start=start)
     step_rows_(thetas, gradients, rule=StepRule(0.1, radius=100.0), start=start)
     assert all(torch.equal(theta, wanted) for theta, wanted in zip(thetas, expected))
 
