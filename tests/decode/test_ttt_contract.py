@@ -14,6 +14,7 @@ from transformers import (
     StoppingCriteriaList,
     WatermarkingConfig,
 )
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.streamers import BaseStreamer
 
 from hf_coverage.decode.test_time_training import TTTLogitsProcessor
@@ -180,16 +181,17 @@ def test_a_step_size_of_zero_is_plain_generate_bit_for_bit(mode):
             assert torch.equal(found, wanted)
 
 
-@pytest.mark.slow
 def test_continuous_batching_is_refused(caplog):
     # The host runs it in a thread, logs what that raises, and returns the prompt alone.
     model = tiny_llama()
     prompt = torch.tensor([[5, 3, 9]])
+    little = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32)  # or it takes most of the memory there is
+    paged = {"cache_implementation": "paged", "continuous_batching_config": little}
     with TTTLogitsProcessor(model, LR) as processor, caplog.at_level(logging.ERROR):
         logger = logging.getLogger("ContinuousBatchingLogger")
         logger.addHandler(caplog.handler)
         try:
-            ids = model.generate(prompt, max_new_tokens=3, cache_implementation="paged", logits_processor=[processor])
+            ids = model.generate(prompt, max_new_tokens=3, logits_processor=[processor], **paged)
         finally:
             logger.removeHandler(caplog.handler)
     assert ids.flatten().tolist() == [5, 3, 9]
