@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from huggingface_hub.utils import tqdm
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -41,6 +42,7 @@ def response_features(
     dim: int | None = 512,
     append_eos: bool = False,
     batch_tokens: int = 4096,
+    progress: bool = True,
 ) -> FloatArray:
     """Represent each response by the mean of the model's last hidden states at its tokens, projected sparsely.
 
@@ -55,6 +57,7 @@ def response_features(
         dim: dimensions to project to; None, or at least the hidden size: not projected.
         append_eos: end every response with the EOS token, which then counts as one of its tokens; for text only.
         batch_tokens: token positions computed in one forward pass, padding included; a longer row runs alone.
+        progress: whether to show a progress bar on the main process.
 
     Returns:
         `(R, dim)` float64.
@@ -70,13 +73,14 @@ def response_features(
         >>> _ = torch.manual_seed(0)
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=11, n_positions=32))
         >>> corpus = Dataset.from_dict({"prompt": [[1, 2], [1, 2]], "completion": [[3, 4, 5], [6]]})
-        >>> response_features(model, None, corpus).shape
+        >>> response_features(model, None, corpus, progress=False).shape
         (2, 8)
 
     References:
         arXiv 2510.11686, Section 3.
     """
-    return _features(model, encode_corpus(corpus, tokenizer, append_eos=append_eos), dim, batch_tokens)
+    encoded = encode_corpus(corpus, tokenizer, append_eos=append_eos)
+    return _features(model, encoded, dim, batch_tokens, progress=progress)
 
 
 def select_diverse(
@@ -90,6 +94,7 @@ def select_diverse(
     center: bool = False,
     append_eos: bool = False,
     batch_tokens: int = 4096,
+    progress: bool = True,
 ) -> Dataset:
     """Choose, of the sampled responses to each prompt, the k that differ most, without asking a verifier.
 
@@ -105,6 +110,7 @@ def select_diverse(
         center: whether to take the mean feature of a prompt's responses off all of them first.
         append_eos: as for `response_features`.
         batch_tokens: as for `response_features`.
+        progress: as for `response_features`.
 
     Returns:
         The chosen rows with all their columns: prompts in the order of their first rows, the k of a prompt in the
@@ -119,7 +125,7 @@ def select_diverse(
         >>> _ = torch.manual_seed(0)
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=11, n_positions=32))
         >>> samples = Dataset.from_dict({"prompt": [[1]] * 4, "completion": [[2, 3], [2, 3], [2, 3], [7]]})
-        >>> sorted(select_diverse(model, None, samples, k=2)["completion"])
+        >>> sorted(select_diverse(model, None, samples, k=2, progress=False)["completion"])
         [[2, 3], [7]]
 
     References:
@@ -131,7 +137,7 @@ def select_diverse(
     if k < 1 or small is not None:
         has = "" if small is None else f"; the prompt of row {small[0]} has {len(small)} responses"
         raise ValueError(f"`k` must be at least 1 and at most the responses of each prompt, but is {k}{has}.")
-    features = _features(model, encoded, dim, batch_tokens)
+    features = _features(model, encoded, dim, batch_tokens, progress=progress)
     chosen = [rows[elliptical_selection(_centered(features[rows], center), k, lam=lam)] for rows in groups]
     return samples.select(np.concatenate(chosen))
 
@@ -223,7 +229,9 @@ def _centered(features: FloatArray, center: bool) -> FloatArray:
     return features - features.mean(axis=0) if center else features
 
 
-def _features(model: nn.Module, encoded: EncodedCorpus, dim: int | None, batch_tokens: int) -> FloatArray:
+def _features(
+    model: nn.Module, encoded: EncodedCorpus, dim: int | None, batch_tokens: int, *, progress: bool = False
+) -> FloatArray:
     """Projected features of all rows, equal ones computed once."""
     for name, value in (("dim", dim), ("batch_tokens", batch_tokens)):
         if value is not None and value < 1:
@@ -243,7 +251,14 @@ def _features(model: nn.Module, encoded: EncodedCorpus, dim: int | None, batch_t
         state = PartialState()
         # Every process has to take part in every pass of a sharded model.
         mine = batches if forward.sharded else batches[state.process_index :: state.num_processes]
-        parts = [(batch.rows, _mean_states(forward, read, batch).numpy()) for batch in mine]
+        parts = []
+        hidden = not (progress and state.is_main_process)
+        with tqdm(
+            total=sum(len(batch.rows) for batch in mine), desc="Reading", unit="response", disable=hidden
+        ) as bar:
+            for batch in mine:
+                parts.append((batch.rows, _mean_states(forward, read, batch).numpy()))
+                bar.update(len(batch.rows))
     means = dict(chain.from_iterable(zip(rows, values) for rows, values in gather_object(parts)))
     features = np.stack([means[index] for index in inverse])
     bad = np.flatnonzero(~np.isfinite(features).all(axis=1))

@@ -74,6 +74,16 @@ def test_equal_rows_are_run_once_and_equal_to_the_bit(tiny_gpt2, monkeypatch):
     assert sum(tokens) <= 2 + len(corpus[0]["prompt"]) + len(corpus[0]["completion"])
 
 
+def test_progress_counts_different_responses_on_request(tiny_gpt2, capsys):
+    corpus = make_corpus()
+    different = len({(tuple(row["prompt"]), tuple(row["completion"])) for row in corpus})
+    response_features(tiny_gpt2, None, corpus)
+    assert f"{different}/{different}" in capsys.readouterr().err
+    select_diverse(tiny_gpt2, None, corpus, k=1, progress=False)
+    ExplorationReward(tiny_gpt2, None)(prompts=[[1]], completion_ids=[[2]])
+    assert capsys.readouterr().err == ""
+
+
 def test_large_features_are_projected(tiny_gpt2):
     corpus = make_corpus()
     whole = response_features(tiny_gpt2, None, corpus, dim=None)
