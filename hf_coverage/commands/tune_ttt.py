@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,9 @@ from hf_coverage.report.provenance import provenance
 from hf_coverage.report.table import Cell, Column, Table
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
     from hf_coverage.functional.ttt_config import TTTConfig
     from hf_coverage.measure.reference import Reference
     from hf_coverage.select.ttt_choice import TTTChoice
@@ -72,7 +76,9 @@ def tune_ttt(
     lr: Annotated[
         list[str] | None,
         typer.Option(
-            help="Step sizes to try, comma-separated; by default some of each scope's.", rich_help_panel=_RULE
+            help="Step sizes to try, comma-separated.",
+            show_default="around what Theorem 6.1 allows, measured",
+            rich_help_panel=_RULE,
         ),
     ] = None,
     on_prompt: Annotated[
@@ -143,9 +149,9 @@ def tune_ttt(
     from hf_coverage.select.ttt_settings import check_rules, ttt_grid
     from hf_coverage.select.tune_ttt import split_groups
 
-    rules = ttt_grid(
-        _words(scope or ["head"]),
-        lrs=None if lr is None else _numbers(lr, "--lr"),
+    scopes = _words(scope or ["head"])
+    grid = partial(
+        ttt_grid,
         radii=_numbers(radius or ["none"], "--radius", none=True),
         on_prompt=on_prompt,
         some={"top_k": top_k, "rank": rank, "cache": None if cache is None else cache.value},
@@ -153,6 +159,8 @@ def tune_ttt(
         lam=lam,
         num_steps=steps,
     )
+    sizes = None if lr is None else _numbers(lr, "--lr")
+    rules = grid({scope: sizes or [1.0] for scope in scopes})
     check_rules(rules, n)
     rows = read_dataset(data, split)
     origin = check_origin(data, append_eos=append_eos)
@@ -164,17 +172,20 @@ def tune_ttt(
         )
     split_groups(reference.groups, seed)  # refuses too few groups before hours of scoring
     chosen: dict[str, Any] = {"revision": revision, "gguf_file": gguf_file}
+    judged = load_model(model, dtype=dtype.value, device=device, **chosen)
+    encoding: dict[str, Any] = {"tokenizer": load_tokenizer_for(model, tokenizer, chosen), "append_eos": append_eos}
+    if sizes is None:
+        rules = grid(default_sizes(judged, rows, rules, **encoding))
     scores = score_rules(
-        load_model(model, dtype=dtype.value, device=device, **chosen),
+        judged,
         rows,
         rules,
         reference,
         output_dir / "scores",
         facts={"model": model, "corpus": data, "origin": origin},
-        tokenizer=load_tokenizer_for(model, tokenizer, chosen),
-        append_eos=append_eos,
         batch_tokens=batch_tokens,
         shard_rows=shard_rows,
+        **encoding,
     )
     leave_job(device)
     if is_main_process():
@@ -183,6 +194,34 @@ def tune_ttt(
         path = output_dir / "tune_ttt.json"
         choice.to_json(path, seed=seed, origin=provenance(model=model, data=data))
         say(f"All numbers are in {path}, the scores in {output_dir / 'scores'}.")
+
+
+def default_sizes(
+    model: "PreTrainedModel", rows: "Dataset", rules: Sequence["TTTConfig"], *, tokenizer: Any, append_eos: bool
+) -> dict[str, list[float]]:
+    """Measure which step sizes each scope should try; every process of a job calls it.
+
+    Args:
+        model: the model.
+        rows: the corpus.
+        rules: some of each scope, whatever their step sizes.
+        tokenizer: the model's.
+        append_eos: whether the end-of-sequence token is part of every response.
+
+    Returns:
+        Step sizes by scope.
+    """
+    from hf_coverage.measure.corpus import encode_corpus
+    from hf_coverage.measure.ttt_step_size import measure_step_size
+    from hf_coverage.select.ttt_settings import STEP_SIZES
+
+    encoded = encode_corpus(rows, tokenizer, append_eos=append_eos)
+    sizes: dict[str, list[float]] = {}
+    for rule in {rule.scope: rule for rule in rules}.values():
+        middle = measure_step_size(model, encoded, rule)
+        say(f"Step sizes to try for {rule.scope!r} lie around {middle:g}: 1 / (2 B^2) of Theorem 6.1, measured.")
+        sizes[rule.scope] = [float(f"{factor * middle:.2g}") for factor in STEP_SIZES]
+    return sizes
 
 
 def choose(

@@ -6,30 +6,25 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 from hf_coverage.functional.checks import check_n
 from hf_coverage.functional.step_rule import StepRule
-from hf_coverage.functional.ttt_config import TTTConfig
+from hf_coverage.functional.ttt_config import TTTConfig, TTTScope
 
 __all__ = ["STEP_SIZES", "check_rules", "generation_settings", "rule_name", "ttt_grid"]
 
-STEP_SIZES: Mapping[str, tuple[float, ...]] = {
-    "head": (1e-5, 1e-4, 1e-3, 1e-2),
-    "lora": (1e-3, 1e-2, 1e-1),
-    "all": (1e-6, 1e-5, 1e-4),
-}
-"""Step sizes to try of each scope."""
+STEP_SIZES = (0.1, 0.3, 1.0, 3.0)
+"""What to try where nothing is known: multiples of `measure_step_size`."""
 
 _BELONGS = {"top_k": {"head"}, "rank": {"lora"}, "cache": {"lora", "all"}}
 """Which scopes a setting is of, where it is not of all."""
 
 
 def ttt_grid(
-    scopes: Iterable[str],
+    lrs: Mapping[str, Iterable[float]],
     *,
-    lrs: Sequence[float] | None = None,
-    radii: Sequence[float | None] = (None,),
+    radii: Iterable[float | None] = (None,),
     on_prompt: bool = False,
     some: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -37,8 +32,7 @@ def ttt_grid(
     """All combinations of some settings of test-time training.
 
     Args:
-        scopes: what to train.
-        lrs: step sizes; None: `STEP_SIZES` of each scope.
+        lrs: step sizes for each scope.
         radii: balls; None is none.
         on_prompt: whether to have everything with steps on the prompt as well as without.
         some: settings that not all scopes have, `top_k`, `rank` and `cache`: each scope gets its own.
@@ -51,23 +45,19 @@ def ttt_grid(
         ValueError: if a setting is out of its range, or none of the scopes has it.
 
     Example:
-        >>> [rule_name(rule) for rule in ttt_grid(["head", "lora"], lrs=[0.1], some={"rank": 4})]
+        >>> [rule_name(rule) for rule in ttt_grid({"head": [0.1], "lora": [0.1]}, some={"rank": 4})]
         ['lr 0.1', 'lr 0.1, scope lora, rank 4']
     """
-    scopes = list(scopes)
-    found = []
-    for scope in scopes:
-        if scope not in STEP_SIZES:
-            raise ValueError(f"`scopes` must be some of {', '.join(STEP_SIZES)}, got {scope!r}.")
+    found, radii = [], list(radii)
+    for scope, sizes in lrs.items():
         own = {
             name: value
             for name, value in (some or {}).items()
             # What none of them has is for the configuration to refuse.
-            if value is not None and (scope in _BELONGS[name] or not _BELONGS[name].intersection(scopes))
+            if value is not None and (scope in _BELONGS[name] or not _BELONGS[name].intersection(lrs))
         }
-        sizes = STEP_SIZES[scope] if lrs is None else lrs
         for lr, radius, prompt in product(sizes, radii, (False, True) if on_prompt else (False,)):
-            found.append(TTTConfig(lr, radius, scope=scope, on_prompt=prompt, **own, **settings))  # type: ignore[arg-type]
+            found.append(TTTConfig(lr, radius, scope=cast(TTTScope, scope), on_prompt=prompt, **own, **settings))
     return found
 
 

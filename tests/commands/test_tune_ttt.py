@@ -15,7 +15,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig
 import hf_coverage
 from hf_coverage import StepRule, score_responses, ttt_generate, tune_ttt
 from hf_coverage.functional.ttt_config import TTTConfig
-from hf_coverage.select.ttt_settings import rule_name
+from hf_coverage.measure.corpus import encode_corpus
+from hf_coverage.measure.ttt_step_size import measure_step_size
+from hf_coverage.select.ttt_settings import STEP_SIZES, rule_name
 from hf_coverage.select.tune_ttt import split_groups
 from tests.commands.shell import error_line, invoke, load
 
@@ -156,6 +158,21 @@ def test_every_setting_is_tried_on_the_prompt_too(work):
     assert "lr 0.5, on_prompt" in output
 
 
+def test_scopes_are_tried_around_the_step_sizes_that_the_model_allows(work):
+    """Not those of the configuration alone: what only adapters have is not asked of the head."""
+    output = invoke("tune-ttt student --data corpus --n 4 --scope head,lora --rank 2 --cache stale -o out")
+    model, tokenizer = load(work, "student")
+    encoded = encode_corpus(load_from_disk("corpus"), tokenizer)
+    middle = measure_step_size(model, encoded, TTTConfig(0.0))
+    names = list(strict("out/tune_ttt.json")["choosing_half"]["results"])
+    assert names[1:5] == [f"lr {float(f'{factor * middle:.2g}')}" for factor in STEP_SIZES]
+    assert [name.partition(", ")[2] for name in names[5:]] == ["scope lora, rank 2, cache stale"] * 4
+    assert f"'head' lie around {middle:g}" in output
+    expected = library_choice(work, rules=[TTTConfig(0.5, scope="lora", rank=2, cache="stale")])
+    invoke("tune-ttt student --data corpus --n 4 --lr 0.5 --scope lora --rank 2 --cache stale -o out")
+    assert strict("out/tune_ttt.json")["difference"] == pytest.approx(expected.difference._asdict())
+
+
 def test_groups_are_documents_where_asked(work):
     rows = [{"prompt": f"the cat {k}", "completion": " sat on mat", "book": k // 3} for k in range(15)]
     Dataset.from_list(rows).to_json("books.jsonl")
@@ -175,7 +192,7 @@ def test_groups_are_documents_where_asked(work):
         (("0.01,0.3", "-1"), "`lr` must be finite and at least 0"),
         (("none,0.5", "0"), "`radius` must be positive"),
         (("--lr", "--top-k 3 --lr"), "`top_k` must not be combined with `radius`"),
-        (("--lr", "--scope tail --lr"), "`scopes` must be some of head, lora, all, got 'tail'"),
+        (("--lr", "--scope tail --lr"), '`scope` must be "head", "lora" or "all", got \'tail\''),
         (("--lr", "--rank 4 --lr"), "`rank` is that of adapters"),
         (("--lr", "--cache stale --lr"), "`cache` is exact whatever the head does"),
         (("--data corpus", "--data missing.jsonl"), "there is no file missing.jsonl"),
