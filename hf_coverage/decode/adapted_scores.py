@@ -131,7 +131,8 @@ class AdaptedNetworks(Adapted):
         arguments: What `generate` gives the model beside token ids.
 
     Raises:
-        ValueError: If the model reads something that these passes do not.
+        ValueError: If the model reads something that these passes do not; while decoding, if steps were so large that
+            logits are NaN.
     """
 
     def __init__(
@@ -157,7 +158,15 @@ class AdaptedNetworks(Adapted):
 
     def logits(self, scores: Tensor) -> Tensor:
         """Those that the networks give themselves."""
-        return scores if self._rows is None else self._rows.logits().to(scores)
+        if self._rows is None:
+            return scores
+        logits = self._rows.logits().to(scores)
+        if logits.isnan().any():  # the largest of which would be a token like any other
+            raise ValueError(
+                f"Logits became NaN after steps of `ttt_lr={self._config.lr}`; take a smaller one, or keep theta near "
+                "with `ttt_lam` or `ttt_radius`."
+            )
+        return logits
 
     def close(self) -> None:
         """Free the memory."""

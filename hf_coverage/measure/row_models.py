@@ -26,8 +26,9 @@ class RowModels:
         theta <- Proj( theta_0 + (1 - decay) (theta - theta_0) + a grad log p_theta(y) )     after every token y
 
     theta are adapters or all parameters, as the configuration says; the gradient is the network's own, of what it
-    returns as its logits. The model itself is not changed, and has no gradients afterwards. Passes are made without
-    dropout, in whatever mode the model is, under `no_grad` and `inference_mode` as well.
+    returns as its logits. theta is kept in float32 at least, and passes and gradients are in the model's dtype. The
+    model itself is not changed, and has no gradients afterwards. Passes are made without dropout, in whatever mode the
+    model is, under `no_grad` and `inference_mode` as well.
 
     Args:
         model: Causal language model; may be wrapped by DDP or compiled.
@@ -95,11 +96,12 @@ class RowModels:
         with row_passes(self._network.model):
             tokens = tokens.to(self._network.device, copy=True)
             going = torch.ones_like(tokens) if active is None else active.to(tokens.device, copy=True)
+            going = going.bool()
             going_on = []
             for lines in self._lines:
                 places = going[lines.rows].nonzero()[:, 0]
                 if len(places):
-                    lines.step(tokens[lines.rows], going[lines.rows].bool())
+                    lines.step(tokens[lines.rows], going[lines.rows])
                     all_go_on = len(places) == len(lines.rows)
                     going_on.append(lines if all_go_on else lines.of(places, lines.rows[places]))
             self._lines = going_on
@@ -182,7 +184,6 @@ class _Lines:
             loss = chosen.where(active, 0.0).sum()
             gradients = torch.autograd.grad(loss, self._parameters, materialize_grads=True)
             step_rows_(self._parameters, gradients, rule=self._config, start=self._network.start, active=active)
-            torch.clear_autocast_cache()  # autocast would go on with the parameters of before
         real = torch.ones_like(active) if real is None else real
         self._ids = torch.cat([self._ids, tokens.unsqueeze(-1)], dim=1)
         self._mask = torch.cat([self._mask, real.unsqueeze(-1)], dim=1)

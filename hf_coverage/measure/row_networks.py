@@ -122,8 +122,9 @@ class RowAdapters(RowNetwork):
         for layer in self._layers.values():
             inputs, outputs = _sizes(layer)
             bound, device = inputs**-0.5, layer.weight.device
-            start.append(torch.empty(rank, inputs).uniform_(-bound, bound, generator=draw).to(device))
-            start.append(torch.zeros(outputs, rank, device=device))
+            dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+            start.append(torch.empty(rank, inputs).uniform_(-bound, bound, generator=draw).to(device, dtype))
+            start.append(torch.zeros(outputs, rank, device=device, dtype=dtype))
         super().__init__(model, start)
 
     @cached_property
@@ -231,7 +232,8 @@ def row_network(model: nn.Module, config: TTTConfig) -> RowNetwork:
 def row_passes(model: nn.Module) -> Iterator[None]:
     """Run passes with gradients and without dropout, whatever is on outside; modules get their modes back.
 
-    Compiled parts run as they were written, because compiled code may have been made without the hooks.
+    Compiled parts run as they were written: they may have been compiled without the hooks, and would be compiled anew
+    for every length.
     """
     with (
         inference(model),

@@ -367,6 +367,15 @@ def test_settings_are_saved_in_a_generation_config_and_the_folder_and_the_class_
     torch.testing.assert_close(found.token_logprobs, expected.token_logprobs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("scope", ["lora", "all"])
+def test_steps_that_are_far_too_large_are_refused(scope):
+    model = tiny_model("gpt2")
+    message = r"Logits became NaN after steps of `ttt_lr=1e\+30`; take a smaller one"
+    with pytest.raises(ValueError, match=message):
+        decode(model, **settings_of(scope, "exact") | {"lr": 1e30})
+    decode(model, **settings_of(scope, "exact", ttt_radius=1.0) | {"lr": 1e10})
+
+
 def filled_cache(model):
     cache = DynamicCache()
     with torch.no_grad():
