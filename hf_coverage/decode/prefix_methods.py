@@ -43,15 +43,17 @@ class Responses:
         return 1 if self.eos_token_ids else -(-self.max_new_tokens // block_size)
 
     def draw(
-        self, prefix: Prefix, length: int, rng: np.random.Generator
-    ) -> Generator[Look | Judge | Expand, Any, Drawn]:
-        """Continue a prefix by the model alone, by `length` tokens or to the end of the response."""
-        logprob, end = 0.0, len(prefix) + length
-        while len(prefix) < end and not self.is_whole(prefix):
-            tokens, logprobs = yield Look(prefix)
-            choice = _choose(np.cumsum(np.exp(logprobs, dtype=np.float64)), rng)
-            prefix, logprob = (*prefix, int(tokens[choice])), logprob + float(logprobs[choice])
-        return prefix, logprob
+        self, prefix: Prefix, length: int, rng: np.random.Generator, *, number: int = 1
+    ) -> Generator[Look | Judge | Expand, Any, list[Drawn]]:
+        """Continue a prefix by the model alone some times, each by `length` tokens or to the end of the response."""
+        drawn, end = [(prefix, 0.0)] * number, len(prefix) + length
+        while growing := [row for row, (one, _) in enumerate(drawn) if len(one) < end and not self.is_whole(one)]:
+            answers = yield Look(tuple(drawn[row][0] for row in growing))
+            for row, (tokens, logprobs) in zip(growing, answers):
+                one, logprob = drawn[row]
+                choice = _choose(np.cumsum(np.exp(logprobs, dtype=np.float64)), rng)
+                drawn[row] = (*one, int(tokens[choice])), logprob + float(logprobs[choice])
+        return drawn
 
 
 class Backtracking:
@@ -137,7 +139,8 @@ class Backtracking:
             if walker.lengths and walker.rng.random() < metropolis_acceptance(here, walker.values[-2]):
                 walker.back()
         elif not self._responses.is_whole(walker.prefix):
-            prefix, logprob = yield from self._responses.draw(walker.prefix, self._block_size or 1, walker.rng)
+            drawn = yield from self._responses.draw(walker.prefix, self._block_size or 1, walker.rng)
+            ((prefix, logprob),) = drawn
             (value,) = yield Judge((prefix,))
             if walker.rng.random() < metropolis_acceptance(here, value):
                 walker.forward(prefix, logprob, value)
@@ -161,7 +164,8 @@ class Rejection:
         while True:
             walker.start()
             walker.spend(1)
-            prefix, logprob = yield from self.responses.draw((), self.responses.max_new_tokens, walker.rng)
+            drawn = yield from self.responses.draw((), self.responses.max_new_tokens, walker.rng)
+            ((prefix, logprob),) = drawn
             (value,) = yield Judge((prefix,))
             if value > self.bound:
                 raise ValueError(
@@ -224,9 +228,7 @@ class BlockBestOfN:
         walker.start()
         while not self.responses.is_whole(walker.prefix):
             walker.spend(1)
-            drawn: list[Drawn] = []
-            for _ in range(self.candidates):
-                drawn.append((yield from self.responses.draw(walker.prefix, self.block_size, walker.rng)))
+            drawn = yield from self.responses.draw(walker.prefix, self.block_size, walker.rng, number=self.candidates)
             values = np.array((yield Judge(tuple(prefix for prefix, _ in drawn))))
             weights = values / values.max() if values.max() > 0 else values
             if not weights.any():

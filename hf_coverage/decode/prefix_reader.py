@@ -41,15 +41,16 @@ class PrefixReader:
         self._forward = HeadForward(model)
         self._prompt = list(prompt)
         self._kept: _KeptTokens | None = None
-        self._takes_positions = "position_ids" in inspect.signature(self._forward.model.forward).parameters
         # Wrappers, such as an adapter's, do not say what the model in them takes.
-        if isinstance(self._forward.model, PreTrainedModel):
-            one = np.zeros((1, 1), dtype=np.int64)
-            with inference(self._forward.model):
-                cache = self._forward(one, one[0], keep_cache=True).cache
-                if is_repeatable(cache):
-                    self._kept = _KeptTokens(cache, len(self._prompt), size)
-                    self._kept.keep(*self._read([()], [[]], self._kept)[1])
+        inner = next((part for part in self._forward.model.modules() if isinstance(part, PreTrainedModel)), None)
+        self._takes_positions = inner is not None and "position_ids" in inspect.signature(inner.forward).parameters
+        one = np.zeros((1, 1), dtype=np.int64)
+        with inference(self._forward.model):
+            cache = self._forward(one, one[0], keep_cache=True).cache
+            # Prefix tuning brings a cache of its own.
+            if inner is not None and is_repeatable(cache) and cache.get_seq_length() == 1:
+                self._kept = _KeptTokens(cache, len(self._prompt), size)
+                self._kept.keep(*self._read([()], [[]], self._kept)[1])
 
     def logits(self, prefixes: Sequence[Prefix]) -> Tensor:
         """Logits `(B, V)` after the prefixes, as the model returns them."""

@@ -49,9 +49,9 @@ class CallBudget:
 
 
 class Look(NamedTuple):
-    """Asks for the `NextTokens` of a prefix: one model call."""
+    """Asks for the `NextTokens` of prefixes: a model call each."""
 
-    prefix: Prefix
+    prefixes: tuple[Prefix, ...]
 
 
 class Judge(NamedTuple):
@@ -143,21 +143,13 @@ class Walker:
             self.steps = self.budget.steps
             raise OutOfBudget
 
-    def may_look(self, prefix: Prefix) -> bool:
-        """Count a model call; False where the budget does not allow it."""
-        if prefix not in self.looked:
-            if self.budget.model_calls is not None and len(self.looked) >= self.budget.model_calls:
-                return False
-            self.looked.add(prefix)
-        return True
+    def may_look(self, prefixes: Sequence[Prefix]) -> bool:
+        """Count model calls; False, with none of them counted, where the budget does not allow them."""
+        return _pay(self.looked, prefixes, self.budget.model_calls)
 
     def may_judge(self, prefixes: Sequence[Prefix]) -> bool:
         """Count verifier calls; False, with none of them counted, where the budget does not allow them."""
-        new = {prefix for prefix in prefixes if prefix not in self.judged}
-        if self.budget.verifier_calls is not None and len(self.judged) + len(new) > self.budget.verifier_calls:
-            return False
-        self.judged |= new
-        return True
+        return _pay(self.judged, prefixes, self.budget.verifier_calls)
 
 
 Method = Callable[[Walker], Generator[Look | Judge | Expand, Any, None]]
@@ -190,24 +182,32 @@ def run_walkers(
 def _serve(waiting: list[_Waiting], model: PrefixModel, verifier: PrefixVerifier) -> None:
     """Pay for and answer one request of each walker."""
     payers = [one for one in waiting if one.pay_model()]
-    nexts = model.answers(one.request.prefix for one in payers if isinstance(one.request, (Look, Expand)))
+    nexts = model.answers(chain.from_iterable(one.looked for one in payers))
     payers = [one for one in payers if one.pay_verifier(nexts)]
     values = verifier.answers(chain.from_iterable(one.judged for one in payers))
     for one in payers:
-        judged = [values[prefix] for prefix in one.judged]
-        if isinstance(one.request, Judge):
-            one.go_on(judged)
-        elif one.request is not None:
-            answer = nexts[one.request.prefix]
-            one.go_on(answer if isinstance(one.request, Look) else Node(answer, np.array(judged)))
+        answers, judged = [nexts[prefix] for prefix in one.looked], [values[prefix] for prefix in one.judged]
+        if isinstance(one.request, Expand):
+            one.go_on(Node(answers[0], np.array(judged)))
+        else:
+            one.go_on(judged if isinstance(one.request, Judge) else answers)
+
+
+def _pay(paid: set[Prefix], prefixes: Sequence[Prefix], limit: int | None) -> bool:
+    new = {prefix for prefix in prefixes if prefix not in paid}
+    if limit is not None and len(paid) + len(new) > limit:
+        return False
+    paid.update(new)
+    return True
 
 
 class _Waiting:
-    """A walker with its method, the request that it waits for (None at its end), and the prefixes to judge for it."""
+    """A walker with its method, the request that it waits for (None at its end), and the prefixes to ask for it."""
 
     def __init__(self, walker: Walker, method: Generator[Look | Judge | Expand, Any, None]) -> None:
         self.walker, self._method = walker, method
         self.request: Look | Judge | Expand | None = None
+        self.looked: Sequence[Prefix] = ()
         self.judged: Sequence[Prefix] = ()
 
     def go_on(self, answer: Any) -> None:
@@ -221,7 +221,12 @@ class _Waiting:
 
     def pay_model(self) -> bool:
         """Pay for the model's part of the request; whether the budget allows it."""
-        if isinstance(self.request, Judge) or self.request is None or self.walker.may_look(self.request.prefix):
+        self.looked = ()
+        if isinstance(self.request, Look):
+            self.looked = self.request.prefixes
+        elif isinstance(self.request, Expand):
+            self.looked = (self.request.prefix,)
+        if self.walker.may_look(self.looked):
             return True
         self._stop()
         return False

@@ -210,6 +210,19 @@ def test_budgets_are_kept(model, name):
     assert not free.exhausted.any()
 
 
+@pytest.mark.parametrize("block_size", [1, LENGTH])
+def test_candidates_are_drawn_together(model, monkeypatch, block_size):
+    """Eight blocks for one response take as many passes as one of them."""
+    passes = []
+    logits = prefix_reader.PrefixReader.logits
+    monkeypatch.setattr(
+        prefix_reader.PrefixReader, "logits", lambda self, prefixes: passes.append(prefixes) or logits(self, prefixes)
+    )
+    decoder(model, eos_token_id=[]).block_best_of_n(1, candidates=8, block_size=block_size)
+    assert len(passes) == LENGTH
+    assert block_size == 1 or max(map(len, passes)) > 1
+
+
 def test_a_walk_without_budget_gives_the_last_whole_response_it_was_at(model):
     found = decoder(model).backtrack(60, steps=10_000, budget=CallBudget(steps=200))
     assert found.exhausted.all()

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from transformers import GenerationMixin, GPT2Config, GPT2LMHeadModel
 
 from hf_coverage.decode.prefix_reader import PrefixReader
 from tests.measure.test_scoring_architectures import ARCHITECTURES, VOCABULARY, build
@@ -34,7 +34,7 @@ def read(monkeypatch):
     call = torch.nn.Module.__call__
 
     def counting(self, *args, **arguments):
-        if "input_ids" in arguments and type(self).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        if isinstance(self, GenerationMixin) and "input_ids" in arguments:
             shapes.append(tuple(arguments["input_ids"].shape))
         return call(self, *args, **arguments)
 
@@ -101,16 +101,26 @@ def test_half_precision_and_either_attention(attention):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_a_wrapped_model_is_read_as_a_whole():
-    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], fan_in_fan_out=True)
-    model = get_peft_model(tiny(), lora).eval()
+@pytest.mark.parametrize(
+    ("adapter", "shapes"),
+    [
+        (LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], fan_in_fan_out=True), [(3, 1)]),
+        # Its virtual tokens are in a cache of its own.
+        (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), [(3, 13)]),
+    ],
+)
+def test_adapters_take_part(adapter, shapes, read):
+    model = get_peft_model(tiny(), adapter).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "prompt" in name:
                 parameter.normal_()
     reader = PrefixReader(model, PROMPT, size=100)
     for prefixes in ASKED[:4]:
         torch.testing.assert_close(reader.logits(prefixes), expected(model, PROMPT, prefixes), atol=1e-5, rtol=1e-5)
+    read.clear()
+    reader.logits([(7, 3, 11, 12), (10, 4), (9, 9)])
+    assert read == shapes
 
 
 def test_a_model_in_training_stays_so_and_keeps_no_gradients():
