@@ -1,6 +1,7 @@
 """Time and memory of test-time training while sampling, beside plain sampling and beside autograd on a copied head.
 
     python recipes/benchmarks/ttt.py --output-dir runs/ttt
+    python recipes/benchmarks/ttt.py --scopes --tokens 32 --rounds 1 --output-dir runs/ttt_scopes
 
 Runs on SmolLM2-135M in float32 through `generate`, everything in one process, the contenders taking turns.
 """
@@ -17,6 +18,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -92,8 +95,14 @@ def load() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
 
 
-def contenders(model: PreTrainedModel, batch: int) -> dict[str, Callable[[int], None]]:
-    """What makes so many tokens, by name; the first is what the others are measured by."""
+def contenders(model: PreTrainedModel, batch: int, *, scopes: bool) -> dict[str, Callable[[int], None]]:
+    """What makes so many tokens, by name; the first is what the others are measured by.
+
+    Args:
+        model: The model.
+        batch: Sequences at once.
+        scopes: Whether to compare what can be trained, and not ways to train the head.
+    """
     prompt = torch.randint(100, 49_000, (batch, 32), generator=torch.Generator().manual_seed(0))
 
     def generate(tokens: int, **settings: object) -> None:
@@ -112,8 +121,13 @@ def contenders(model: PreTrainedModel, batch: int) -> dict[str, Callable[[int], 
         finally:
             ttt.handle.remove()
 
-    runs = {
-        "plain sampling": generate,
+    runs: dict[str, Callable[[int], None]] = {"plain sampling": generate}
+    if scopes:
+        for scope, cache in product(("lora", "all"), ("stale", "exact")):
+            settings = {"ttt_lr": LR, "ttt_scope": scope, "ttt_cache": cache}
+            runs[f"{scope}, {cache} cache"] = partial(generate, custom_generate=ttt_generate, **settings)
+        return runs
+    runs |= {
         "TTTLogitsProcessor": processor,
         f"TTTLogitsProcessor, top_k={TOP_K}": lambda tokens: processor(tokens, top_k=TOP_K),
         "TTTLogitsProcessor, radius=1": lambda tokens: processor(tokens, radius=1.0),
@@ -168,13 +182,16 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads of every contender.")] = 2,
     rounds: Annotated[int, typer.Option(help="Timed runs of every contender.")] = 3,
     tokens: Annotated[int, typer.Option(help="New tokens of every sequence.")] = 256,
+    scopes: Annotated[
+        bool, typer.Option("--scopes", help="Adapters and all parameters, instead of the head.")
+    ] = False,
 ) -> None:
     """Compare sampling with and without test-time training."""
     torch.set_num_threads(threads)
     model = load()
     rows = []
     for batch in BATCHES:
-        rows += measure(contenders(model, batch), batch, tokens, rounds)
+        rows += measure(contenders(model, batch, scopes=scopes), batch, tokens, rounds)
     table = Table("contender", "batch", "s", "CPU s", "ratio", "CPU ratio", "extra MB")
     for row in rows:
         numbers = f"{row.seconds:.1f}", f"{row.cpu_seconds:.1f}", f"{row.ratio:.2f}", f"{row.cpu_ratio:.2f}"
