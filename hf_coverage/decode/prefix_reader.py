@@ -48,7 +48,7 @@ class PrefixReader:
         with inference(self._forward.model):
             cache = self._forward(one, one[0], keep_cache=True).cache
             # Prefix tuning brings a cache of its own.
-            if inner is not None and is_repeatable(cache) and cache.get_seq_length() == 1:
+            if inner is not None and cache is not None and is_repeatable(cache) and cache.get_seq_length() == 1:
                 self._kept = _KeptTokens(cache, len(self._prompt), size)
                 self._kept.keep(*self._read([()], [[]], self._kept)[1])
 

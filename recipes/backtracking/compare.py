@@ -164,6 +164,7 @@ def under_budget(
         "VGB, H visits": partial(walk, visits=horizon),
         "VGB, first leaf": partial(walk, visits=1),
         "VGB, T steps": partial(walk, steps=steps),
+        "VGB, blocks of 3 tokens": partial(walk, visits=horizon, block_size=3),
         "guidance": partial(decoder.guide, number, budget=budget),
         "rejection sampling": partial(decoder.reject, number, budget=budget),
         "block Best-of-N, 1 token": partial(best, block_size=1),

@@ -24,6 +24,7 @@ BUDGET = {
     "VGB, H visits": (COLORS[0], "s-"),
     "VGB, T steps": (COLORS[0], "s--"),
     "VGB, first leaf": (COLORS[5], "s:"),
+    "VGB, blocks of 3 tokens": (COLORS[5], "^--"),
     "guidance": (COLORS[1], "o-"),
     "rejection sampling": (COLORS[2], "d-"),
     "block Best-of-N, 1 token": (COLORS[3], "v-"),
@@ -133,7 +134,7 @@ def draw_budget(results: dict[str, dict[int, Any]], path: Path) -> None:
         ax.plot(list(found), noise, ":", color="black", label="drawn from $p\\,V$")
         about = next(setting.about for setting in SETTINGS if setting.name == name)
         dress(ax, f"{name}: {about}", "total variation to $p\\,V$")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     save_figure(figure, path)
 
 

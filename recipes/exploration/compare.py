@@ -26,6 +26,7 @@ from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Cell, Column, Interval, Table
 from hf_coverage.report.terminal import rich_table
 from recipes.exploration.strategies import (
+    DISTINCT,
     LIKELIEST,
     RANDOM,
     REP_EXP,
@@ -66,7 +67,11 @@ def main() -> None:
         passes = passes_of(samples, orders)
         name = "the model as it came" if checkpoint is None else f"after {step} steps"
         levels = recipe.measure.pass_at
-        tables += [pass_table(passes, levels, name), chosen_table(samples, orders, levels, name)]
+        tables += [
+            pass_table(passes, levels, name),
+            rival_table(passes, levels, name),
+            chosen_table(samples, orders, levels, name),
+        ]
         curves[name] = {key: values for key, values in passes.items() if "lambda" not in key}
     text = "\n\n".join(f"{table.caption}\n\n{table.to_markdown()}" for table in tables)
     (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
@@ -131,6 +136,21 @@ def pass_table(passes: dict[str, FloatArray], levels: list[int], name: str) -> T
         f"{name[0].upper()}{name[1:]}: Pass@k of k chosen from {size} samples to each of {questions} questions, "
         "expectations over random subsets exact; 95 % intervals over questions of the paired difference. All of the "
         f"samples together solve {passes[RANDOM][:, -1].mean():.3f}. Lambda is {LAMBDA:g} unless said otherwise.",
+    )
+
+
+def rival_table(passes: dict[str, FloatArray], levels: list[int], name: str) -> Table:
+    """What RepExp's Pass@k is above that of what costs nothing, paired by question."""
+    shown = [k for k in levels if k < passes[RANDOM].shape[1]]
+    rows: list[list[Cell]] = []
+    for rival in (RANDOM, DISTINCT, LIKELIEST):
+        changes = [clustered_mean(passes[REP_EXP][:, k - 1] - passes[rival][:, k - 1]) for k in shown]
+        rows.append([rival, *(Interval(change.mean, *mean_interval(change)) for change in changes)])
+    return Table(
+        [Column("less that of"), *(Column(f"Pass@{k}") for k in shown)],
+        rows,
+        f"{name[0].upper()}{name[1:]}: Pass@k of RepExp less that of what needs no hidden states; 95 % intervals over "
+        "questions of the paired difference.",
     )
 
 

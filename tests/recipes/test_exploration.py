@@ -84,6 +84,7 @@ def test_a_run_leaves_tables_and_a_figure(finished):
     for row in ("random subset", "random, distinct", "likeliest, distinct", "RepExp, centred", "RepExp, lambda 100"):
         assert f"| {row} |" in tables
     assert "log p of the first 8" in tables
+    assert "After 2 steps: Pass@k of RepExp less that of what needs no hidden states" in tables
     assert (finished / "exploration" / "pass_at_k.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -147,3 +148,10 @@ def test_differences_are_paired_by_question():
     half = 3.182446 * np.std([0.5, 0.5, 0, 0], ddof=1) / 2
     assert (change.low, change.high) == pytest.approx((0.25 - half, 0.25 + half))
     assert table.rows[0][2] is None
+    mine = np.array([[1.0, 1, 1]] * 2 + [[0.0, 1, 1]] * 2)
+    rivals = compare.rival_table({**passes, DISTINCT: passes["other"], LIKELIEST: mine, "RepExp": mine}, [1, 3], "it")
+    assert [row[0] for row in rivals.rows] == [RANDOM, DISTINCT, LIKELIEST]
+    (_, one) = rivals.rows[0]  # all three of them are no choice
+    assert one.value == 0
+    assert rivals.rows[1][1].value == pytest.approx(0.5)
+    assert (rivals.rows[2][1].value, rivals.rows[2][1].low, rivals.rows[2][1].high) == (0, 0, 0)
