@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 from hf_coverage.functional.fast_weights import fast_error_bound
 from hf_coverage.functional.head_training import POSITIONS, follow_tokens
 from hf_coverage.functional.ttt_config import TTTConfig
+from hf_coverage.measure.corpus import encode_corpus
+from recipes.settings import refuse_other_settings
 
 __all__ = ["PLAIN", "Followed", "follow_corpus", "follow_row", "read_hidden", "rule_label"]
 
@@ -57,8 +59,11 @@ def follow_corpus(
         rules: What the head does, by name.
         folder: A file a row, and in each an array a rule.
         context: Tokens that a block of the text may be read with, see `read_hidden`; None: all.
+
+    Raises:
+        ValueError: when the folder holds another corpus.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    refuse_other_settings(folder, {"corpus": {"fingerprint": encode_corpus(corpus, None).fingerprint}})
     rows = []
     for index in tqdm(range(len(corpus)), desc=f"{folder.parent.name}, {folder.name}", unit="text"):
         file = folder / f"{index:04}.safetensors"
