@@ -28,6 +28,7 @@ def score_rules(
     *,
     facts: dict[str, Any],
     tokenizer: Any,
+    shard_rows: int | None = None,
     **options: Any,
 ) -> list[list[float]]:
     """Score plain decoding and each rule into a folder of its own; every process of a job calls it.
@@ -40,6 +41,7 @@ def score_rules(
         folder: where the score folders go.
         facts: what is written beside the scores.
         tokenizer: the model's.
+        shard_rows: rows per file; None: more where they are scored in one pass than where token by token.
         options: see `score_responses`.
 
     Returns:
@@ -59,6 +61,7 @@ def score_rules(
         name = _PLAIN if rule is None else rule_name(rule)
         own = folder / name.replace(", ", "_").replace(" ", "-")
         say(f"{index} of {len(rules) + 1}: {name}")
+        options["shard_rows"] = shard_rows or (1024 if rule is None or rule.scope == "head" else 16)
         scored = score_responses(
             model, tokenizer, rows, ttt=rule, output_dir=own, progress=is_main_process(), **options
         )

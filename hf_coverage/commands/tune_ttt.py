@@ -132,7 +132,12 @@ def tune_ttt(
         typer.Option(help="Column whose equal values make rows dependent; by default `document`, or else `prompt`."),
     ] = None,
     batch_tokens: BatchTokens = 4096,
-    shard_rows: Annotated[int, typer.Option(help="Rows per file of the scores: what an interruption costs.")] = 1024,
+    shard_rows: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows per file of the scores: what an interruption costs.", show_default="1024; 16 where slow"
+        ),
+    ] = None,
     config: ConfigFile = None,
 ) -> None:
     """Choose the step size of test-time training by coverage, and tell whether it covers more than plain decoding.

@@ -51,16 +51,13 @@ class RowScorer:
         for row in sorted(rows, key=lambda row: -len(corpus.completions[row])):
             groups.setdefault(tuple(corpus.prompts[row]) if self._config.on_prompt else row, []).append(row)
         batches: list[list[list[int]]] = []
-        width = response = 0
+        widest = 0, 0
         for group in sorted(groups.values(), key=lambda group: (-len(corpus.prompts[group[0]]), group[0])):
-            width, response = (
-                max(width, len(corpus.prompts[group[0]])),
-                max(response, len(corpus.completions[group[0]])),
-            )
-            room = self._positions // (width + response) if self._together else 1
-            if not batches or len(batches[-1]) >= room:
+            own = len(corpus.prompts[group[0]]), len(corpus.completions[group[0]])
+            widest = max(widest[0], own[0]), max(widest[1], own[1])
+            if not batches or not self._together or (len(batches[-1]) + 1) * sum(widest) > self._positions:
                 batches.append([])
-                width, response = len(corpus.prompts[group[0]]), len(corpus.completions[group[0]])
+                widest = own
             batches[-1].append(group)
         return [_batch(together) for together in batches]
 

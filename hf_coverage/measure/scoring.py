@@ -130,8 +130,9 @@ def score_responses(
             the model's own is put in for it: see `measure.inherent_variance` for what that measures.
         ttt: Score the model that test-time training makes of this one, `log p_TTT(y|x)`, and how: every response (and
             its prompt, with `on_prompt`) moves parameters of its own from where the model's are. It is what
-            `ttt_generate` samples from with the same settings; a `StepRule` alone is the head's. None: the model as
-            it is.
+            `ttt_generate` samples from with the same settings; a `StepRule` alone is the head's. The head is followed
+            on one pass over the responses; `"lora"` and `"all"` read them token by token, as slowly as decoding, and
+            a position costs them 16 of `batch_tokens`. None: the model as it is.
         output_dir: Folder of a `ScoreTable` to write, or to go on with after an interruption.
         shard_rows: Rows per shard of that table.
         progress: Whether to show a progress bar, on the main process.

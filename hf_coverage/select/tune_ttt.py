@@ -42,7 +42,8 @@ def tune_ttt(
 
     Args:
         plain: `(R,)` log p(y|x) of the model as it is, nats.
-        adapted: `(R,)` log p_TTT(y|x) of the same rows for each rule, `score_responses(..., ttt=rule)`, nats.
+        adapted: `(R,)` log p_TTT(y|x) of the same rows for each rule, `score_responses(..., ttt=rule)`, nats. Rules
+            are `TTTConfig`s, or `StepRule`s for the head; `ttt_grid` makes many.
         n: the N of Cov_N, a real number > 1.
         reference_logprobs: `(R,)` log D(y|x), nats; 0 where one response is right; None where it is not known: then
             the upper bound on Cov_N chooses.
