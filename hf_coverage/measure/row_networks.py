@@ -31,6 +31,9 @@ __all__ = ["RowAdapters", "RowNetwork", "RowWeights", "row_network", "row_passes
 _SEED = 0
 """What the adapters' first factors are drawn from: the same for every row, on every device and process."""
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What parameters can make steps in."""
+
 _PROBE = (3, 5)
 """Rows and tokens that show whether layers keep the rows of a batch apart."""
 
@@ -96,7 +99,8 @@ class RowAdapters(RowNetwork):
     """A model with adapters `x -> x A^T B^T` of each row's own beside its linear layers, but not beside its head.
 
     A is uniform on +-1/sqrt(inputs), B is zero: what PEFT's `LoraConfig(target_modules="all-linear")` starts from,
-    with its scaling at 1. Parameters are A and B, layer after layer.
+    with its scaling at 1. Experts that a model keeps in one tensor are no linear layers, and stay what they are.
+    Parameters are A and B, layer after layer.
 
     Args:
         model: The model, not wrapped.
@@ -163,16 +167,18 @@ class RowWeights(RowNetwork):
         model: The model, not wrapped.
 
     Raises:
-        ValueError: If a parameter is not of a dtype that steps can be made in.
+        ValueError: If a parameter is quantised.
     """
 
     def __init__(self, model: nn.Module) -> None:
         named = dict(model.named_parameters())
         for name, parameter in named.items():
-            if parameter.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            # Quantised ones are of other dtypes, or of classes that only say that they are of these.
+            if type(parameter) is not nn.Parameter or parameter.dtype not in _DTYPES:
                 raise ValueError(
-                    f'`scope="all"` needs parameters that steps can be made with, got {name} of {parameter.dtype}; '
-                    'load the model without quantisation, or take `scope="lora"`.'
+                    f'`scope="all"` needs parameters that steps can be made with, got {name}, a '
+                    f"{type(parameter).__name__} of {parameter.dtype}; load the model without quantisation, or take "
+                    '`scope="lora"`.'
                 )
         self._names = list(named)
         super().__init__(model, [parameter.detach() for parameter in named.values()])

@@ -433,7 +433,7 @@ def test_models_that_cannot_be_trained_are_refused():
     merged = adapted.merge_and_unload()
     assert RowModels(merged, ids, config=lora).logits().shape == (1, 13)
     model.model.norm.weight = torch.nn.Parameter(torch.ones(16, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"got model\.norm\.weight of torch\.int8; load the model without quantis"):
+    with pytest.raises(ValueError, match=r"got model\.norm\.weight, a Parameter of torch\.int8; load the model with"):
         RowModels(model, ids, config=full)
     with torch.inference_mode():
         frozen = tiny_model("llama")
