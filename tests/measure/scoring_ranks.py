@@ -1,7 +1,9 @@
 """Run by torchrun on two ranks: scores every way a job can be set up, for the test to compare with one process."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from hf_coverage.functional.ttt_config import TTTConfig
 from hf_coverage.measure.corpus import EncodedCorpus
 from hf_coverage.measure.fingerprint import weight_fingerprint
 from hf_coverage.measure.scoring import score_encoded, score_responses
@@ -37,8 +40,15 @@ def make_corpus(rows: int) -> EncodedCorpus:
     )
 
 
-def score(model: torch.nn.Module, rows: int) -> np.ndarray:
-    return score_encoded(model, make_corpus(rows), batch_tokens=60, logits_memory=7 * 11 * 8).logprob
+RULES = {
+    "head": TTTConfig(0.3, on_prompt=True),
+    "lora": TTTConfig(0.3, scope="lora", rank=2, cache="stale", on_prompt=True),
+    "all": TTTConfig(0.03, scope="all"),
+}
+
+
+def score(model: torch.nn.Module, rows: int, ttt: TTTConfig | None = None) -> np.ndarray:
+    return score_encoded(model, make_corpus(rows), batch_tokens=60, logits_memory=7 * 11 * 8, ttt=ttt).logprob
 
 
 def score_to(model: torch.nn.Module, folder: Path) -> np.ndarray:
@@ -47,9 +57,9 @@ def score_to(model: torch.nn.Module, folder: Path) -> np.ndarray:
     return np.array(score_responses(model, None, corpus, output_dir=folder, shard_rows=4)["logprob"][:])
 
 
-def error_of_scoring_to(model: torch.nn.Module, folder: Path) -> str:
+def error_of(function: Callable[..., Any], *args: Any) -> str:
     try:
-        score_to(model, folder)
+        function(*args)
     except ValueError as error:
         return str(error)
     return ""
@@ -67,7 +77,8 @@ def main(folder: Path) -> None:
     damaged = folder / "table" / "scores-00001.safetensors"
     if accelerator.is_main_process:
         damaged.write_bytes(damaged.read_bytes()[:-1])
-    results["error"] = np.array(error_of_scoring_to(model, folder / "table"))
+    results["error"] = np.array(error_of(score_to, model, folder / "table"))
+    results |= {name: score(model, 5, rule) for name, rule in RULES.items()}
     results["ddp"] = score(DistributedDataParallel(build()), 5)
 
     sharded = build()
@@ -77,6 +88,9 @@ def main(folder: Path) -> None:
     wrapped = FullyShardedDataParallel(build(), device_id=torch.device("cpu"), use_orig_params=True)
     for name, other in (("fsdp2", sharded), ("fsdp1", wrapped)):
         results |= {f"{name} {rows}": score(other, rows) for rows in ROW_COUNTS}
+        results |= {
+            f"{name} {scope} error": np.array(error_of(score, other, 5, rule)) for scope, rule in RULES.items()
+        }
         results[f"{name} fingerprint"] = np.array(weight_fingerprint(other))
     np.savez(folder / f"rank{accelerator.process_index}.npz", **results)
     accelerator.end_training()

@@ -54,6 +54,21 @@ def test_ranks_agree_with_one_process(job, rows):
     np.testing.assert_array_equal(result[f"plain {rows}"], scoring_ranks.score(scoring_ranks.build(), rows))
 
 
+@pytest.mark.parametrize("name", scoring_ranks.RULES)
+def test_ranks_agree_with_one_process_on_test_time_training(job, name):
+    _, (result, _), _ = job
+    rule = scoring_ranks.RULES[name]
+    np.testing.assert_array_equal(result[name], scoring_ranks.score(scoring_ranks.build(), 5, rule))
+
+
+@pytest.mark.parametrize("setup", ["fsdp1", "fsdp2"])
+def test_sharded_models_are_refused_for_test_time_training(job, setup):
+    _, (result, _), _ = job
+    assert "spreads its head over processes" in str(result[f"{setup} head error"])
+    for scope in ("lora", "all"):
+        assert "needs whole parameters, but the model is sharded" in str(result[f"{setup} {scope} error"])
+
+
 @pytest.mark.parametrize("rows", scoring_ranks.ROW_COUNTS)
 @pytest.mark.parametrize("setup", ["fsdp1", "fsdp2"])
 def test_sharded_models_agree_with_whole_ones(job, setup, rows):
