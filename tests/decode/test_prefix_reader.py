@@ -83,6 +83,15 @@ def test_the_prompt_is_read_once_and_each_token_once(read):
     assert sorted(read) == [(1, 3), (2, 1)]
 
 
+def test_what_others_begin_with_is_forgotten_last(read):
+    reader = PrefixReader(tiny(), PROMPT, size=3)
+    for prefix in [(1,), (1, 2), (1, 2, 3), (1, 2, 3, 9)]:
+        reader.logits([prefix])
+    read.clear()
+    reader.logits([(1, 2, 8)])
+    assert read == [(1, 1)]
+
+
 def test_a_response_may_end_at_the_last_position():
     model = tiny()
     reader = PrefixReader(model, PROMPT, size=100)
