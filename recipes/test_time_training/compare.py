@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_coverage.functional.ttt_config import TTTConfig
+from hf_coverage.functional.ttt_config import TTTCache, TTTConfig, TTTScope
 from hf_coverage.measure.builders import sample_corpus
 from hf_coverage.measure.scoring import score_responses
 from recipes.compression_audit.compress import compression
@@ -99,10 +100,9 @@ class ScopeArguments:
     kinds: list[str] = field(default_factory=lambda: ["code"])
     prompt_tokens: int = field(default=64, metadata={"help": "The last ones of the prompt."})
     response_tokens: int = field(default=32, metadata={"help": "The first ones of the response."})
-    lora_lr: list[float] = field(default_factory=list)
-    all_lr: list[float] = field(default_factory=list)
-    head_lr: list[float] = field(default_factory=list)
-    caches: list[str] = field(default_factory=lambda: ["stale"], metadata={"help": "Of scopes `lora` and `all`."})
+    rules: list[str] = field(
+        default_factory=lambda: ["head 0.0001"], metadata={"help": "Scope, step size and, but for the head, cache."}
+    )
 
 
 SECTIONS = {
@@ -271,11 +271,7 @@ def with_taste(model: PreTrainedModel, *, share: float, strength: float, seed: i
 def over_scopes(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Scoped]]:
     """Few and short texts, followed by the head, by adapters and by all parameters."""
     args, shape = recipe.scopes, (recipe.text.prompt_tokens, recipe.text.response_tokens, recipe.text.documents)
-    rules: list[TTTConfig | None] = [None]
-    rules += [TTTConfig(lr, on_prompt=True) for lr in args.head_lr]
-    for cache in args.caches:
-        rules += [TTTConfig(lr, scope="lora", on_prompt=True, cache=cache) for lr in args.lora_lr]
-        rules += [TTTConfig(lr, scope="all", on_prompt=True, cache=cache) for lr in args.all_lr]
+    rules = [None, *map(scope_rule, args.rules)]
     for kind in args.kinds:
         corpus = recipe.windows(kind, *shape)
         corpus = corpus.select(range(min(args.documents, len(corpus)))).map(lambda row: shortened(row, args))
@@ -283,6 +279,12 @@ def over_scopes(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Scoped]]:
             name = f"{kind}, {PLAIN if rule is None else rule_label(rule)}"
             table = score_responses(recipe.model, None, corpus, ttt=rule, output_dir=folder / name, shard_rows=1)
             yield name, Scoped(kind, rule, np.array(table["logprob"][:]), args.response_tokens)
+
+
+def scope_rule(words: str) -> TTTConfig:
+    """What `"lora 0.03 stale"` or `"head 0.0001"` stands for, with steps on the prompt too."""
+    scope, lr, cache = [*words.split(), "exact"][:3]
+    return TTTConfig(float(lr), scope=cast("TTTScope", scope), cache=cast("TTTCache", cache), on_prompt=True)
 
 
 def shortened(row: dict[str, list[int]], args: ScopeArguments) -> dict[str, list[int]]:

@@ -177,11 +177,11 @@ class TestCompare:
             "safety.normalised_lr": 0.1, "known.prompts": 3, "known.prompt_tokens": 16, "known.response_tokens": 12,
             "known.temperatures": "0.7 1.0", "known.lr": "0.001 0.01", "known.students": "itself pruned-20 context-8",
             "scopes.documents": 2, "scopes.kinds": "code", "scopes.prompt_tokens": 4, "scopes.response_tokens": 4,
-            "scopes.head_lr": 0.01, "scopes.lora_lr": 0.01, "scopes.all_lr": 0.01,
+            "scopes.rules": ["head 0.01", "lora 0.01 exact", "all 0.01 stale"],
         }  # fmt: skip
         words = ["compare", "--config", str(FOLDER / "small.yaml")]
         for name, value in settings.items():
-            words += [f"--{name}", *str(value).split()]
+            words += [f"--{name}", *(value if isinstance(value, list) else str(value).split())]
         monkeypatch.setattr(sys, "argv", words)
         compare.main()
         report = (output / "report.md").read_text(encoding="utf-8")
