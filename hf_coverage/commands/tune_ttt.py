@@ -39,9 +39,9 @@ __all__ = ["EXAMPLES", "tune_ttt"]
 EXAMPLES = """\
 [bold]Examples[/]
 
-hf-coverage tune-ttt Qwen/Qwen3-0.6B --data corpus --n 16 --lr 1e-5,1e-4,1e-3
+hf-coverage tune-ttt Qwen/Qwen3-0.6B --data corpus --n 16
 
-hf-coverage tune-ttt ./checkpoint-500 --data corpus --n 16 --lr 0.01,0.1 --radius none,1,10
+hf-coverage tune-ttt ./checkpoint-500 --data corpus --n 16 --lr 1e-4,1e-3 --radius none,0.1,1
 
 hf-coverage tune-ttt ./checkpoint-500 --data corpus --n 16 --scope head,lora --on-prompt --rank 4
 

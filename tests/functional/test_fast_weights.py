@@ -1,11 +1,13 @@
 """Steps of an output head in closed form against autograd on copied heads, one row and one token at a time."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import linear
 
 from hf_coverage.functional.fast_weights import (
     fast_error_bound,
@@ -14,7 +16,13 @@ from hf_coverage.functional.fast_weights import (
     grow_fast_weights,
     new_fast_weights,
 )
-from hf_coverage.functional.head_training import adapt_head, apply_fast_weights
+from hf_coverage.functional.head_training import (
+    adapt_head,
+    apply_fast_weights,
+    branch_fast_weights,
+    follow_tokens,
+    squared_head_norm,
+)
 from hf_coverage.functional.step_rule import StepRule
 
 
@@ -185,6 +193,22 @@ def test_long_sequences_are_followed_in_parts():
     for row in range(2):
         _, expected = slow_head(hidden[row], tokens[row], weight, bias, rule=rule, mask=mask[row])
         torch.testing.assert_close(logprobs[row], expected, rtol=0, atol=1e-11)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 1000), st.one_of(rules(), st.just(StepRule(1.0, top_k=2, decay=0.1))), st.integers(1, 4))
+def test_branches_go_on_as_whole_sequences_do(seed, rule, cut):
+    """One after the other, over the same buffers, whatever the last one left there."""
+    hidden, tokens, weight, bias, mask = draw_problem(seed, has_bias=True)
+    head = partial(linear, weight=weight, bias=bias)
+    follow = partial(follow_tokens, head=head, rule=rule, has_bias=True, squared_norm=squared_head_norm(weight, bias))
+    stem, _ = follow(hidden[:, :cut], tokens[:, :cut], mask=mask[:, :cut], room=5 - cut)
+    for branch, rows in enumerate((3, 3, 2)):
+        own = torch.cat([tokens[:rows, :cut], (tokens[:rows, cut:] + branch) % 6], dim=1)
+        _, expected = follow(hidden[:rows], own, mask=mask[:rows])
+        state = branch_fast_weights(stem, rows)
+        _, found = follow(hidden[:rows, cut:], own[:, cut:], mask=mask[:rows, cut:], state=state)
+        torch.testing.assert_close(found, expected[:, cut:], rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize(
