@@ -16,7 +16,7 @@ from hf_coverage.decode.adapted_scores import Adapted, AdaptedHeads, AdaptedNetw
 from hf_coverage.functional.ttt_config import TTTCache, TTTConfig, TTTScope
 from hf_coverage.measure.forward import is_sharded
 
-__all__ = ["ttt_generate"]
+__all__ = ["refuse_paged", "ttt_generate"]
 
 
 def ttt_generate(
@@ -54,6 +54,8 @@ def ttt_generate(
     theta is the output head, whose steps have a closed form and cost little; or adapters, or all parameters, of every
     row on its own. Of these two a step takes the gradient of what the model returns, whatever it does to its logits,
     and with an exact cache reads all that was written so far once more. Their passes are without dropout.
+
+    `cache_implementation="paged"` must not be asked for: `generate` then calls no custom method, and says nothing.
 
     Settings that are not given are those of the generation configuration, and those that it does not have either are
     the ones below. To save them with a model give it a configuration made by `GenerationConfig(ttt_lr=0.1, ...)`: one
@@ -145,6 +147,15 @@ def ttt_generate(
     if generation_config.return_dict_in_generate:
         result["token_logprobs"] = scores.finish(result.sequences, start=input_ids.shape[1])
     return result
+
+
+def refuse_paged(arguments: dict[str, Any]) -> None:
+    """Raise ValueError if these arguments of `generate` make it batch continuously, without a call of `ttt_generate`."""
+    if arguments.get("cache_implementation") == "paged":
+        raise ValueError(
+            "Test-time training does not work with continuous batching, which calls no custom method of decoding: "
+            'generate without `cache_implementation="paged"`.'
+        )
 
 
 def _config(given: dict[str, Any], saved_config: dict[str, Any]) -> TTTConfig:

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
 from transformers.generation.utils import GenerateOutput
 
-from hf_coverage.decode.ttt_generate import ttt_generate
+from hf_coverage.decode.ttt_generate import refuse_paged, ttt_generate
 
 __all__ = ["TestTimeTrainingMixin"]
 
@@ -48,6 +48,7 @@ class TestTimeTrainingMixin(GenerationMixin):
         """Generate as the model class does, with test-time training where a `ttt_lr` asks for it."""
         saved = [config.to_dict() for config in (generation_config, self.generation_config) if config is not None]
         if custom_generate is None and any("ttt_lr" in settings for settings in (kwargs, *saved)):
+            refuse_paged(kwargs)
             # `generate` gives a streamer of its own to no custom method.
             kwargs["ttt_streamer"] = kwargs.pop("streamer", None)
             custom_generate = ttt_generate

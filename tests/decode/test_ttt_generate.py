@@ -237,6 +237,8 @@ def test_the_repository_folder(tmp_path, monkeypatch):
     assert words.ended
     with pytest.raises(ValueError, match="`ttt_lr` must be given"):
         decode(model, lr=None, **settings)
+    with pytest.raises(ValueError, match="does not work with continuous batching, which calls no custom method"):
+        decode(model, cache_implementation="paged", **settings)
 
 
 def test_the_card_names_every_setting():
@@ -268,6 +270,8 @@ def test_a_model_class_of_its_own(tmp_path):
         for each in (model, plain_model)
     ]
     assert torch.equal(*plain)
+    with pytest.raises(ValueError, match="does not work with continuous batching"):
+        model.generate(torch.tensor([PROMPTS[0]]), ttt_lr=LR, cache_implementation="paged", max_new_tokens=4)
     with pytest.raises(ValueError, match="got beam search"):
         model.generate(torch.tensor([PROMPTS[0]]), ttt_lr=LR, num_beams=2, max_new_tokens=4)
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=EOS, pad_token_id=EOS, ttt_lr=LR)
