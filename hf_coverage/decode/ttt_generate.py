@@ -150,7 +150,7 @@ def ttt_generate(
 
 
 def refuse_paged(arguments: dict[str, Any]) -> None:
-    """Raise ValueError if these arguments of `generate` make it batch continuously, without a call of `ttt_generate`."""
+    """Raise ValueError if these arguments of `generate` make it batch continuously, and never call `ttt_generate`."""
     if arguments.get("cache_implementation") == "paged":
         raise ValueError(
             "Test-time training does not work with continuous batching, which calls no custom method of decoding: "
