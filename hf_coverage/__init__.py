@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_coverage.decode.ttt_generate import ttt_generate
     from hf_coverage.decode.ttt_mixin import TestTimeTrainingMixin
     from hf_coverage.functional.step_rule import StepRule
+    from hf_coverage.functional.ttt_config import TTTConfig
     from hf_coverage.measure.answers import score_answers
     from hf_coverage.measure.builders import sample_corpus, single_answer_corpus, teacher_scored_corpus, windows_corpus
     from hf_coverage.measure.callback import CoverageCallback, CoverageWarning
@@ -58,6 +59,7 @@ _HOMES = {
     "SequenceLossMixin": "optim.trainer",
     "StepRule": "functional.step_rule",
     "TTTChoice": "select.ttt_choice",
+    "TTTConfig": "functional.ttt_config",
     "TTTLogitsProcessor": "decode.test_time_training",
     "TestTimeTrainingMixin": "decode.ttt_mixin",
     "TournamentCallback": "select.callback",
@@ -101,6 +103,7 @@ __all__ = [
     "SequenceLossMixin",
     "StepRule",
     "TTTChoice",
+    "TTTConfig",
     "TTTLogitsProcessor",
     "TestTimeTrainingMixin",
     "TournamentCallback",
