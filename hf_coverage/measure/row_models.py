@@ -180,9 +180,9 @@ class _Lines:
         self.logits()
         for _ in range(self._config.num_steps):
             logits, self._pending = self._read() if self._pending is None else self._pending, None
-            chosen = logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1))[:, 0]
-            loss = chosen.where(active, 0.0).sum()
-            gradients = torch.autograd.grad(loss, self._parameters, materialize_grads=True)
+            chosen = logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1))
+            # No row's parameters have to do with another one's tokens.
+            gradients = torch.autograd.grad(chosen.sum(), self._parameters, materialize_grads=True)
             step_rows_(self._parameters, gradients, rule=self._config, start=self._network.start, active=active)
         real = torch.ones_like(active) if real is None else real
         self._ids = torch.cat([self._ids, tokens.unsqueeze(-1)], dim=1)
