@@ -113,7 +113,7 @@ def test_what_is_sampled_is_what_is_scored(scope, cache, on_prompt):
 def test_probabilities_of_all_responses_sum_to_one(scope, cache):
     torch.manual_seed(0)
     config = GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=3, n_positions=16, initializer_range=0.5)
-    responses = [list(response) for response in itertools.product(range(3), repeat=4)]
+    responses = [list(response) for response in itertools.product(range(3), repeat=3)]
     encoded = EncodedCorpus([[2, 1]] * len(responses), responses)
     for on_prompt in (False, True):
         rule = TTTConfig(0.5, scope=scope, cache=cache, on_prompt=on_prompt)
