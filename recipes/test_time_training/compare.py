@@ -170,11 +170,15 @@ def main() -> None:
         raise ValueError(f"`parts` must be among {', '.join(parts)}, got {unknown[0]!r}.")
     for part in recipe.run.parts:
         experiment, found = parts[part]
-        start = time.monotonic()
+        start = time.process_time()
         for name, values in experiment(recipe, recipe.folder(part)):
             found[name] = values
-            console.print(f"{part}, {name} ({time.monotonic() - start:.0f} s)", markup=False, highlight=False)
-            start = time.monotonic()
+            console.print(
+                f"{part}, {name} ({time.process_time() - start:.0f} s of processor time)",
+                markup=False,
+                highlight=False,
+            )
+            start = time.process_time()
     report(recipe.output, results, console)
 
 
