@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal
@@ -60,6 +61,10 @@ class TTTChoice:
         before, *_ = at = [cov_or_bound(profile, self.n) for profile in self.searched]
         chosen = at[1 + self.rules.index(self.rule)]
         parts = [self._verdict(quantity)]
+        loss = self.cross_entropy_difference
+        if math.isfinite(loss.difference):
+            between = f"{loss.low:.4g} to {loss.high:.4g}"
+            parts.append(f"Cross-entropy differs by {loss.difference:.4g} nats a response ({between}).")
         parts.append(
             f"Chosen among {len(self.rules)} on the other {self.searched[0].num_groups:,} prompts, where its "
             f"{quantity} is {chosen:.4g} against {before:.4g}{'' if chosen < before else ': no gain there either'}."

@@ -108,6 +108,9 @@ def test_it_says_whether_it_helps(gain, helps, words):
     choice = tune_ttt(plain, {RULES[0]: np.minimum(plain + gain, 0.0)}, 16)
     assert choice.helps is helps
     assert words in choice.sentence
+    assert (
+        f"Cross-entropy differs by {choice.cross_entropy_difference.difference:.4g} nats a response" in choice.sentence
+    )
     assert ("no gain there either" in choice.sentence) == (gain <= 0)
     assert "only bounds were compared" in choice.sentence
     known = tune_ttt(plain, {RULES[0]: plain}, 16, reference_logprobs=np.full(40, -0.5))
