@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hf_coverage import score_responses
 from hf_coverage.functional.ttt_config import TTTConfig
 from recipes.test_time_training import compare, following, texts, theorem
-from recipes.test_time_training.findings import change_a_token, choose, telling_n
 from recipes.test_time_training.following import PLAIN, follow_corpus, follow_row, read_hidden, rule_label
+from recipes.test_time_training.measured import change_a_token, choose, telling_n
 
 FOLDER = Path(compare.__file__).parent
 
