@@ -67,10 +67,10 @@ def explain(results: Results, choices: Choices) -> list[str]:
             if (choice.difference.high < 0 if choice_of else choice.difference.low > 0)
         ]
         lines.append(
-            f"Chosen on half and judged on the other, test-time training {label}, by more than chance, on: {_listed(found)}."
+            f"The step size that half chooses {label} on the other half, beyond chance, of: {_listed(found)}."
         )
     likelier = [f"{name} ({mode})" for (name, mode), c in choices.items() if c.cross_entropy_difference.high < 0]
-    lines.append(f"There its cross-entropy is lower by more than chance on: {_listed(likelier)}.")
+    lines.append(f"Its cross-entropy there is lower, beyond chance, on: {_listed(likelier)}.")
     for name in results.rules:
         errors = [
             float(followed[f"{name}, error"].max())
