@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.measure.strict_json import strict_json
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Interval, Table
-from recipes.test_time_training.following import PLAIN, Followed
+from recipes.test_time_training.following import PLAIN, Followed, rule_label
 from recipes.test_time_training.measured import (
     BIN,
     MODES,
@@ -71,14 +72,15 @@ def explain(results: Results, choices: Choices) -> list[str]:
         )
     likelier = [f"{name} ({mode})" for (name, mode), c in choices.items() if c.cross_entropy_difference.high < 0]
     lines.append(f"Its cross-entropy there is lower, beyond chance, on: {_listed(likelier)}.")
-    for name in results.rules:
-        errors = [
-            float(followed[f"{name}, error"].max())
-            for followed in results.texts.values()
-            if f"{name}, error" in followed
-        ]
+    for name, rule in results.rules.items():
+        errors = [float(part[f"{name}, error"].max()) for part in results.texts.values() if f"{name}, error" in part]
         if errors and max(errors) < 1:
             lines.append(f"{name}: cutting the steps changes a last token by no more than {max(errors):.2g} nats.")
+        exact = rule_label(replace(rule, top_k=None))
+        pairs = [(results.texts[kind][name], part[exact]) for kind, part in results.safety.items() if exact in part]
+        changes = [abs((cut[: len(part)] - part).sum(axis=1)).max() for cut, part in pairs]
+        if name != exact and changes:
+            lines.append(f"{name}: cutting the steps changed a whole response by at most {max(changes):.2g} nats.")
     return lines
 
 
