@@ -77,7 +77,8 @@ def explain(results: Results, choices: Choices) -> list[str]:
         if errors and max(errors) < 1:
             lines.append(f"{name}: cutting the steps changes a last token by no more than {max(errors):.2g} nats.")
         exact = rule_label(replace(rule, top_k=None))
-        pairs = [(results.texts[kind][name], part[exact]) for kind, part in results.safety.items() if exact in part]
+        both = [kind for kind, part in results.texts.items() if name in part and exact in results.safety.get(kind, {})]
+        pairs = [(results.texts[kind][name], results.safety[kind][exact]) for kind in both]
         changes = [abs((cut[: len(part)] - part).sum(axis=1)).max() for cut, part in pairs]
         if name != exact and changes:
             lines.append(f"{name}: cutting the steps changed a whole response by at most {max(changes):.2g} nats.")
