@@ -258,6 +258,7 @@ def draw(args: TheoremArguments, found: dict[str, Any], path: Path) -> None:
     at, middle = args.n.index(args.headline_n), len(args.steps) // 2
     styles = {BOUND: ("#999999", ":"), FLOOR: (COLORS[6], "--"), LIKELIHOOD: (COLORS[0], "s-")}
     styles |= {FROZEN: (COLORS[1], "v-"), TTT: (COLORS[2], "o-")}
+    styles |= {named(TTT, times): (color, "o--") for times, color in zip(args.multiples[1:], (COLORS[3], COLORS[4]))}
     for name, (color, style) in styles.items():
         values = np.array(found[name])
         mean = values if values.ndim == 2 else values.mean(-1)
@@ -266,6 +267,7 @@ def draw(args: TheoremArguments, found: dict[str, Any], path: Path) -> None:
     for ax in axes:
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
+        ax.set_ylim(bottom=1e-5)  # below it, and 0
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes[0].set_xlabel("T (training sequences)")
     axes[0].set_ylabel(f"Cov$_{{{metric_key(args.headline_n)}}}$ (lower is better)")
