@@ -184,8 +184,10 @@ def draw_known(results: Results, path: Path) -> None:
         ax.spines[["top", "right"]].set_visible(False)
     for ax in axes[len(results.known) :]:
         ax.set_axis_off()
-    figure.supxlabel("log N (nats)")
-    figure.supylabel("Cov$_N$ (lower is better)")
+    for ax in axes[max(0, len(results.known) - columns) : len(results.known)]:
+        ax.set_xlabel("log N (nats)")
+    for ax in axes[::columns]:
+        ax.set_ylabel("Cov$_N$ (lower is better)")
     figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
     save_figure(figure, path)
 
