@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any, NamedTuple
 
@@ -35,8 +36,8 @@ class HeadTap:
 
     Args:
         model: Causal language model; may be wrapped.
-        keep_positions: Whether to note the inputs at all positions until they are taken. The head then sees the last
-            position alone, so that there are never logits for all.
+        keep_positions: Whether to note the inputs at all positions, in this thread, until they are taken. The head
+            then sees the last position alone, so that there are never logits for all.
 
     Raises:
         ValueError: If the model has no linear output head.
@@ -51,6 +52,7 @@ class HeadTap:
             self.owner.register_forward_hook(notes.note_model),
         ]
         if keep_positions:
+            notes.last_alone, notes.positions = True, []
             handles.append(self.head.register_forward_pre_hook(notes.note_positions))
         # The model holds the notes and not this object, whose end therefore takes the hooks off.
         self._finalizer = weakref.finalize(self, _remove, handles)
@@ -89,13 +91,20 @@ class HeadTap:
             self._notes.active = True
 
 
-class _Notes:
-    """What the hooks write down. They run uncompiled: a compiled pass would keep what it saw to itself."""
+class _Notes(threading.local):
+    """What the hooks write down, for each thread what it ran itself: several may generate with one model at once.
+
+    They run uncompiled: a compiled pass would keep what it saw to itself.
+    """
 
     def __init__(self) -> None:
         self.active = True
-        self.positions: list[Tensor] | None = []
+        self.last_alone = False
+        self.positions: list[Tensor] | None = None
         self.clear()
+
+    def __reduce__(self) -> tuple[type[_Notes], tuple[()]]:
+        return _Notes, ()  # a copy of the model, hooks and all, has nothing noted
 
     def clear(self) -> None:
         self.hidden: Tensor | None = None
@@ -104,7 +113,7 @@ class _Notes:
 
     @torch.compiler.disable
     def note_positions(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if not self.active:
+        if not (self.active and self.last_alone):
             return args
         if self.positions is not None:
             self.positions.append(args[0].detach())

@@ -10,6 +10,7 @@ References:
 from __future__ import annotations
 
 import inspect
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ _SEED = 0
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What parameters can make steps in."""
+
+_TURN = threading.RLock()
+"""Held by the thread that makes passes."""
 
 _PROBE = (3, 5)
 """Rows and tokens that show whether layers keep the rows of a batch apart."""
@@ -163,6 +167,8 @@ class RowAdapters(RowNetwork):
 class RowWeights(RowNetwork):
     """A model with all parameters of each row's own. Rows go through it one by one; tied parameters stay tied.
 
+    During a pass the model itself has them, so that no other thread may use it meanwhile.
+
     Args:
         model: The model, not wrapped.
 
@@ -231,7 +237,8 @@ def row_network(model: nn.Module, config: TTTConfig) -> RowNetwork:
                 f"{asked} does not train beside other adapters, but {name} is a {type(module).__name__}; merge it "
                 "first (`merge_and_unload`)."
             )
-    return RowWeights(model) if config.scope == "all" else RowAdapters(model, config.rank or LORA_RANK)
+    with _TURN:  # or the parameters may be those that another thread's pass has put there
+        return RowWeights(model) if config.scope == "all" else RowAdapters(model, config.rank or LORA_RANK)
 
 
 @contextmanager
@@ -239,9 +246,10 @@ def row_passes(model: nn.Module) -> Iterator[None]:
     """Run passes with gradients and without dropout, whatever is on outside; modules get their modes back.
 
     Compiled parts run as they were written: they may have been compiled without the hooks, and would be compiled anew
-    for every length.
+    for every length. Threads take turns: how compiled parts run is one setting of the whole process.
     """
     with (
+        _TURN,
         inference(model),
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -255,9 +263,12 @@ class _AdapterHook:
 
     def __init__(self, name: str, down: Tensor, up: Tensor) -> None:
         self._name, self._down, self._up = name, down, up
+        self._thread = threading.get_ident()
         self.ran = False
 
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if threading.get_ident() != self._thread:
+            return output  # somebody else's pass through the same model
         self.ran = True
         inputs, rows = args[0], len(self._down)
         if rows > 1 and inputs.shape[0] != rows:
