@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteriaList
 
 from hf_coverage.decode.head_tap import HeadTap
-from hf_coverage.decode.test_time_training import AdaptiveHead, plain_logits
+from hf_coverage.decode.test_time_training import AdaptiveHead, plain_logits, refuse_nan
 from hf_coverage.functional.head_training import follow_tokens
 from hf_coverage.functional.ttt_config import TTTConfig
 from hf_coverage.measure.row_models import RowModels
@@ -87,7 +87,7 @@ class AdaptedHeads(Adapted):
 
     def begin(self, ids: Tensor) -> None:
         """Follow the prompts, if that is asked for."""
-        if not self._config.on_prompt or ids.shape[1] < 2:
+        if not self._config.on_prompt:
             return
         hidden = self._tap.take_positions()
         if hidden.shape[:2] != ids.shape:
@@ -95,6 +95,8 @@ class AdaptedHeads(Adapted):
                 f"`ttt_on_prompt` needs the model to read the prompt of {ids.shape[1]} tokens in this call, but its "
                 f"head saw {hidden.shape[1]}; give token ids, and no cache that knows part of them."
             )
+        if ids.shape[1] < 2:
+            return
         state, _ = follow_tokens(
             hidden[:, :-1].to(ids.device),
             ids[:, 1:],
@@ -161,11 +163,7 @@ class AdaptedNetworks(Adapted):
         if self._rows is None:
             return scores
         logits = self._rows.logits().to(scores)
-        if logits.isnan().any():  # the largest of which would be a token like any other
-            raise ValueError(
-                f"Logits became NaN after steps of `ttt_lr={self._config.lr}`; take a smaller one, or keep theta near "
-                "with `ttt_lam` or `ttt_radius`."
-            )
+        refuse_nan(logits, self._config)
         return logits
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ from hf_coverage.functional.fast_weights import (
 )
 from hf_coverage.functional.step_rule import StepRule
 
-__all__ = ["AdaptiveHead", "TTTLogitsProcessor", "plain_logits"]
+__all__ = ["AdaptiveHead", "TTTLogitsProcessor", "plain_logits", "refuse_nan"]
 
 _CAPACITY = 64
 """Steps that there is room for at first; it doubles when they are made."""
@@ -53,12 +53,17 @@ class AdaptiveHead:
         self._state = None if state is None else grow_fast_weights(state, state.length + self._capacity)
 
     def logits(self, hidden: Tensor, plain: Tensor) -> Tensor:
-        """Logits `(B, V)` of the heads as they are now, from the inputs `(B, d)` and logits of the model's own."""
+        """Logits `(B, V)` of the heads as they are now, from the inputs `(B, d)` and logits of the model's own.
+
+        Raises:
+            ValueError: If steps were so large that they are NaN.
+        """
         if self._state is None:
             self._state = new_fast_weights(
                 hidden, plain, rule=self._rule, capacity=self._capacity, has_bias=self._has_bias
             )
         logits = fast_logits(self._state, hidden, plain)
+        refuse_nan(logits, self._rule)
         self._last = hidden, plain, logits
         return logits
 
@@ -94,7 +99,8 @@ class TTTLogitsProcessor(LogitsProcessor):
     The model is not changed: its head is followed in closed form, beside it. A tied input embedding stays what it is.
     The next prompt begins with the model's head again; token ids that go on from the last ones by one token are the
     same sequences going on, as in one longer call. Rows that have ended are filled up by `generate`, and what their
-    heads do then touches no token that it returns. Closing, leaving a `with` block or dropping the last reference
+    heads do then touches no token that it returns. Threads may generate with one model at once, each with a processor
+    of its own. Closing, leaving a `with` block or dropping the last reference
     takes the hooks off the model.
 
     Args:
@@ -109,7 +115,7 @@ class TTTLogitsProcessor(LogitsProcessor):
 
     Raises:
         ValueError: If the model has no linear output head or a number is out of its range; while generating, if the
-            scores are not the head's logits.
+            scores are not the head's logits, or steps were so large that they became NaN.
         RuntimeError: While generating, if the head's hook did not run, or the processor is closed.
 
     Example:
@@ -209,6 +215,15 @@ def plain_logits(last: HeadPass | None, scores: Tensor) -> tuple[Tensor, Tensor]
     if not torch.equal(plain, scores):
         _refuse_other_scores(last, plain, scores)
     return last.hidden.to(scores.device), plain
+
+
+def refuse_nan(logits: Tensor, rule: StepRule) -> None:
+    """Raise ValueError if steps led to logits that are NaN, the largest of which would be a token like any other."""
+    if logits.isnan().any():
+        raise ValueError(
+            f"Logits became NaN after steps with lr {rule.lr}; take a smaller one, or keep the parameters near their "
+            "start with `radius` or `lam`."
+        )
 
 
 def _refuse_other_scores(last: HeadPass, plain: Tensor, scores: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,9 +54,12 @@ def ttt_generate(
 
     theta is the output head, whose steps have a closed form and cost little; or adapters, or all parameters, of every
     row on its own. Of these two a step takes the gradient of what the model returns, whatever it does to its logits,
-    and with an exact cache reads all that was written so far once more. Their passes are without dropout.
+    and with an exact cache reads all that was written so far once more. Their passes are without dropout. During those
+    with all parameters the model has the row's in the place of its own: no other thread may use it meanwhile.
 
-    `cache_implementation="paged"` must not be asked for: `generate` then calls no custom method, and says nothing.
+    `cache_implementation="paged"` must not be asked for: `generate` then calls no custom method, and says nothing. It
+    gives its `tokenizer` to none either: in the place of `stop_strings` give it
+    `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`.
 
     Settings that are not given are those of the generation configuration, and those that it does not have either are
     the ones below. To save them with a model give it a configuration made by `GenerationConfig(ttt_lr=0.1, ...)`: one
@@ -118,6 +122,8 @@ def ttt_generate(
         "cache": ttt_cache,
     }
     config = _config(given, generation_config.to_dict())
+    if config.lr == 0:  # nothing can move, and the prompt is read as ever, bit for bit
+        config = replace(config, on_prompt=False)
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
         raise ValueError(
@@ -168,6 +174,8 @@ def _config(given: dict[str, Any], saved_config: dict[str, Any]) -> TTTConfig:
     chosen = saved | {name: value for name, value in given.items() if value is not None}
     if chosen.get("lr") is None:
         raise ValueError("`ttt_lr` must be given, the step size: `generate(..., ttt_lr=0.1)`.")
+    if isinstance(chosen["lr"], Tensor):
+        raise ValueError(f"`ttt_lr` must be one number for all rows, got {chosen['lr']}.")
     if "steps" in chosen:
         chosen["num_steps"] = chosen.pop("steps")
     return TTTConfig(**chosen)

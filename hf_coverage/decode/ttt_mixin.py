@@ -49,7 +49,7 @@ class TestTimeTrainingMixin(GenerationMixin):
         saved = [config.to_dict() for config in (generation_config, self.generation_config) if config is not None]
         if custom_generate is None and any("ttt_lr" in settings for settings in (kwargs, *saved)):
             refuse_paged(kwargs)
-            # `generate` gives a streamer of its own to no custom method.
-            kwargs["ttt_streamer"] = kwargs.pop("streamer", None)
+            if "streamer" in kwargs:  # which `generate` gives to no custom method
+                kwargs["ttt_streamer"] = kwargs.pop("streamer")
             custom_generate = ttt_generate
         return super().generate(inputs, generation_config, *args, custom_generate=custom_generate, **kwargs)

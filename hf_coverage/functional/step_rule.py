@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 from torch import Tensor
 
-__all__ = ["Center", "StepRule"]
+__all__ = ["Center", "StepRule", "is_count"]
 
 Center = Literal["zero", "start"]
 """What a ball of parameters lies around: zero, or where the parameters started."""
@@ -64,12 +65,17 @@ class StepRule:
             raise ValueError('`decay` goes back to the start: give the ball the same centre, `center="start"`.')
         if self.lam is not None and not 0 <= self.lam < math.inf:
             raise ValueError(f"`lam` must be finite and at least 0, or None for plain steps, got {self.lam}.")
-        if self.num_steps < 1:
-            raise ValueError(f"`num_steps` must be at least 1, got {self.num_steps}.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"`top_k` must be at least 1, or None for exact steps, got {self.top_k}.")
+        if not is_count(self.num_steps):
+            raise ValueError(f"`num_steps` must be a whole number, at least 1, got {self.num_steps!r}.")
+        if self.top_k is not None and not is_count(self.top_k):
+            raise ValueError(f"`top_k` must be a whole number, at least 1, or None, got {self.top_k!r}.")
         if self.top_k is not None and (self.radius is not None or self.lam is not None):
             raise ValueError(
                 "`top_k` must not be combined with `radius` or `lam`: how far steps rescaled by the norm of a cut "
                 "gradient lie from exact ones is not known. Leave it out, or them."
             )
+
+
+def is_count(value: object) -> bool:
+    """Whether this is a whole number, at least 1."""
+    return isinstance(value, Integral) and int(value) >= 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from hf_coverage.functional.step_rule import StepRule
+from hf_coverage.functional.step_rule import StepRule, is_count
 
 __all__ = ["LORA_RANK", "TTTCache", "TTTConfig", "TTTScope"]
 
@@ -66,8 +66,8 @@ class TTTConfig(StepRule):
             raise ValueError(f'`cache` must be "exact" or "stale", got {self.cache!r}.')
         if self.rank is not None and self.scope != "lora":
             raise ValueError(f'`rank` is that of adapters, `scope="lora"`; leave it out for {self.scope!r}.')
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"`rank` must be at least 1, got {self.rank}.")
+        if self.rank is not None and not is_count(self.rank):
+            raise ValueError(f"`rank` must be a whole number, at least 1, got {self.rank!r}.")
         if self.scope == "head" and self.cache == "stale":
             raise ValueError('`cache` is exact whatever the head does: leave it out for `scope="head"`.')
         if self.scope != "head" and self.top_k is not None:

@@ -64,14 +64,13 @@ def test_smollm2_equals_autograd(smollm2, steps, do_sample):
 @pytest.mark.parametrize("kind", ["gpt2", "bias"])
 def test_small_models_equal_autograd_over_64_tokens(tiny_gpt2, kind, settings):
     model = tiny_gpt2 if kind == "gpt2" else tiny_llama(head_bias=True)
-    prompts = [[3, 4, 5, 2]] if kind == "gpt2" else [[3, 4, 5, 2], [7, 7, 2, 9]]
-    steps = 60 if kind == "gpt2" else 64  # it has 64 positions
+    prompts, steps = ([[3]], 64) if kind == "gpt2" else ([[3, 4, 5, 2], [7, 7, 2, 9]], 64)
     torch.manual_seed(0)
     expected, logits = reference_sample(model, prompts, steps=steps, do_sample=True, lr=0.3, **settings)
     with TTTLogitsProcessor(model, 0.3, **settings) as processor:
         torch.manual_seed(0)
         result = generate(model, prompts, processor, steps=steps, do_sample=True)
-    assert torch.equal(result.sequences[:, 4:], expected)
+    assert torch.equal(result.sequences[:, -steps:], expected)
     torch.testing.assert_close(torch.stack(result.scores, dim=1), logits, rtol=0, atol=1e-4)
 
 
@@ -235,6 +234,8 @@ def test_the_model_may_be_used_otherwise_meanwhile():
     model = tiny_llama()
     with TTTLogitsProcessor(model, 0.4) as processor:
         first = generate(model, [[3, 4, 5]], processor, steps=4)
+        copied = copy.deepcopy(model)(torch.tensor([[3, 4, 5]])).logits
+        assert torch.equal(copied, model(torch.tensor([[3, 4, 5]])).logits)
         model.train()
         model(torch.tensor([[1, 2, 3], [3, 4, 5]]), labels=torch.tensor([[1, 2, 3], [3, 4, 5]])).loss.backward()
         model.eval()
@@ -304,6 +305,11 @@ def test_refusals():
     with pytest.raises(ValueError, match="`lr` must be finite and at least 0, got -1"):
         TTTLogitsProcessor(model, -1.0)
     assert not any(hooks(model))
+    with (
+        TTTLogitsProcessor(model, 1e38) as processor,
+        pytest.raises(ValueError, match=r"Logits became NaN after steps with lr 1e\+38; take a smaller one"),
+    ):
+        generate(model, [[3, 4]], processor, steps=6)
     model.lm_head = nn.Sequential(model.lm_head)
     with pytest.raises(ValueError, match=r"linear output head, got Sequential; .*merge_and_unload"):
         TTTLogitsProcessor(model, 0.1)

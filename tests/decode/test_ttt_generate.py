@@ -15,6 +15,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
 )
+from transformers.generation.utils import StopCheck
 
 import hf_coverage
 from hf_coverage.decode.test_time_training import TTTLogitsProcessor
@@ -151,12 +152,53 @@ def test_rows_that_have_ended_make_no_steps():
 
 
 @pytest.mark.parametrize("on_prompt", [False, True])
-def test_a_step_size_of_zero_is_plain_generate_bit_for_bit(on_prompt):
+@pytest.mark.parametrize("mode", sorted(set(RIGHT) - {"streamer", "penalty after", "mask after"}))
+def test_a_step_size_of_zero_is_plain_generate_bit_for_bit(mode, on_prompt):
     model = tiny_llama(head_bias=True)
-    adapted = decode(model, lr=0.0, do_sample=True, ttt_on_prompt=on_prompt)
-    tokens, recorder = run(model, lambda input_ids, scores: scores, do_sample=True)
-    assert torch.equal(responses_of(adapted), tokens)
-    assert all(torch.equal(a, b) for a, b in zip(adapted.scores, recorder.scores))
+    adapted = decode(model, lr=0.0, ttt_on_prompt=on_prompt, **RIGHT[mode]())
+    plain = decode(model, lr=None, custom_generate=None, **RIGHT[mode]())
+    assert torch.equal(adapted.sequences, plain.sequences)
+    assert len(adapted.scores) == len(plain.scores)
+    assert all(torch.equal(a, b) for a, b in zip(adapted.scores, plain.scores))
+
+
+def test_a_prompt_of_one_token_has_nothing_to_follow():
+    model, ids = tiny_llama(), torch.tensor([[3], [4]])
+    settings = {"custom_generate": ttt_generate, "ttt_lr": LR, "max_new_tokens": 5, "eos_token_id": None}
+    found = [model.generate(ids, ttt_on_prompt=on_prompt, **settings) for on_prompt in (True, False)]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("scope", ["head", "lora", "all"])
+def test_an_end_that_is_seen_one_step_late_is_taken_back(scope, monkeypatch):
+    """As on devices where `generate` does not wait for what it decoded."""
+
+    class LateStop(StopCheck):
+        before, reported = False, False
+
+        def __init__(self, input_ids, max_length, cache, cache_is_returned, streamer):
+            super().__init__(streamer)
+
+        is_supported = staticmethod(lambda *args, **kwargs: True)
+
+        def __call__(self, unfinished, tokens, length):
+            self.reported, self.before = self.before, not unfinished.any()
+            return self.reported
+
+        def finish(self):
+            return 1
+
+    settings = {"lr": 0.1, "ttt_scope": scope, "do_sample": True, "eos_token_id": [12]}
+    expected = decode(tiny_llama(), stopping_criteria=StoppingCriteriaList([end_all]), **settings)
+    monkeypatch.setattr("transformers.generation.utils.DeferredStopCheck", LateStop)
+    found = decode(tiny_llama(), stopping_criteria=StoppingCriteriaList([end_all]), **settings)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(found.token_logprobs, expected.token_logprobs)
+    assert found.token_logprobs.shape == (3, 5)
+
+
+def end_all(input_ids, scores, **kwargs):
+    return stop_rows_early(input_ids, scores) | (input_ids.shape[1] >= max(map(len, PROMPTS)) + 5)
 
 
 def test_ids_alone_and_a_streamer():
@@ -205,6 +247,11 @@ def test_a_prompt_that_a_cache_knows_cannot_be_followed():
         model(torch.tensor([PROMPTS[0][:2]]), past_key_values=cache)
     with pytest.raises(ValueError, match="the prompt of 4 tokens in this call, but its head saw 2"):
         decode(model, rows=1, ttt_on_prompt=True, past_key_values=cache)
+    embeddings = model.get_input_embeddings()(torch.tensor([PROMPTS[0]])).detach()
+    settings = {"custom_generate": ttt_generate, "ttt_lr": LR, "max_new_tokens": 2}
+    assert model.generate(inputs_embeds=embeddings, **settings).shape == (1, 2)
+    with pytest.raises(ValueError, match="the prompt of 0 tokens in this call, but its head saw 4; give token ids"):
+        model.generate(inputs_embeds=embeddings, ttt_on_prompt=True, **settings)
 
 
 def test_settings_are_saved_in_a_generation_config(tmp_path):
@@ -265,6 +312,8 @@ def test_a_model_class_of_its_own(tmp_path):
     ids = model.generate(torch.tensor([PROMPTS[0]]), ttt_lr=LR, streamer=words, max_new_tokens=4, eos_token_id=None)
     assert words.ended
     assert torch.equal(torch.cat([token.flatten() for token in words.tokens]), ids[0])
+    model.generate(torch.tensor([PROMPTS[0]]), ttt_lr=LR, ttt_streamer=(words := Words()), max_new_tokens=4)
+    assert words.ended
     plain = [
         each.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=20, eos_token_id=None, num_beams=2)
         for each in (model, plain_model)

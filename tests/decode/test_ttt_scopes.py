@@ -370,7 +370,7 @@ def test_settings_are_saved_in_a_generation_config_and_the_folder_and_the_class_
 @pytest.mark.parametrize("scope", ["lora", "all"])
 def test_steps_that_are_far_too_large_are_refused(scope):
     model = tiny_model("gpt2")
-    message = r"Logits became NaN after steps of `ttt_lr=1e\+30`; take a smaller one"
+    message = r"Logits became NaN after steps with lr 1e\+30; take a smaller one"
     with pytest.raises(ValueError, match=message):
         decode(model, **settings_of(scope, "exact") | {"lr": 1e30})
     decode(model, **settings_of(scope, "exact", ttt_radius=1.0) | {"lr": 1e10})
@@ -390,6 +390,8 @@ def filled_cache(model):
         ({"num_beams": 2}, "sampling and greedy decoding, got beam search"),
         ({"rows": 1, "prompt_lookup_num_tokens": 2}, "got assisted generation"),
         ({"ttt_top_k": 3}, '`top_k` cuts the steps of the head: leave it out, or take `scope="head"`'),
+        ({"lr": torch.tensor([0.1, 0.2, 0.3])}, "`ttt_lr` must be one number for all rows"),
+        ({"ttt_steps": 2.0}, "`num_steps` must be a whole number, at least 1, got 2.0"),
         ({"ttt_cache": "fresh"}, '`cache` must be "exact" or "stale", got \'fresh\''),
         ({"token_type_ids": torch.zeros(3, 4, dtype=int)}, "the model also gets `token_type_ids`"),
         ({"position_ids": torch.arange(4)[None] + 5}, "from position 0 on, but `position_ids` are others"),
@@ -398,7 +400,7 @@ def filled_cache(model):
 def test_refusals(scope, settings, message):
     model = tiny_model("gpt2" if "token_type_ids" in settings else "llama")
     with pytest.raises(ValueError, match=message):
-        decode(model, **settings_of(scope, "exact", **settings))
+        decode(model, **settings_of(scope, "exact") | settings)
 
 
 @pytest.mark.parametrize("scope", ["lora", "all"])
@@ -446,6 +448,8 @@ def test_models_that_cannot_be_trained_are_refused():
     encoder = T5ForConditionalGeneration(T5Config(vocab_size=13, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     with pytest.raises(ValueError, match="works for decoders alone, got T5ForConditionalGeneration"):
         RowModels(encoder, ids, config=full)
+    with pytest.raises(ValueError, match=r"`rank` must be a whole number, at least 1, got 2\.0"):
+        TTTConfig(0.1, scope="lora", rank=2.0)
     with pytest.raises(ValueError, match='`config` must have `scope="lora"` or "all" and one step size'):
         RowModels(tiny_model("llama"), ids, config=TTTConfig(0.1))
 
