@@ -61,7 +61,8 @@ def score_rules(
         name = _PLAIN if rule is None else rule_name(rule)
         own = folder / name.replace(", ", "_").replace(" ", "-")
         say(f"{index} of {len(rules) + 1}: {name}")
-        options["shard_rows"] = shard_rows or (1024 if rule is None or rule.scope == "head" else 16)
+        usual = 1024 if rule is None or rule.scope == "head" else 16
+        options["shard_rows"] = usual if shard_rows is None else shard_rows
         scored = score_responses(
             model, tokenizer, rows, ttt=rule, output_dir=own, progress=is_main_process(), **options
         )

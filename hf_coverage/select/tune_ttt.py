@@ -113,12 +113,14 @@ def split_groups(groups: Iterable[Any], seed: int = 0) -> NDArray[np.bool_]:
         `(R,)` which rows belong to the drawn groups.
 
     Raises:
-        ValueError: if there are fewer than four groups, two for each half.
+        ValueError: if there are fewer than four groups, two for each half, or `seed` is below 0.
 
     Example:
         >>> split_groups(["a", "a", "b", "c", "d", "d"]).tolist()
         [False, False, True, False, True, True]
     """
+    if seed < 0:
+        raise ValueError(f"`seed` must be at least 0, got {seed}.")
     labels, inverse = np.unique(group_codes(groups), return_inverse=True)
     if labels.size < 4:
         raise ValueError(
