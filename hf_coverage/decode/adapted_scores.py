@@ -200,7 +200,7 @@ class AdaptedScores(LogitsProcessor):
         # `generate` may have seen the end one step late, and taken that step back.
         if self._last is not None and len(self._logprobs) < steps:
             self._note(*self._last, sequences[:, -1])
-        return torch.stack(self._logprobs[:steps], dim=1)
+        return torch.stack(self._logprobs, dim=1)
 
     def _note(self, logits: Tensor, active: Tensor | None, tokens: Tensor) -> Tensor | None:
         """Note the log-probabilities of tokens that were chosen from `logits`; returns the rows that are `active`."""

@@ -82,6 +82,7 @@ def test_copies_of_rows_go_on_by_themselves(scope, cache, on_prompt):
     choice = torch.tensor([2, 0, 2, 1])
     some = RowModels(model, PROMPTS, config=config, mask=MASK)
     some.step(TOKENS[:, 0])
+    some.logits()  # what was read belongs to the rows as they were
     copies = some.select(choice)
     whole = RowModels(model, PROMPTS[choice], config=config, mask=MASK[choice])
     whole.step(TOKENS[choice, 0])
