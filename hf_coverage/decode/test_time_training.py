@@ -100,8 +100,7 @@ class TTTLogitsProcessor(LogitsProcessor):
     The next prompt begins with the model's head again; token ids that go on from the last ones by one token are the
     same sequences going on, as in one longer call. Rows that have ended are filled up by `generate`, and what their
     heads do then touches no token that it returns. Threads may generate with one model at once, each with a processor
-    of its own. Closing, leaving a `with` block or dropping the last reference
-    takes the hooks off the model.
+    of its own. Closing, leaving a `with` block or dropping the last reference takes the hooks off the model.
 
     Args:
         model: Causal language model with a linear output head.
