@@ -8,17 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_coverage.decode.backtracking import ValueGuidedDecoder
+    from hf_coverage.decode.backtracking import GuidedResponses, ValueGuidedDecoder
     from hf_coverage.decode.best_of_n import evaluate_best_of_n, judge_best_of_n
     from hf_coverage.decode.best_of_n_result import BestOfNResult
     from hf_coverage.decode.exploration import ExplorationReward, response_features, select_diverse
-    from hf_coverage.decode.guided_responses import GuidedResponses
     from hf_coverage.decode.prefix_walkers import CallBudget
-    from hf_coverage.decode.test_time_training import TTTLogitsProcessor
-    from hf_coverage.decode.ttt_generate import ttt_generate
-    from hf_coverage.decode.ttt_mixin import TestTimeTrainingMixin
-    from hf_coverage.functional.step_rule import StepRule
-    from hf_coverage.functional.ttt_config import TTTConfig
+    from hf_coverage.functional.ttt_config import StepRule, TTTConfig
     from hf_coverage.measure.answers import score_answers
     from hf_coverage.measure.builders import sample_corpus, single_answer_corpus, teacher_scored_corpus, windows_corpus
     from hf_coverage.measure.callback import CoverageCallback, CoverageWarning
@@ -38,6 +33,9 @@ if TYPE_CHECKING:
     from hf_coverage.select.tournament import tournament
     from hf_coverage.select.ttt_choice import TTTChoice
     from hf_coverage.select.tune_ttt import tune_ttt
+    from hf_coverage.ttt.generate import ttt_generate
+    from hf_coverage.ttt.mixin import TestTimeTrainingMixin
+    from hf_coverage.ttt.processor import TTTLogitsProcessor
 
 __version__ = "0.1.0"
 
@@ -50,18 +48,18 @@ _HOMES = {
     "CoverageWarning": "measure.callback",
     "DistillationMixin": "optim.distillation",
     "ExplorationReward": "decode.exploration",
-    "GuidedResponses": "decode.guided_responses",
+    "GuidedResponses": "decode.backtracking",
     "InherentVariance": "measure.inherent_variance",
     "NormalizedGradient": "optim.normalized",
     "NormalizedSGD": "optim.sgd",
     "PredictivenessResult": "select.predictiveness",
     "ScoreTable": "measure.score_table",
     "SequenceLossMixin": "optim.trainer",
-    "StepRule": "functional.step_rule",
+    "StepRule": "functional.ttt_config",
     "TTTChoice": "select.ttt_choice",
     "TTTConfig": "functional.ttt_config",
-    "TTTLogitsProcessor": "decode.test_time_training",
-    "TestTimeTrainingMixin": "decode.ttt_mixin",
+    "TTTLogitsProcessor": "ttt.processor",
+    "TestTimeTrainingMixin": "ttt.mixin",
     "TournamentCallback": "select.callback",
     "TournamentResult": "select.result",
     "ValueGuidedDecoder": "decode.backtracking",
@@ -80,7 +78,7 @@ _HOMES = {
     "single_answer_corpus": "measure.builders",
     "teacher_scored_corpus": "measure.builders",
     "tournament": "select.tournament",
-    "ttt_generate": "decode.ttt_generate",
+    "ttt_generate": "ttt.generate",
     "tune_ttt": "select.tune_ttt",
     "windows_corpus": "measure.builders",
 }

@@ -102,7 +102,7 @@ def best_of_n(
 
     Writes best_of_n-VERIFIER.json, best_of_n-VERIFIER.png and the results as JSON.
     """
-    from hf_coverage.decode.named_verifiers import named_verifier
+    from hf_coverage.decode.verifiers import named_verifier
 
     rows = read_dataset(data, split)
     rows = rows if limit is None else rows.select(range(min(limit, len(rows))))

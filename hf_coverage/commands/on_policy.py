@@ -103,7 +103,7 @@ def offset_arguments(
 
 def _common_tokenizer(sources: Sequence[str], chosen: str | None) -> "PreTrainedTokenizerBase | None":
     """The tokenizer of all candidates: one's token ids have to be the other's."""
-    from hf_coverage.measure.fingerprint import tokenizer_fingerprint
+    from hf_coverage.inference.fingerprint import tokenizer_fingerprint
 
     if chosen is not None:
         return load_tokenizer(chosen)

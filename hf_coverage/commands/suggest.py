@@ -171,7 +171,7 @@ def show(suggestion: "Suggestion") -> None:
 
 
 def _write(suggestion: "Suggestion", folder: Path, **origin: Any) -> Path:
-    from hf_coverage.measure.strict_json import strict_json
+    from hf_coverage.inference.files import strict_json
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "suggestion.json"

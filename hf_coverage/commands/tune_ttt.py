@@ -217,8 +217,8 @@ def default_sizes(
         Step sizes by scope.
     """
     from hf_coverage.measure.corpus import encode_corpus
-    from hf_coverage.measure.ttt_step_size import measure_step_size
     from hf_coverage.select.ttt_settings import STEP_SIZES
+    from hf_coverage.select.ttt_step_size import measure_step_size
 
     encoded = encode_corpus(rows, tokenizer, append_eos=append_eos)
     sizes: dict[str, list[float]] = {}

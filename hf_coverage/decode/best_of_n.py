@@ -14,14 +14,14 @@ from accelerate import PartialState
 from huggingface_hub.utils import tqdm
 
 from hf_coverage.decode.best_of_n_result import BestOfNResult
-from hf_coverage.decode.judging import Judging, Rows
 from hf_coverage.decode.prompt_table import PromptTable, digest
+from hf_coverage.decode.sample_verdicts import Judging, Rows
 from hf_coverage.decode.shards import JsonShards, read_metadata
-from hf_coverage.decode.verdict import Verdict
-from hf_coverage.measure.fingerprint import config_fingerprint, tokenizer_fingerprint, weight_fingerprint
-from hf_coverage.measure.forward import unwrap
-from hf_coverage.measure.generation import Sampler, Sampling, end_token_ids
-from hf_coverage.measure.processes import on_main_process
+from hf_coverage.decode.verifier_calls import Verdict
+from hf_coverage.inference.fingerprint import config_fingerprint, tokenizer_fingerprint, weight_fingerprint
+from hf_coverage.inference.forward import unwrap
+from hf_coverage.inference.processes import on_main_process
+from hf_coverage.inference.sampler import Sampler, Sampling, end_token_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset

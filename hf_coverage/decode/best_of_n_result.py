@@ -15,9 +15,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from hf_coverage.functional.bounds import exact_pass_at_n
+from hf_coverage.functional.best_of_n import best_of_n_reward, pass_at_n
+from hf_coverage.functional.bounds import exact_pass_at_n, least_regret_bound
 from hf_coverage.functional.checks import FloatArray
-from hf_coverage.functional.selection import best_of_n_reward, least_regret_bound, pass_at_n
 from hf_coverage.functional.statistics import MeanEstimate, bounded_mean_interval, clustered_mean, mean_interval
 from hf_coverage.plots import BestOfNCurve, plot_best_of_n
 

@@ -21,11 +21,12 @@ from transformers.cache_utils import Cache
 
 from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.exploration import elliptical_bonus, elliptical_selection, sparse_projection
-from hf_coverage.measure.batching import Batch, Limits, Step, build_step, plan_batches
-from hf_coverage.measure.corpus import EncodedCorpus, encode_corpus, encode_prompts
-from hf_coverage.measure.forward import HeadForward, HeadOutput, inference
-from hf_coverage.measure.generation import require_room
-from hf_coverage.measure.prefix_cache import continue_lines
+from hf_coverage.inference.encoded_rows import EncodedCorpus
+from hf_coverage.inference.forward import HeadForward, HeadOutput, inference
+from hf_coverage.inference.forward_batches import Batch, Limits, Step, build_step, plan_batches
+from hf_coverage.inference.prefix_cache import continue_lines
+from hf_coverage.inference.sampler import require_room
+from hf_coverage.measure.corpus import encode_corpus, encode_prompts
 
 if TYPE_CHECKING:
     from datasets import Dataset

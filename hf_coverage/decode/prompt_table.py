@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_coverage.functional.statistics import group_codes
-from hf_coverage.measure.columns import check_values, read_column, require_columns, require_dataset
 from hf_coverage.measure.corpus import encode_prompts
+from hf_coverage.measure.corpus_columns import check_values, read_column, require_columns, require_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from hf_coverage.measure.score_table import write_atomically
+from hf_coverage.inference.files import write_atomically
 
 __all__ = ["JsonShards", "read_metadata"]
 

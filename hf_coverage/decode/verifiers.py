@@ -11,21 +11,35 @@ What follows are verifiers ready to use. This module is imported in the process 
 
 from __future__ import annotations
 
+import ast
 import functools
+import importlib
 import inspect
 import json
 import logging
 import re
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from hf_coverage.decode.harmless import is_harmless, nothing_evaluated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ExactMatch", "MathVerify", "ReasoningGym", "RewardModel", "Verifier", "completion_text"]
+__all__ = [
+    "ExactMatch",
+    "MathVerify",
+    "ReasoningGym",
+    "RewardModel",
+    "Verifier",
+    "completion_text",
+    "is_harmless",
+    "named_verifier",
+    "nothing_evaluated",
+]
 
 
 class Verifier(ABC):
@@ -270,3 +284,113 @@ def _load_reward_model(name: str, tokenizer: Any, device: str | None) -> tuple[A
         )
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device or accelerator).eval(), tokenizer or AutoTokenizer.from_pretrained(name)
+
+
+_FUNCTIONS = re.compile("a?(sin|cos|tan)h?|cot|sec|csc|exp|log|ln|sqrt|pi")
+_guard = {"on": False}
+
+
+def is_harmless(text: str) -> bool:
+    """Whether evaluating a text can do nothing but compute: a Python literal, or arithmetic with one-letter variables.
+
+    Example:
+        >>> is_harmless("[['1', '2'], []]"), is_harmless("(3 + x)**2 / sqrt(2)"), is_harmless("exec(chr(49))")
+        (True, True, False)
+    """
+    try:
+        ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        names = re.findall(r"[^\W\d]\w*", text)
+        return (
+            re.fullmatch(r"[\w\s+\-*/^(),.]*", text, re.ASCII) is not None
+            and "_" not in text
+            and re.search(r"\.\s*[^\W\d]", text) is None  # an attribute
+            and all(len(name) == 1 or _FUNCTIONS.fullmatch(name) for name in names)
+        )
+    return True
+
+
+@contextmanager
+def nothing_evaluated() -> Iterator[None]:
+    """Let every attempt to execute code from text fail, by whatever name it is called.
+
+    Example:
+        >>> with nothing_evaluated():
+        ...     eval("1 + 1")
+        Traceback (most recent call last):
+            ...
+        PermissionError: A response was about to be executed as Python, which is not allowed.
+    """
+    _install()
+    _guard["on"] = True
+    try:
+        yield
+    finally:
+        _guard["on"] = False
+
+
+@cache
+def _install() -> None:
+    # An audit hook sees `eval`, `exec` and what libraries build on them; once there, it stays.
+    sys.addaudithook(_refuse)
+
+
+def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "exec" and _guard["on"]:
+        raise PermissionError("A response was about to be executed as Python, which is not allowed.")
+
+
+def named_verifier(name: str, *, column: str = "answer", device: str | None = None) -> Callable[..., Any]:
+    """The verifier of a name.
+
+    Args:
+        name: `exact-match`, `math-verify`, `reasoning-gym:TASK`, `reward-model:FOLDER_OR_ID`, or one's own callable as
+            `module:function` or `file.py:function`.
+        column: the column that holds the answer, for the first two.
+        device: where a reward model runs; None: an accelerator if there is one.
+
+    Raises:
+        ValueError: if there is no such verifier, or its module has no such callable.
+        ImportError: if the package or module it needs cannot be imported.
+
+    Example:
+        >>> named_verifier("exact-match", column="completion").columns
+        ('completion',)
+        >>> named_verifier("math:sqrt")(4.0)
+        2.0
+    """
+    kind, _, rest = name.rpartition(":") if name.rpartition(":")[0].endswith(".py") else name.partition(":")
+    if name == "exact-match":
+        return ExactMatch(column)
+    if name == "math-verify":
+        return MathVerify(column)
+    if kind == "reasoning-gym" and rest:
+        return ReasoningGym(rest)
+    if kind == "reward-model" and rest:
+        return RewardModel(rest, device=device)
+    if not rest:
+        raise ValueError(
+            f"`verifier` {name!r} is not known: give exact-match, math-verify, reasoning-gym:TASK, "
+            "reward-model:MODEL, or your own callable as module:function or file.py:function."
+        )
+    module = _import_file(Path(kind)) if kind.endswith(".py") else _import(kind, Path.cwd())
+    verifier = vars(module).get(rest)
+    if not callable(verifier):
+        raise ValueError(f"`verifier` {name!r}: {kind} has no callable {rest!r}.")
+    return verifier
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"`verifier`: there is no file {path}.")
+    module = _import(path.stem, path.resolve().parent)
+    if Path(str(module.__file__)).resolve() != path.resolve():
+        raise ValueError(f"`verifier`: {path.stem} is another module, {module.__file__}; rename the file {path}.")
+    return module
+
+
+def _import(name: str, folder: Path) -> Any:
+    # The process that judges is given this path too, and imports the module by the same name.
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    return importlib.import_module(name)

@@ -26,6 +26,7 @@ __all__ = [
     "exact_pass_at_n",
     "kl_bound_from_coverage",
     "largest_coverage_rate",
+    "least_regret_bound",
     "pass_probabilities",
     "squared_hellinger",
 ]
@@ -321,3 +322,30 @@ def _at_least_zero(value: float, name: str) -> float:
     if not value >= -TIE_TOLERANCE:
         raise ValueError(f"`{name}` must be >= 0, but is {value}.")
     return max(0.0, value)
+
+
+def least_regret_bound(log_ratios: ArrayLike, n: float, *, weights: ArrayLike | None = None) -> float:
+    """What Best-of-N with `n` samples loses at most to the comparator: `min_M Cov_M + exp(-N / (2 M))`, at most 1.
+
+    The smallest of `best_of_n_regret_bound` over all M; rewards are in [0, 1].
+
+    Args:
+        log_ratios: `(R,)` log T - log p, nats, T the comparator; with upper bounds on the ratios it still holds.
+        n: number of samples.
+        weights: `(R,)` non-negative row weights.
+
+    Example:
+        >>> round(least_regret_bound([0.0] * 99 + [6.0], n=8), 4)
+        0.0283
+
+    References:
+        arXiv 2510.15020, Proposition D.6.
+    """
+    ratios = check_log_ratios(log_ratios)
+    samples = check_n(n)
+    # Cov_M only falls just above a ratio, so no other M can be the best one; the largest ones would overflow.
+    ms = np.exp(np.unique(np.maximum(ratios[ratios < 700.0] + 2 * TIE_TOLERANCE, 0.0)))
+    values = coverage(ratios, ms, weights=weights)
+    usable = values <= 0.5
+    bounds = values[usable] + np.exp(-samples / (2 * ms[usable]))
+    return float(np.min(bounds, initial=1.0))

@@ -16,6 +16,7 @@ __all__ = [
 ]
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 
 ReferenceKind = Literal["density", "single_answer", "samples", "answer"]
 """What is known of the reference D: its density, that it has one right answer, samples only, or answer densities."""

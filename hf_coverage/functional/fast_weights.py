@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_coverage.functional.step_rule import StepRule
+from hf_coverage.functional.ttt_config import StepRule
 
 __all__ = [
     "Cut",

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from hf_coverage.functional.fast_weights import Cut, FastWeights, fast_logits, fast_step, new_fast_weights
-from hf_coverage.functional.step_rule import StepRule
+from hf_coverage.functional.ttt_config import StepRule
 
 __all__ = [
     "POSITIONS",

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from hf_coverage.functional.step_rule import StepRule
+from hf_coverage.functional.ttt_config import StepRule
 
 __all__ = ["row_norms", "step_rows_"]
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hf_coverage.functional.challenges import RowLayout, count_challenges, row_layout
 from hf_coverage.functional.checks import FloatArray, check_logprobs, check_n
-from hf_coverage.functional.racing import race
-from hf_coverage.functional.standing import Rates, Standing, Tally, stand
+from hf_coverage.functional.tournament_challenges import RowLayout, count_challenges, row_layout
+from hf_coverage.functional.tournament_racing import race
+from hf_coverage.functional.tournament_standing import Rates, Standing, Tally, stand
 
 __all__ = [
     "OnPolicy",

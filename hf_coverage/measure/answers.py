@@ -10,10 +10,17 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from hf_coverage.functional.monte_carlo import log_mean_exp
-from hf_coverage.measure.columns import check_values, read_column, read_logprobs, require_columns, require_dataset
-from hf_coverage.measure.corpus import EncodedCorpus, encode_prompts
+from hf_coverage.inference.encoded_rows import EncodedCorpus
+from hf_coverage.inference.sampler import Sampler, Sampling, end_token_ids, require_room
+from hf_coverage.measure.corpus import encode_prompts
+from hf_coverage.measure.corpus_columns import (
+    check_values,
+    read_column,
+    read_logprobs,
+    require_columns,
+    require_dataset,
+)
 from hf_coverage.measure.encoding import eos_token_id, tokenize
-from hf_coverage.measure.generation import Sampler, Sampling, end_token_ids, require_room
 from hf_coverage.measure.scoring import score_encoded
 
 if TYPE_CHECKING:

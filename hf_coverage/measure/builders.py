@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
+from hf_coverage.inference.sampler import Sampler, Sampling, end_token_ids
 from hf_coverage.measure.corpus import encode_prompts, validate_corpus
 from hf_coverage.measure.encoding import eos_token_id, special_prefix, tokenize
-from hf_coverage.measure.generation import Sampler, Sampling, end_token_ids
 from hf_coverage.measure.scoring import score_responses
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerControl
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
+from hf_coverage.inference.forward import inference
 from hf_coverage.measure.corpus import reference_kind, validate_corpus
 from hf_coverage.measure.engine import ScoringEngine, ScoringOptions
 from hf_coverage.measure.evaluation_callback import EvaluationCallback
-from hf_coverage.measure.forward import inference
 from hf_coverage.measure.run_corpus import RunCorpus
 from hf_coverage.measure.scores import Scores
 from hf_coverage.measure.scoring import score_encoded

@@ -8,22 +8,22 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hf_coverage.functional.logprobs import collision_probability, logsumexp, token_kl
 from hf_coverage.functional.ttt_config import TTTConfig
-from hf_coverage.measure.adapted_heads import require_adaptable, score_heads
-from hf_coverage.measure.adapted_rows import RowScorer
-from hf_coverage.measure.batching import Batch, tokens_read
-from hf_coverage.measure.corpus import EncodedCorpus
-from hf_coverage.measure.forward import HeadForward
-from hf_coverage.measure.passes import BatchPasses
-from hf_coverage.measure.plain_scores import score_plain
+from hf_coverage.inference.encoded_rows import EncodedCorpus
+from hf_coverage.inference.forward import HeadForward, HeadOutput
+from hf_coverage.inference.forward_batches import Batch, BatchPasses, tokens_read
 from hf_coverage.measure.scores import Scores
+from hf_coverage.ttt.adapted_heads import require_adaptable, score_heads
+from hf_coverage.ttt.adapted_rows import RowScorer
 
-__all__ = ["ScoringEngine", "ScoringOptions"]
+__all__ = ["ScoringEngine", "ScoringOptions", "score_plain"]
 
 
 @dataclass(frozen=True)
@@ -195,3 +195,55 @@ def _check_rows(corpus: EncodedCorpus, rows: range, forward: HeadForward, vocab_
                 f"{longest} (`max_position_embeddings`); shorten the row or leave it out. Nothing is truncated "
                 "here, because log p(y|x) of a cut prompt is another number."
             )
+
+
+def score_plain(
+    passes: BatchPasses, corpus: EncodedCorpus, batch: Batch, *, head_statistics: bool
+) -> dict[str, NDArray]:
+    """Compute the values of a batch's response tokens, row after row in the order of `batch.rows`.
+
+    Args:
+        passes: The models.
+        corpus: Token ids of all rows.
+        batch: The rows.
+        head_statistics: Whether the output head's norms and inherent variance are measured.
+
+    Returns:
+        One value per token, by column.
+    """
+    lengths = [len(corpus.completions[row]) for row in batch.rows]
+    slots = dict(zip(batch.rows, accumulate(lengths, initial=0)))
+    values: dict[str, NDArray] = {}
+    for step, outputs in passes.run(corpus, batch, slots, first=passes.positions):
+        for start in range(0, len(step.positions), passes.positions):
+            chunk = slice(start, start + passes.positions)
+            inside = (step.pick >= chunk.start) & (step.pick < chunk.stop)
+            pick, labels = step.pick[inside] - chunk.start, step.labels[inside]
+            for name, column in _token_values(outputs, chunk, pick, labels, head_statistics).items():
+                place = values.setdefault(name, np.empty(sum(lengths), dtype=np.float32))
+                place[step.slots[inside]] = column.cpu().numpy()
+    return values
+
+
+def _token_values(
+    outputs: list[HeadOutput], chunk: slice, pick: NDArray, labels: NDArray, head_statistics: bool
+) -> dict[str, Tensor]:
+    """Values of the response tokens that a chunk of one pass's positions predicts, by column."""
+    logits = outputs[0].take_logits(chunk)
+    rows, tokens = torch.from_numpy(pick).to(logits.device), torch.from_numpy(labels).to(logits.device)
+    chosen = logits[rows, tokens]
+    values = {"token_logprobs": chosen.float() - logsumexp(logits)[rows]}
+    reference = logits  # q of the inherent variance: the teacher's, or else the model's own
+    if len(outputs) > 1:
+        reference = outputs[1].take_logits(chunk).to(logits.device)
+        values["token_kl"] = token_kl(reference, logits)[rows]
+    if head_statistics:
+        norm = outputs[0].feature_norm(chunk).to(logits.device)[rows]
+        collision = collision_probability(reference)[rows]
+        sampled = values["token_logprobs"]
+        if reference is not logits:
+            sampled = reference[rows, tokens].float() - logsumexp(reference)[rows]
+        values["hidden_norm"] = norm
+        values["inherent_variance"] = norm.square() * (1 - collision)
+        values["sampled_variance"] = norm.square() * (1 - 2 * sampled.exp() + collision).clamp_min(0.0)
+    return values

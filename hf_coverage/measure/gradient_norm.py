@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from hf_coverage.functional.gradients import global_norm
 from hf_coverage.functional.logprobs import token_logprobs
-from hf_coverage.measure.batching import Limits, build_step, plan_batches
-from hf_coverage.measure.corpus import EncodedCorpus
-from hf_coverage.measure.forward import HeadForward, inference
+from hf_coverage.inference.encoded_rows import EncodedCorpus
+from hf_coverage.inference.forward import HeadForward, inference
+from hf_coverage.inference.forward_batches import Limits, build_step, plan_batches
 
 __all__ = ["gradient_norms"]
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_coverage.functional.gradients import global_norm
 from hf_coverage.functional.statistics import MeanEstimate, clustered_mean, mean_interval, row_weights
 from hf_coverage.functional.step_sizes import LinearProblem
-from hf_coverage.measure.forward import HeadForward, inference
+from hf_coverage.inference.forward import HeadForward, inference
 from hf_coverage.measure.reference import read_reference
 from hf_coverage.measure.scoring import score_responses
 

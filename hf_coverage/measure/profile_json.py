@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_coverage.functional.checks import check_log_ratios
-from hf_coverage.measure.strict_json import read_json
+from hf_coverage.inference.files import read_json
 
 __all__ = ["read_profile_fields", "write_profile_fields"]
 

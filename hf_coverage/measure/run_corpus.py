@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.statistics import group_codes
-from hf_coverage.measure.corpus import EncodedCorpus, encode_corpus
+from hf_coverage.inference.encoded_rows import EncodedCorpus
+from hf_coverage.measure.corpus import encode_corpus
 
 __all__ = ["RunCorpus"]
 

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from hf_coverage.inference.files import write_atomically
 from hf_coverage.measure.scores import PER_TOKEN_COLUMNS, Scores
 
-__all__ = ["ScoreTable", "write_atomically"]
+__all__ = ["ScoreTable"]
 
 _FORMAT = "hf-coverage scores"
 _FORMAT_VERSION = 1
@@ -252,19 +253,3 @@ def _checksum(arrays: dict[str, NDArray]) -> str:
         state.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
         state.update(arrays[name].tobytes())
     return state.hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Give `path` its content in one step that survives a crash of the machine."""
-    # Always the same name: what a killed run left half-written is overwritten by the next one, not left behind.
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

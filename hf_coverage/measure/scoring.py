@@ -22,14 +22,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_coverage import __version__
-from hf_coverage.functional.step_rule import StepRule
-from hf_coverage.functional.ttt_config import TTTConfig
-from hf_coverage.measure.batching import tokens_read
-from hf_coverage.measure.corpus import EncodedCorpus, encode_corpus
+from hf_coverage.functional.ttt_config import StepRule, TTTConfig
+from hf_coverage.inference.encoded_rows import EncodedCorpus
+from hf_coverage.inference.fingerprint import config_fingerprint, tokenizer_fingerprint, weight_fingerprint
+from hf_coverage.inference.forward import inference, unwrap
+from hf_coverage.inference.forward_batches import tokens_read
+from hf_coverage.inference.processes import on_main_process
+from hf_coverage.measure.corpus import encode_corpus
 from hf_coverage.measure.engine import ScoringEngine, ScoringOptions
-from hf_coverage.measure.fingerprint import config_fingerprint, tokenizer_fingerprint, weight_fingerprint
-from hf_coverage.measure.forward import inference, unwrap
-from hf_coverage.measure.processes import on_main_process
 from hf_coverage.measure.score_table import ScoreTable
 from hf_coverage.measure.scores import Scores
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_coverage.functional.checks import check_n
 from hf_coverage.functional.distillation import TokenRows, distillation_losses
 from hf_coverage.functional.objectives import distillation_weights
-from hf_coverage.measure.forward import HeadForward, inference, is_sharded, select_before, unwrap
+from hf_coverage.inference.forward import HeadForward, inference, is_sharded, select_before, unwrap
 from hf_coverage.optim.trainer import IGNORED, SequenceLossMixin
 
 __all__ = ["DistillationMixin"]

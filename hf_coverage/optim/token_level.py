@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from hf_coverage.functional.gradients import project_
 from hf_coverage.functional.head_training import adapt_head, apply_fast_weights
-from hf_coverage.functional.step_rule import StepRule
-from hf_coverage.measure.forward import HeadForward, inference
+from hf_coverage.functional.ttt_config import StepRule
+from hf_coverage.inference.forward import HeadForward, inference
 
 __all__ = ["Scope", "token_level_sgd"]
 

@@ -13,22 +13,22 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import SaveStrategy
 
 from hf_coverage.functional.checks import check_n, metric_key
+from hf_coverage.inference.processes import on_main_process
 from hf_coverage.measure.corpus_callback import CorpusCallback
 from hf_coverage.measure.engine import ScoringOptions
 from hf_coverage.measure.evaluation_callback import CoverageWarning, callers
-from hf_coverage.measure.processes import on_main_process
 from hf_coverage.measure.reference import load_reference, read_reference
 from hf_coverage.measure.run_corpus import RunCorpus
 from hf_coverage.measure.scores import Scores
-from hf_coverage.select.checkpoints import write_best_checkpoint
-from hf_coverage.select.result import TournamentResult
-from hf_coverage.select.run_rows import RunRows
-from hf_coverage.select.trainer_checkpoints import (
+from hf_coverage.select.checkpoints import (
     check_arguments,
     checkpoint_folder,
     delete_old_checkpoints,
     load_weights,
+    write_best_checkpoint,
 )
+from hf_coverage.select.result import TournamentResult
+from hf_coverage.select.run_rows import RunRows
 
 __all__ = ["TournamentCallback"]
 

@@ -16,8 +16,8 @@ from hf_coverage.functional.bounds import pass_probabilities
 from hf_coverage.functional.checks import check_n, metric_key
 from hf_coverage.functional.coverage import reached
 from hf_coverage.functional.predictiveness import RankCorrelations, rank_correlations
+from hf_coverage.inference.files import strict_json
 from hf_coverage.measure.profile import CoverageProfile
-from hf_coverage.measure.strict_json import strict_json
 from hf_coverage.plots import plot_predictiveness
 
 __all__ = ["PredictivenessResult", "predictiveness"]

@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hf_coverage.functional.checks import FloatArray, metric_key
-from hf_coverage.functional.guarantee import offset_guarantee, simple_guarantee
-from hf_coverage.functional.standing import TieBreak
-from hf_coverage.measure.strict_json import read_json, strict_json
+from hf_coverage.functional.tournament_guarantee import offset_guarantee, simple_guarantee
+from hf_coverage.functional.tournament_standing import TieBreak
+from hf_coverage.inference.files import read_json, strict_json
 from hf_coverage.plots import plot_challenges
 
 __all__ = ["SweepPoint", "TournamentResult"]

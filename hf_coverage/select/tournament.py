@@ -9,9 +9,9 @@ from typing import Any, Union
 from numpy.typing import ArrayLike
 
 from hf_coverage.functional.checks import FloatArray, check_logprobs, check_n
-from hf_coverage.functional.racing import Race, race
-from hf_coverage.functional.standing import Standing
 from hf_coverage.functional.tournament import OnPolicy, hold_tournament, separating_n
+from hf_coverage.functional.tournament_racing import Race, race
+from hf_coverage.functional.tournament_standing import Standing
 from hf_coverage.measure.score_table import ScoreTable
 from hf_coverage.select.result import SweepPoint, TournamentResult
 

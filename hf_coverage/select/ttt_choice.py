@@ -10,10 +10,9 @@ from typing import Any, Literal
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.functional.coverage import coverage
 from hf_coverage.functional.paired import PairedDifference
-from hf_coverage.functional.step_rule import StepRule
-from hf_coverage.functional.ttt_config import TTTConfig
+from hf_coverage.functional.ttt_config import StepRule, TTTConfig
+from hf_coverage.inference.files import strict_json
 from hf_coverage.measure.profile import CoverageProfile
-from hf_coverage.measure.strict_json import strict_json
 from hf_coverage.select.ttt_settings import generation_settings, rule_name
 
 __all__ = ["TTTChoice", "cov_or_bound"]

@@ -9,8 +9,7 @@ from itertools import product
 from typing import Any, cast
 
 from hf_coverage.functional.checks import check_n
-from hf_coverage.functional.step_rule import StepRule
-from hf_coverage.functional.ttt_config import TTTConfig, TTTScope
+from hf_coverage.functional.ttt_config import StepRule, TTTConfig, TTTScope
 
 __all__ = ["STEP_SIZES", "check_rules", "generation_settings", "rule_name", "ttt_grid"]
 

@@ -16,7 +16,7 @@ from hf_coverage.functional.checks import metric_key
 from hf_coverage.functional.coverage import smallest_n
 from hf_coverage.functional.paired import paired_coverage_difference, paired_kl_difference
 from hf_coverage.functional.statistics import group_codes
-from hf_coverage.functional.step_rule import StepRule
+from hf_coverage.functional.ttt_config import StepRule
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.select.ttt_choice import TTTChoice, cov_or_bound
 from hf_coverage.select.ttt_settings import check_rules, rule_name

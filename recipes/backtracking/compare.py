@@ -25,8 +25,7 @@ from scipy.sparse import identity
 from scipy.sparse.linalg import spsolve
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_coverage.decode.backtracking import ValueGuidedDecoder
-from hf_coverage.decode.guided_responses import GuidedResponses
+from hf_coverage.decode.backtracking import GuidedResponses, ValueGuidedDecoder
 from hf_coverage.decode.prefix_walkers import CallBudget
 from hf_coverage.functional.prefix_tree import Prefix, PrefixTree, leaf_target, total_variation
 from hf_coverage.functional.random_walk import guided_law, output_law, stationary_law, transition_matrix, visit_law

@@ -27,8 +27,8 @@ from rich.table import Table
 
 from hf_coverage import tournament
 from hf_coverage.functional.checks import TIE_TOLERANCE
-from hf_coverage.functional.racing import race
 from hf_coverage.functional.tournament import hold_tournament
+from hf_coverage.functional.tournament_racing import race
 from hf_coverage.measure.score_table import ScoreTable
 from hf_coverage.measure.scores import Scores
 

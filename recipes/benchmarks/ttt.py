@@ -31,8 +31,8 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel
 
-from hf_coverage.decode.test_time_training import TTTLogitsProcessor
-from hf_coverage.decode.ttt_generate import ttt_generate
+from hf_coverage.ttt.generate import ttt_generate
+from hf_coverage.ttt.processor import TTTLogitsProcessor
 
 LR = 1e-4
 TOP_K = 128

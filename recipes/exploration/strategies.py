@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_coverage.functional.best_of_n import pass_at_n
 from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.exploration import elliptical_selection
-from hf_coverage.functional.selection import pass_at_n
 
 __all__ = [
     "DISTINCT",

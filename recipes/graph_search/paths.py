@@ -8,7 +8,7 @@ import sys
 import numpy as np
 from transformers import GPT2LMHeadModel
 
-from hf_coverage.measure.corpus import EncodedCorpus
+from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.measure.scoring import score_encoded
 from hf_coverage.tasks.graph_search import GraphSearch
 from hf_coverage.tasks.layered_graphs import valid_paths

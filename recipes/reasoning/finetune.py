@@ -22,7 +22,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_coverage import CoverageCallback, CoverageProfile
-from hf_coverage.measure.corpus import EncodedCorpus, encode_corpus
+from hf_coverage.inference.encoded_rows import EncodedCorpus
+from hf_coverage.measure.corpus import encode_corpus
 from hf_coverage.measure.scoring import score_encoded
 from recipes.reasoning.model import SMOLLM2, add_adapter, load_base, load_tokenizer
 from recipes.reasoning.task import Entry, draw_entries, entry_corpus

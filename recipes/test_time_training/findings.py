@@ -13,8 +13,8 @@ from matplotlib.lines import Line2D
 from rich.console import Console
 
 from hf_coverage.functional.coverage import coverage
+from hf_coverage.inference.files import strict_json
 from hf_coverage.measure.profile import CoverageProfile
-from hf_coverage.measure.strict_json import strict_json
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Interval, Table
 from recipes.test_time_training.following import PLAIN, Followed, rule_label

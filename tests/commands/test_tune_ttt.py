@@ -16,8 +16,8 @@ import hf_coverage
 from hf_coverage import StepRule, score_responses, ttt_generate, tune_ttt
 from hf_coverage.functional.ttt_config import TTTConfig
 from hf_coverage.measure.corpus import encode_corpus
-from hf_coverage.measure.ttt_step_size import measure_step_size
 from hf_coverage.select.ttt_settings import STEP_SIZES, rule_name
+from hf_coverage.select.ttt_step_size import measure_step_size
 from hf_coverage.select.tune_ttt import split_groups
 from tests.commands.shell import error_line, invoke, load
 

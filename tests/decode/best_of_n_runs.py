@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_coverage.decode import shards
 from hf_coverage.decode.best_of_n import evaluate_best_of_n
 from hf_coverage.decode.best_of_n_result import BestOfNResult
-from hf_coverage.measure.score_table import write_atomically
+from hf_coverage.inference.files import write_atomically
 from tests.decode.bad_verifiers import share_of_even
 
 K = 4

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import chisquare
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_coverage.decode import prefix_reader
+from hf_coverage.decode import prefix_model
 from hf_coverage.decode.backtracking import ValueGuidedDecoder
 from hf_coverage.decode.prefix_walkers import CallBudget
 from hf_coverage.functional.prefix_tree import PrefixTree, leaf_target, total_variation
@@ -214,9 +214,9 @@ def test_budgets_are_kept(model, name):
 def test_candidates_are_drawn_together(model, monkeypatch, block_size):
     """Eight blocks for one response take as many passes as one of them."""
     passes = []
-    logits = prefix_reader.PrefixReader.logits
+    logits = prefix_model.PrefixReader.logits
     monkeypatch.setattr(
-        prefix_reader.PrefixReader, "logits", lambda self, prefixes: passes.append(prefixes) or logits(self, prefixes)
+        prefix_model.PrefixReader, "logits", lambda self, prefixes: passes.append(prefixes) or logits(self, prefixes)
     )
     decoder(model, eos_token_id=[]).block_best_of_n(1, candidates=8, block_size=block_size)
     assert len(passes) == LENGTH
@@ -259,7 +259,7 @@ def test_a_response_does_not_depend_on_the_others(model):
 @pytest.mark.parametrize("shares", [True, False])
 def test_logprobs_are_those_of_the_model(model, prompt, shares, monkeypatch):
     if not shares:
-        monkeypatch.setattr(prefix_reader, "is_repeatable", lambda cache: False)
+        monkeypatch.setattr(prefix_model, "is_repeatable", lambda cache: False)
     was_training = model.training
     found = decoder(model, prompt=prompt, top_k=3, temperature=0.7).backtrack(50, steps=20)
     assert model.training == was_training

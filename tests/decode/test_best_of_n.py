@@ -184,7 +184,7 @@ def no_generation(self, *args, **kwargs):
 
 def test_kept_samples_are_judged_again_without_the_model(finished, monkeypatch):
     folder, result = finished
-    monkeypatch.setattr("hf_coverage.measure.generation.Sampler.draw", no_generation)
+    monkeypatch.setattr("hf_coverage.inference.sampler.Sampler.draw", no_generation)
     assert evaluate(folder).to_json() == result.to_json()
     corpus = make_corpus()
     assert judge_best_of_n(folder, corpus, share_of_even, progress=False).to_json() == result.to_json()

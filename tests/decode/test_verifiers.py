@@ -14,10 +14,16 @@ from reasoning_gym.factory import DATASETS
 from transformers import GPT2Config, GPT2ForSequenceClassification
 from trl.rewards import accuracy_reward, think_format_reward
 
-from hf_coverage.decode.harmless import is_harmless, nothing_evaluated
-from hf_coverage.decode.judge import needed_arguments, open_judge
-from hf_coverage.decode.named_verifiers import named_verifier
-from hf_coverage.decode.verifiers import ExactMatch, MathVerify, ReasoningGym, RewardModel
+from hf_coverage.decode.verifier_runner import needed_arguments, open_judge
+from hf_coverage.decode.verifiers import (
+    ExactMatch,
+    MathVerify,
+    ReasoningGym,
+    RewardModel,
+    is_harmless,
+    named_verifier,
+    nothing_evaluated,
+)
 from tests.measure.small_tokenizers import with_chat
 
 
@@ -241,4 +247,4 @@ def test_names_lead_to_the_verifiers_of_the_package():
     assert isinstance(named_verifier("math-verify", column="solution"), MathVerify)
     assert named_verifier("math-verify", column="solution").columns == ("solution",)
     assert named_verifier("reasoning-gym:chain_sum").name == "reasoning-gym:chain_sum"
-    assert importlib.util.find_spec("hf_coverage.decode.judge_worker") is not None
+    assert importlib.util.find_spec("hf_coverage.decode.verifier_worker") is not None

@@ -23,7 +23,7 @@ from hf_coverage.functional.head_training import (
     follow_tokens,
     squared_head_norm,
 )
-from hf_coverage.functional.step_rule import StepRule
+from hf_coverage.functional.ttt_config import StepRule
 
 
 def slow_head(hidden, tokens, weight, bias, *, rule, mask):

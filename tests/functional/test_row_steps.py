@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_coverage.functional.row_steps import row_norms, step_rows_
-from hf_coverage.functional.step_rule import StepRule
+from hf_coverage.functional.ttt_config import StepRule
 
 SHAPES = [(2, 3), (), (4,)]
 

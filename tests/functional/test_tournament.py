@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_coverage.functional import challenges
-from hf_coverage.functional.challenges import count_challenges, row_layout
-from hf_coverage.functional.guarantee import offset_guarantee, simple_guarantee
-from hf_coverage.functional.racing import _kl, _kl_bound, race
+from hf_coverage.functional import tournament_challenges
 from hf_coverage.functional.tournament import OnPolicy, challenge_rates, hold_tournament, separating_n
+from hf_coverage.functional.tournament_challenges import count_challenges, row_layout
+from hf_coverage.functional.tournament_guarantee import offset_guarantee, simple_guarantee
+from hf_coverage.functional.tournament_racing import _kl, _kl_bound, race
 
 LOG_2 = math.log(2)
 
@@ -87,7 +87,7 @@ def test_many_layers_tiles_and_threads_count_the_same(monkeypatch, replicates):
     expected = [[np.mean(a - b >= math.log(4)) if a is not b else 0.0 for b in table] for a in table]
     (standing,) = hold_tournament(table, 4, replicates=replicates)
     np.testing.assert_allclose(standing.rates, expected, rtol=0, atol=1e-15)
-    monkeypatch.setattr(challenges, "_COUNTER_BYTES", 1)
+    monkeypatch.setattr(tournament_challenges, "_COUNTER_BYTES", 1)
     (one_by_one,) = hold_tournament(table, 4, replicates=replicates)
     assert (one_by_one.rates == standing.rates).all()
     if replicates:

@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_coverage.functional.ttt_config import TTTConfig
-from hf_coverage.measure.corpus import EncodedCorpus
-from hf_coverage.measure.fingerprint import weight_fingerprint
+from hf_coverage.inference.encoded_rows import EncodedCorpus
+from hf_coverage.inference.fingerprint import weight_fingerprint
 from hf_coverage.measure.scoring import score_encoded, score_responses
 
 ROW_COUNTS = (1, 2, 5, 14)

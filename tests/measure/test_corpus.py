@@ -12,13 +12,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from hf_coverage.measure.corpus import (
-    EncodedCorpus,
-    encode_corpus,
-    encode_prompts,
-    reference_kind,
-    validate_corpus,
-)
+from hf_coverage.inference.encoded_rows import EncodedCorpus
+from hf_coverage.measure.corpus import encode_corpus, encode_prompts, reference_kind, validate_corpus
 from tests.measure.small_tokenizers import gpt2_like, llama_like, with_chat, words
 
 IDS = st.lists(st.integers(0, 9), min_size=1, max_size=5)

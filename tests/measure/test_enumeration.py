@@ -9,7 +9,7 @@ from transformers import GPT2LMHeadModel
 
 from hf_coverage.functional import bounds
 from hf_coverage.functional.coverage import stopped_kl
-from hf_coverage.measure.corpus import EncodedCorpus
+from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.measure.scoring import score_encoded
 from tests import reference

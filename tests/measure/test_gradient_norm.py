@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_coverage.measure.corpus import EncodedCorpus
+from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.measure.gradient_norm import gradient_norms
 
 ENCODED = EncodedCorpus(

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from hf_coverage.functional.statistics import clustered_mean, mean_interval
+from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.measure.builders import sample_corpus
-from hf_coverage.measure.corpus import EncodedCorpus
 from hf_coverage.measure.inherent_variance import (
     estimate_inherent_variance,
     head_norm,

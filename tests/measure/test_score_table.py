@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from hf_coverage.measure.fingerprint import weight_fingerprint
+from hf_coverage.inference.fingerprint import weight_fingerprint
 from hf_coverage.measure.score_table import ScoreTable
 from hf_coverage.measure.scores import Scores
 from hf_coverage.measure.scoring import score_responses

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from hf_coverage import score_responses
-from hf_coverage.measure.corpus import EncodedCorpus
+from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.measure.scoring import score_encoded
 
 ROWS = [

@@ -6,8 +6,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_coverage.measure.corpus import EncodedCorpus
-from hf_coverage.measure.forward import HeadForward, inference
+from hf_coverage.inference.encoded_rows import EncodedCorpus
+from hf_coverage.inference.forward import HeadForward, inference
 from hf_coverage.measure.scoring import score_encoded
 
 VOCABULARY = 37

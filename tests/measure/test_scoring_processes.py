@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_coverage.measure.fingerprint import weight_fingerprint
+from hf_coverage.inference.fingerprint import weight_fingerprint
 from tests.measure import scoring_ranks
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_coverage import CoverageProfile, sample_corpus, score_responses
 from hf_coverage.functional.paired import paired_kl_difference
-from hf_coverage.measure.fingerprint import weight_fingerprint
+from hf_coverage.inference.fingerprint import weight_fingerprint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "compression_audit"))
 

@@ -11,7 +11,7 @@ import yaml
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_coverage.measure.corpus import EncodedCorpus
+from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.measure.scoring import score_encoded
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "measure"))

@@ -18,7 +18,7 @@ from hf_coverage.functional.statistics import group_codes
 from hf_coverage.functional.ttt_config import TTTConfig
 from hf_coverage.select.ttt_settings import check_rules, generation_settings, rule_name, ttt_grid
 from hf_coverage.select.tune_ttt import split_groups, tune_ttt
-from tests.decode.ttt_reference import tiny_llama
+from tests.ttt.head_reference import tiny_llama
 
 RULES = (StepRule(0.1), StepRule(0.1, radius=2.0), StepRule(1.0), StepRule(1.0, radius=2.0))
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hf_coverage.decode.ttt_generate import refuse_paged, ttt_generate
+from hf_coverage.ttt.generate import refuse_paged, ttt_generate
 
 
 def generate(model: Any, streamer: Any = None, **arguments: Any) -> Any:

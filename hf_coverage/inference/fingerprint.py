@@ -1,0 +1,120 @@
+"""Fingerprints: short names for weights and tokenizers that change when, and only when, the scores may."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
+
+from hf_coverage.inference.forward import is_sharded, unwrap
+
+__all__ = ["config_fingerprint", "tokenizer_fingerprint", "weight_fingerprint"]
+
+# Where a model came from, how it is trained and how it generates: none of it changes what it predicts.
+_VOLATILE = (
+    "_name_or_path",
+    "_commit_hash",
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "pad_token_id",
+    "transformers_version",
+    "use_cache",
+)
+
+
+def weight_fingerprint(model: nn.Module) -> str:
+    """Hash a model's weights: every name, shape, dtype and byte of its state dict.
+
+    The same on every device and under DDP, FSDP and `torch.compile`. When the model is sharded this is a collective
+    operation: all processes have to call it.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        32 hexadecimal digits.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> layer = nn.Linear(2, 2)
+        >>> before = weight_fingerprint(layer)
+        >>> _ = nn.init.zeros_(layer.bias)
+        >>> before == weight_fingerprint(layer)
+        False
+    """
+    model = unwrap(model)
+    if is_sharded(model):  # one at a time: a model that had to be sharded may not fit in one place
+        digests = dict(map(_digest_entry, _entries(model)))
+    else:  # hashlib releases the GIL
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            digests = dict(pool.map(_digest_entry, _entries(model)))
+    return _digest(json.dumps(digests, sort_keys=True).encode())
+
+
+def config_fingerprint(model: nn.Module) -> str:
+    """Hash what a model's configuration adds to its weights (attention windows, scaling, soft-caps, ...).
+
+    Args:
+        model: A model of transformers.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    config = {name: value for name, value in unwrap(model).config.to_dict().items() if name not in _VOLATILE}
+    return _digest(json.dumps(config, sort_keys=True, default=repr).encode())
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash a tokenizer's vocabulary, special tokens and chat template.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    content = [type(tokenizer).__name__, tokenizer.get_vocab(), special, tokenizer.chat_template]
+    return _digest(json.dumps(content, sort_keys=True).encode())
+
+
+def _entries(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    if isinstance(model, FullyShardedDataParallel):
+        yield from get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)).items()
+        return
+    for name, value in model.state_dict().items():
+        yield name, value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _digest_entry(entry: tuple[str, Any]) -> tuple[str, str]:
+    name, value = entry
+    return name, _digest_value(value)
+
+
+def _digest_value(value: Any) -> str:
+    if not isinstance(value, Tensor):  # packed parameters of a quantised layer, or their settings
+        parts = [_digest_value(part) for part in value] if isinstance(value, tuple) else [repr(value)]
+        return _digest("".join(parts).encode())
+    header = f"{tuple(value.shape)} {value.dtype}"
+    if value.is_quantized:
+        value = value.dequantize()
+    content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return _digest(header.encode(), content)
+
+
+def _digest(*parts: Any) -> str:
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()

@@ -1,0 +1,86 @@
+"""Sampling with the prompts that come again in a batch read once, against every response with its own."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from hf_coverage.inference import sampler
+from hf_coverage.inference.encoded_rows import EncodedCorpus
+from hf_coverage.inference.sampler import Sampler, Sampling, read_prompts
+from tests.measure.test_scoring_architectures import ARCHITECTURES, build, oracle
+
+LONG, MIDDLE, SHORT = list(range(3, 20)), [5, 4, 9, 30, 12, 7, 21, 8, 3], [6, 4]
+
+
+def draw(model, prompts, *, batch_size=64, **settings):
+    settings = {"max_new_tokens": 6, "eos_token_ids": (2,)} | settings
+    return Sampler(model, Sampling(**settings), batch_size=batch_size, seed=3).draw(prompts)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_samples_the_same(name, monkeypatch):
+    """The same responses as without sharing, of the log-probability that one row at a time has."""
+    model, prompts = build(name), [LONG] * 5 + [MIDDLE] * 4 + [SHORT] * 3
+    assert (read_prompts(model, prompts) is not None) == ARCHITECTURES[name][2]
+    shared = draw(model, prompts, top_p=0.9)
+    monkeypatch.setattr(sampler, "read_prompts", lambda model, prompts: None)
+    alone = draw(model, prompts, top_p=0.9)
+    assert [sample.ids for sample in shared] == [sample.ids for sample in alone]
+    assert len({tuple(sample.ids) for sample in shared}) > 6
+    np.testing.assert_allclose([s.logprob for s in shared], [s.logprob for s in alone], atol=1e-4)
+    plain = draw(model, prompts)  # lengths differ within the batch, which not every recurrent model can take
+    expected = oracle(model, EncodedCorpus(prompts, [sample.ids for sample in plain]))
+    np.testing.assert_allclose([sample.logprob for sample in plain], expected, atol=1e-4)
+
+
+def test_equal_prompts_are_read_once(tiny_gpt2, monkeypatch):
+    widths = []
+    forward = type(tiny_gpt2).forward
+
+    def counting(self, input_ids=None, **arguments):
+        widths.append(tuple(input_ids.shape))
+        return forward(self, input_ids=input_ids, **arguments)
+
+    monkeypatch.setattr(type(tiny_gpt2), "forward", counting)
+    prompts = [[2, 3, 4, 5, 6, 7]] * 4 + [[3, 3, 3]] * 4
+    draw(tiny_gpt2, prompts, max_new_tokens=3, eos_token_ids=())
+    assert widths == [(2, 5), (8, 1), (8, 1), (8, 1)]
+    widths.clear()
+    draw(tiny_gpt2, [[2, 3, 4], [5, 6, 7], [8, 9, 10], [2, 3, 4]], max_new_tokens=2, eos_token_ids=())
+    assert widths == [(4, 3), (4, 1)]  # little is saved
+    widths.clear()
+    draw(tiny_gpt2, [[2, 3, 4]] * 3 + [[5]] * 3, max_new_tokens=2, eos_token_ids=())
+    assert widths == [(6, 3), (6, 1)]  # there is nothing before the last token of [5]
+
+
+def test_a_token_that_looks_like_padding_is_none(tiny_gpt2):
+    """Prompts that differ by the token that pads the shorter one are two."""
+    samples = draw(tiny_gpt2, [[0, 5, 6]] * 3 + [[5, 6]] * 3, eos_token_ids=(1,))
+    expected = oracle(tiny_gpt2, EncodedCorpus([[0, 5, 6]] * 3 + [[5, 6]] * 3, [sample.ids for sample in samples]))
+    np.testing.assert_allclose([sample.logprob for sample in samples], expected, atol=1e-5)
+
+
+def test_reading_leaves_the_model_and_the_random_numbers_as_they_are(tiny_gpt2):
+    hostile = tiny_gpt2.generation_config = GenerationConfig(num_beams=3, min_new_tokens=4, eos_token_id=2)
+    tiny_gpt2.config.use_cache = False
+    before, state = hostile.to_dict(), torch.get_rng_state()
+    with torch.no_grad():
+        cache = read_prompts(tiny_gpt2, [[2, 3, 4]] * 2 + [[5, 6]] * 2)
+    assert cache.get_seq_length() == 2
+    assert cache.layers[0].keys.shape[0] == 4
+    assert torch.equal(cache.layers[0].keys[0], cache.layers[0].keys[1])
+    assert not torch.equal(cache.layers[0].keys[1], cache.layers[0].keys[2])
+    assert tiny_gpt2.generation_config is hostile
+    assert hostile.to_dict() == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_real_model_says_the_same(smollm2, monkeypatch):
+    model, tokenizer = smollm2
+    prompts = [tokenizer(text)["input_ids"] for text in ("The capital of France is", "def add(a, b):\n    return")]
+    shared = draw(model, prompts * 4, max_new_tokens=8, eos_token_ids=(2,))
+    monkeypatch.setattr(sampler, "read_prompts", lambda model, prompts: None)
+    alone = draw(model, prompts * 4, max_new_tokens=8, eos_token_ids=(2,))
+    assert [sample.ids for sample in shared] == [sample.ids for sample in alone]
+    np.testing.assert_allclose([s.logprob for s in shared], [s.logprob for s in alone], atol=1e-3)
