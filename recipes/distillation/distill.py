@@ -30,7 +30,8 @@ from hf_coverage import sample_corpus, score_responses, windows_corpus
 from hf_coverage.optim.distillation import DistillationMixin
 from hf_coverage.report.provenance import provenance
 from recipes.distillation.findings import Run, difference_table, draw_runs, run_table, tuning_table
-from recipes.distillation.student import SMOLLM2, freeze_below, load_teacher, without_layers
+from recipes.distillation.student import freeze_below, load_teacher, without_layers
+from recipes.smollm2 import SMOLLM2
 
 ARMS = ("plain", "stopped")
 BEFORE = "before training"

@@ -21,7 +21,8 @@ from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.logprobs import sequence_logprobs
 from hf_coverage.measure.builders import windows_corpus
 from hf_coverage.tasks.graph_dataset import GraphSearchDataset, collate_rows
-from recipes.reasoning.model import SMOLLM2, load_base, load_tokenizer
+from recipes.reasoning.model import load_base, load_tokenizer
+from recipes.smollm2 import SMOLLM2
 
 IGNORE_INDEX = -100
 

@@ -35,10 +35,11 @@ from recipes.reasoning.choices import (
 )
 from recipes.reasoning.figures import draw
 from recipes.reasoning.finetune import Recipe, read_recipe
-from recipes.reasoning.model import SMOLLM2, SMOLLM2_HUB_ID, load_tokenizer
+from recipes.reasoning.model import load_tokenizer
 from recipes.reasoning.reasons import area_table, concern_table, correlation_table, guess_table, resolution_table
 from recipes.reasoning.sample import read_samples, sampled_table
 from recipes.reasoning.task import entry_corpus
+from recipes.smollm2 import SMOLLM2, SMOLLM2_HUB_ID
 
 
 def main() -> None:

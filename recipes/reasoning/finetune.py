@@ -25,9 +25,10 @@ from hf_coverage import CoverageCallback, CoverageProfile
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.measure.corpus import encode_corpus
 from hf_coverage.measure.scoring import score_encoded
-from recipes.reasoning.model import SMOLLM2, add_adapter, load_base, load_tokenizer
+from recipes.reasoning.model import add_adapter, load_base, load_tokenizer
 from recipes.reasoning.task import Entry, draw_entries, entry_corpus
 from recipes.settings import Settings, parse_section, read_settings, refuse_other_settings
+from recipes.smollm2 import SMOLLM2
 
 
 @dataclass

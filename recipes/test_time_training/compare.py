@@ -29,8 +29,9 @@ from hf_coverage.functional.ttt_config import TTTCache, TTTConfig, TTTScope
 from hf_coverage.measure.builders import sample_corpus
 from hf_coverage.measure.scoring import score_responses
 from recipes.compression_audit.compress import compression
-from recipes.reasoning.model import SMOLLM2, load_base, load_tokenizer
+from recipes.reasoning.model import load_base, load_tokenizer
 from recipes.settings import Settings, parse_section, read_settings, refuse_other_settings
+from recipes.smollm2 import SMOLLM2
 from recipes.test_time_training.findings import report
 from recipes.test_time_training.following import PLAIN, Followed, follow_corpus, rule_label
 from recipes.test_time_training.measured import Known, Results, Scoped

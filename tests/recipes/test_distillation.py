@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from recipes.distillation import distill, student
+from recipes.smollm2 import SMOLLM2
 
 ARGUMENTS = [
     *["--drop_layers", "1", "--train_from_layer", "1", "--prompt_tokens", "3", "--response_tokens", "4"],
@@ -109,4 +110,4 @@ def test_layers_that_cannot_be_dropped_are_refused(dropped):
 def test_the_small_configuration_is_readable():
     args = distill.read_arguments(["--config", str(Path(distill.__file__).with_name("small.yaml"))])
     assert args.learning_rates == [1e-4, 4e-4]
-    assert args.model == student.SMOLLM2
+    assert args.model == SMOLLM2
