@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Workers share the cores, and a matrix product's rounding depends on the number of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

@@ -262,6 +262,7 @@ print(repr(results))
 """
 
 
+@pytest.mark.xdist_group("ranks")
 def test_two_processes_share_the_rows_and_rank_0_gets_the_result(load, tmp_path):
     ranks = [
         subprocess.Popen(

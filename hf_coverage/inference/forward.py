@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_coverage.functional.checks import IntArray
-from hf_coverage.inference.prefix_cache import is_repeatable
+from hf_coverage.inference.prefix_cache import CACHE, cache_argument, is_repeatable
 
 __all__ = ["HeadForward", "HeadOutput", "Probe", "inference", "is_sharded", "refuse_zero3", "select_before", "unwrap"]
 
@@ -131,7 +131,7 @@ class HeadForward:
         if self._takes_use_cache:
             arguments["use_cache"] = keep_cache or cache is not None
         if cache is not None:
-            arguments["past_key_values"] = cache
+            arguments[cache_argument(self.model.forward)] = cache
         arguments |= {name: value.to(self.device) for name, value in (inputs or {}).items()}
         chosen = torch.from_numpy(positions).to(self.device)
         with select_before(self.head, chosen, first, ids.shape) as seen:
@@ -143,7 +143,7 @@ class HeadForward:
                 f"return its logits for the {expected} chosen positions, got {len(seen)} calls and logits of "
                 f"shape {tuple(outputs.logits.shape)}; this architecture cannot be scored."
             )
-        return HeadOutput(seen[0], outputs.get("past_key_values"), outputs.logits[0], self.head)
+        return HeadOutput(seen[0], outputs.get(CACHE), outputs.logits[0], self.head)
 
     def probe(self) -> Probe:
         """Read one token, to see what the model returns."""

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from hf_coverage.inference.forward import inference, is_sharded, refuse_zero3, unwrap
-from hf_coverage.inference.prefix_cache import is_repeatable
+from hf_coverage.inference.prefix_cache import CACHE, is_repeatable
 
 __all__ = ["Sample", "Sampler", "Sampling", "end_token_ids", "own_config", "pad_left", "read_prompts", "require_room"]
 
@@ -193,11 +193,11 @@ class Sampler:
             sequences = self.model.generate(
                 ids.to(device),
                 attention_mask=mask.to(device),
-                past_key_values=cache,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([*self.sampling.processors(), recorder]),
                 stopping_criteria=None if stop is None else StoppingCriteriaList([stopper]),
                 synced_gpus=self.sharded and PartialState().num_processes > 1,
+                **{CACHE: cache},
             )
         logprobs = recorder.finish(sequences, start=ids.shape[1]).double().cpu()
         responses = sequences[:, ids.shape[1] :].tolist()
@@ -313,7 +313,7 @@ def read_prompts(model: PreTrainedModel, prompts: Sequence[list[int]]) -> Cache 
     with own_config(model, config):
         # By `generate` itself, which knows what each architecture wants; the token that it finds is not needed.
         read = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
-    cache = read.get("past_key_values")
+    cache = read.get(CACHE)
     if not is_repeatable(cache):
         return None
     line_of = {prompt: line for line, prompt in enumerate(distinct)}

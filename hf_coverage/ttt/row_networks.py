@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_coverage.functional.ttt_config import LORA_RANK, TTTConfig
 from hf_coverage.inference.forward import inference, is_sharded, refuse_zero3, unwrap
+from hf_coverage.inference.prefix_cache import cache_argument
 
 __all__ = ["RowAdapters", "RowNetwork", "RowWeights", "row_network", "row_passes"]
 
@@ -89,7 +90,7 @@ class RowNetwork(ABC):
         """
         optional: dict[str, Any] = {"use_cache": cache is not None, "logits_to_keep": 1}
         if cache is not None:
-            optional["past_key_values"] = cache
+            optional[cache_argument(self.model.forward)] = cache
         if mask is not None:
             optional["attention_mask"] = mask.long()
             # The positions that generate makes of a mask.

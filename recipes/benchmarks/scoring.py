@@ -30,6 +30,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from hf_coverage.inference.encoded_rows import EncodedCorpus
+from hf_coverage.inference.prefix_cache import CACHE
 from hf_coverage.measure.scoring import score_encoded
 from recipes.smollm2 import SMOLLM2, pretrained_source
 
@@ -99,13 +100,11 @@ def bare_calls(model: PreTrainedModel, responses: int, prompts_at_once: int) -> 
         prompts = torch.tensor(corpus.prompts[::responses])
         completions = torch.tensor(corpus.completions)
         for start in range(0, len(prompts), prompts_at_once):
-            outputs = model.model(
-                prompts[start : start + prompts_at_once], past_key_values=DynamicCache(), use_cache=True
-            )
+            outputs = model.model(prompts[start : start + prompts_at_once], use_cache=True, **{CACHE: DynamicCache()})
             model.lm_head(outputs.last_hidden_state[:, -1:])
-            outputs.past_key_values.batch_repeat_interleave(responses)
+            outputs[CACHE].batch_repeat_interleave(responses)
             own = completions[start * responses : (start + prompts_at_once) * responses, :-1]
-            hidden = model.model(own, past_key_values=outputs.past_key_values).last_hidden_state
+            hidden = model.model(own, **{CACHE: outputs[CACHE]}).last_hidden_state
             model.lm_head(hidden)
         return np.zeros(len(corpus))
 

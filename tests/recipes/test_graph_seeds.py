@@ -50,6 +50,7 @@ def seeds(monkeypatch):
     return seeds
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 def test_one_seed_is_run_judged_and_only_read_when_asked_again(tmp_path):
     output = tmp_path / "runs"
@@ -68,6 +69,7 @@ def test_one_seed_is_run_judged_and_only_read_when_asked_again(tmp_path):
     assert (output / "table.md").read_text() == table
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 def test_a_seed_can_join_later(tmp_path):
     for seeds in (("0",), ("0", "1")):

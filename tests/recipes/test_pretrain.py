@@ -18,6 +18,8 @@ from hf_coverage import CoverageProfile
 from recipes.checkpoint_report import pass_at_n
 from recipes.settings import parse_section, read_settings, refuse_other_settings
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "recipes" / "graph_search" / "small.yaml"
 TINY = {
@@ -151,7 +153,7 @@ def test_killed_at_any_point_the_same_command_goes_on(finished, tmp_path, moment
 @pytest.mark.slow
 def test_two_processes_take_the_same_steps(finished, tmp_path):
     output = tmp_path / "run"
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29713")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     half = [f"--{phase}.per_device_train_batch_size" for phase in ("pretrain", "finetune")]
     printed = run(output, half[0], "8", half[1], "8", launcher=launcher)
     assert printed.count("Written:") == 1
