@@ -60,7 +60,7 @@ def report_checkpoints(
     text = "\n\n".join(shown.to_markdown() for shown in (table, guides))
     (output / "table.md").write_text(text + "\n", encoding="utf-8")
     summary = _findings(steps, kl, coverage, passes)
-    command = shlex.join(["accelerate", "launch", *sys.argv])
+    command = shlex.join(["accelerate", "launch", "-m", "recipes.pretrain", *sys.argv[1:]])
     origin = provenance(command, seed=settings["run"].get("seed", 0))
     page = write_html_report(
         output / "report.html",

@@ -1,6 +1,6 @@
 """KL grows with the length of the response, coverage does not: graph search at several horizons and seeds.
 
-    python recipes/horizon.py --config recipes/graph_search/horizon_small.yaml
+    python -m recipes.horizon --config recipes/graph_search/horizon_small.yaml
 
 The configuration has a section for each dataclass below, one for the model and those of the `TrainingArguments`. Any
 value can be given on the command line too, as `--section.name value`, and those of `RunArguments` without a section.
@@ -22,9 +22,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from checkpoint_report import show
-from pretrain import KeepProfiles, ModelArguments, new_model, rows_seen, step_of, train
-from settings import parse_section, read_settings, refuse_other_settings
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
@@ -34,6 +31,9 @@ from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Cell, Interval, Table
 from hf_coverage.tasks.graph_dataset import GraphSearchDataset, collate_rows
 from hf_coverage.tasks.graph_search import GraphSearch
+from recipes.checkpoint_report import show
+from recipes.pretrain import KeepProfiles, ModelArguments, new_model, rows_seen, step_of, train
+from recipes.settings import parse_section, read_settings, refuse_other_settings
 
 
 @dataclass

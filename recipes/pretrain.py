@@ -1,11 +1,11 @@
 """Pre-train and fine-tune a small GPT-2 on graph search, with its coverage reported beside the loss.
 
-    accelerate launch recipes/pretrain.py --config recipes/graph_search/small.yaml
+    accelerate launch -m recipes.pretrain --config recipes/graph_search/small.yaml
 
 The configuration has a section for each dataclass below and one for the `TrainingArguments` of each phase. Any value
 can be given on the command line too, as `--section.name value`; those of `RunArguments` need no section:
 
-    accelerate launch recipes/pretrain.py --config ... --seed 1 --output_dir runs/x --finetune.max_steps 600
+    accelerate launch -m recipes.pretrain --config ... --seed 1 --output_dir runs/x --finetune.max_steps 600
 
 A run that was stopped goes on from its last checkpoint when the same command is given again.
 
@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from checkpoint_report import report_checkpoints
-from settings import Settings, parse_section, read_settings, refuse_other_settings
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
@@ -33,6 +31,8 @@ from hf_coverage import CoverageCallback
 from hf_coverage.measure.corpus import encode_corpus, reference_kind
 from hf_coverage.tasks.graph_dataset import GraphSearchDataset, collate_rows
 from hf_coverage.tasks.graph_search import GraphSearch
+from recipes.checkpoint_report import report_checkpoints
+from recipes.settings import Settings, parse_section, read_settings, refuse_other_settings
 
 
 @dataclass

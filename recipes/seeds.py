@@ -1,10 +1,10 @@
-"""A run of `pretrain.py` over several seeds, and in each the tournament's checkpoint against cross-entropy's.
+"""A run of `recipes.pretrain` over several seeds, and in each the tournament's checkpoint against cross-entropy's.
 
-    python recipes/seeds.py --config recipes/graph_search/small.yaml --output_dir runs/seeds --seeds 0 1 2 3 4
+    python -m recipes.seeds --config recipes/graph_search/small.yaml --output_dir runs/seeds --seeds 0 1 2 3 4
 
-Each seed is a run of `pretrain.py`, into `<output_dir>/seed-<seed>`, and a `hf-coverage tournament` over its
-checkpoints, the one before the fine-tuning included. All other arguments go to `pretrain.py`. What was stopped goes on
-where it was when the same command is given again, and what is there already is only read.
+Each seed is a run of `recipes.pretrain`, into `<output_dir>/seed-<seed>`, and a `hf-coverage tournament` over its
+checkpoints, the one before the fine-tuning included. All other arguments go to `recipes.pretrain`. What was stopped
+goes on where it was when the same command is given again, and what is there already is only read.
 
 Checkpoints are chosen on one corpus, by cross-entropy as by the tournament; KL, Cov_N and Pass@N of what was chosen
 are measured on another one. The rule for the tournament's N is fixed before anything is run: N is the number of
@@ -20,10 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from checkpoint_report import pass_at_n, show
 from matplotlib.axes import Axes
-from pretrain import SECTIONS, MeasureArguments, TaskArguments, last_checkpoint, new_task, step_of
-from settings import Settings, parse_section, read_settings, refuse_other_settings
 
 from hf_coverage import CoverageProfile
 from hf_coverage.functional.checks import FloatArray, metric_key
@@ -32,6 +29,9 @@ from hf_coverage.functional.statistics import clustered_mean, mean_interval
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Cell, Column, Interval, Table
 from hf_coverage.select.predictiveness import predictiveness
+from recipes.checkpoint_report import pass_at_n, show
+from recipes.pretrain import SECTIONS, MeasureArguments, TaskArguments, last_checkpoint, new_task, step_of
+from recipes.settings import Settings, parse_section, read_settings, refuse_other_settings
 
 LEVELS = (2, 3, 4, 5.7, 8, 12, 16)
 """The N at which tournaments are held, whatever is drawn."""
@@ -76,16 +76,15 @@ def main() -> None:
     for seed in args.seeds:
         folder = args.output_dir / f"seed-{seed}"
         if not any(folder.glob("results_*.json")):  # written last
-            here = Path(__file__).parent
-            call(here / "pretrain.py", *rest, "--seed", seed, "--output_dir", folder)
+            call("recipes.pretrain", *rest, "--seed", seed, "--output_dir", folder)
         result = hold_tournament(folder, selection, {*LEVELS, *measure.pass_at})
         runs.append(read_run(folder, seed, measure, result))
     report(args.output_dir, runs)
 
 
-def call(*words: object) -> None:
-    """Run Python on something, and fail where it fails."""
-    subprocess.run([sys.executable, *map(str, words)], check=True)
+def call(module: str, *words: object) -> None:
+    """Run a module, and fail where it fails."""
+    subprocess.run([sys.executable, "-m", module, *map(str, words)], check=True)
 
 
 def selection_corpus(folder: Path, settings: Settings, rows: int) -> Path:
@@ -102,7 +101,7 @@ def hold_tournament(folder: Path, selection: Path, levels: set[float]) -> dict[s
     checkpoints = sorted((folder / "finetune").glob("checkpoint-*"), key=step_of)
     sweep = ",".join(map(repr, sorted(levels)))
     options = ("--data", selection, "--sweep", sweep, "--output-dir", folder / "tournament")
-    call("-m", "hf_coverage", "tournament", last_checkpoint(folder / "pretrain"), *checkpoints, *options)
+    call("hf_coverage", "tournament", last_checkpoint(folder / "pretrain"), *checkpoints, *options)
     result: dict[str, Any] = json.loads((folder / "tournament" / "tournament.json").read_text(encoding="utf-8"))
     suggested = result["suggested_n"]
     if suggested is None or suggested in levels:

@@ -1,6 +1,6 @@
 """Time of an optimizer step with a normalised gradient, beside torch's foreach SGD with clipping.
 
-    python recipes/benchmarks/optimizer.py --output-dir runs/optimizer
+    python -m recipes.benchmarks.optimizer --output-dir runs/optimizer
 
 Runs on SmolLM2-135M's parameters in float32, everything in one process, the contenders taking turns.
 """

@@ -1,6 +1,6 @@
 """Scoring speed and memory beside lm-evaluation-harness, and beside the bare model calls that scoring needs.
 
-    python recipes/benchmarks/scoring.py --output-dir runs/scoring
+    python -m recipes.benchmarks.scoring --output-dir runs/scoring
 
 Runs on SmolLM2-135M in float32, everything in one process, the contenders taking turns.
 """

@@ -1,6 +1,6 @@
 """A tournament of 64 candidates on 1,000,000 rows, beside the plain double loop of numpy comparisons.
 
-    python recipes/benchmarks/tournament.py --output-dir runs/tournament
+    python -m recipes.benchmarks.tournament --output-dir runs/tournament
 
 Everything runs in one process, the contenders taking turns; the double loop's matrix and ours must be equal.
 """

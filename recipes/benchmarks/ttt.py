@@ -1,7 +1,7 @@
 """Time and memory of test-time training while sampling, beside plain sampling and beside autograd on a copied head.
 
-    python recipes/benchmarks/ttt.py --output-dir runs/ttt
-    python recipes/benchmarks/ttt.py --scopes --tokens 32 --rounds 1 --output-dir runs/ttt_scopes
+    python -m recipes.benchmarks.ttt --output-dir runs/ttt
+    python -m recipes.benchmarks.ttt --scopes --tokens 32 --rounds 1 --output-dir runs/ttt_scopes
 
 Runs on SmolLM2-135M in float32 through `generate`, everything in one process, the contenders taking turns.
 """

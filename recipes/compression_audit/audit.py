@@ -1,6 +1,6 @@
 """How much of a model's coverage survives a compression?
 
-    python recipes/compression_audit/audit.py --config recipes/compression_audit/small.yaml
+    python -m recipes.compression_audit.audit --config recipes/compression_audit/small.yaml
 
 Responses are sampled from the original, so that D is the original itself; every compression is then judged by the
 probability that is left to these responses, and by its perplexity on a real text beside it. Any field of
@@ -25,9 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from compress import compression
 from datasets import Dataset, load_from_disk
-from findings import Audit, audit_table, disagreement_table, draw_audit, explain, order_table
 from rich.console import Console
 from rich.table import Table as RichTable
 from transformers import (
@@ -45,6 +43,15 @@ from hf_coverage.report.html import Picture, write_html_report
 from hf_coverage.report.provenance import provenance
 from hf_coverage.report.results import coverage_results, write_results
 from hf_coverage.report.table import Table, format_cell
+from recipes.compression_audit.compress import compression
+from recipes.compression_audit.findings import (
+    Audit,
+    audit_table,
+    disagreement_table,
+    draw_audit,
+    explain,
+    order_table,
+)
 
 ORIGINAL = "original"
 SMOLLM2 = "SmolLM2-135M-Instruct"
@@ -78,7 +85,7 @@ class AuditArguments:
     text_tokens: int = field(default=64, metadata={"help": "Tokens judged in a window, after half as many to read."})
     compressions: list[str] = field(
         default_factory=lambda: ["bfloat16", "int8-dynamic", "int4-rtn-64"],
-        metadata={"help": "See `compress.compression`."},
+        metadata={"help": "See `compression`."},
     )
     n: list[float] = field(default_factory=lambda: [2, 4, 16, 64], metadata={"help": "The N to report."})
     headline_n: float = field(default=16, metadata={"help": "The N by which models are ordered."})
@@ -179,7 +186,9 @@ def audit_of(scores: dict[str, Dataset], texts: dict[str, Dataset], args: AuditA
 def report(output: Path, args: AuditArguments, audit: Audit, corpus: Dataset, console: Console) -> None:
     """Write the page, the results, the figure and the card, and print the table."""
     tables, summary = [audit_table(audit), order_table(audit), disagreement_table(audit)], explain(audit)
-    origin = provenance(shlex.join(["python", *sys.argv]), **facts(args, audit, corpus))
+    origin = provenance(
+        shlex.join(["python", "-m", "recipes.compression_audit.audit", *sys.argv[1:]]), **facts(args, audit, corpus)
+    )
     figure = output / "audit.png"
     draw_audit(audit, figure)
     page = write_html_report(

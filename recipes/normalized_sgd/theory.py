@@ -1,6 +1,6 @@
 """What the theory of coverage says about SGD, on the linear models that it is about.
 
-    python recipes/normalized_sgd/theory.py --config recipes/normalized_sgd/theory.yaml
+    python -m recipes.normalized_sgd.theory --config recipes/normalized_sgd/theory.yaml
 
 Plain SGD, its normalised, clipped and sign relatives and token-level SGD on an instance that is hard for every step
 size, over H, T and N; maximum likelihood over H; and the part of the inherent variance. Writes `table.md` and three
@@ -17,18 +17,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # settings.py, which all recipes share
-
 import numpy as np
-from learners import RULES, Data, ResponseLaw, train_sequences
-from likelihood import bits_coverage, likelihood_scaling
 from rich.console import Console
-from settings import parse_section, read_settings, refuse_other_settings
-from theory_findings import report
-from tokenwise import adapted_coverage, train_tokens
 
 from hf_coverage.functional.checks import FloatArray
 from hf_coverage.tasks.linear_instances import hard_instance, large_step_instance, small_step_instance
+from recipes.normalized_sgd.learners import RULES, Data, ResponseLaw, train_sequences
+from recipes.normalized_sgd.likelihood import bits_coverage, likelihood_scaling
+from recipes.normalized_sgd.theory_findings import report
+from recipes.normalized_sgd.tokenwise import adapted_coverage, train_tokens
+from recipes.settings import parse_section, read_settings, refuse_other_settings
 
 MARKS = 16
 """Iterates, evenly spaced, that an average over iterates is taken over."""

@@ -1,7 +1,7 @@
 """Does normalising the gradient help a real transformer? Six ways to train one, at equal steps and equal tuning.
 
-    python recipes/normalized_sgd/transformer.py --config recipes/normalized_sgd/transformer_graph.yaml
-    python recipes/normalized_sgd/transformer.py --config recipes/normalized_sgd/transformer_text.yaml
+    python -m recipes.normalized_sgd.transformer --config recipes/normalized_sgd/transformer_graph.yaml
+    python -m recipes.normalized_sgd.transformer --config recipes/normalized_sgd/transformer_text.yaml
 
 Every method has the same number of learning rates (section `rates`), seeds, steps and rows. The learning rate is
 chosen on one half of the held-out rows, and the other half is reported. Writes `table.md` and `transformer.png`. What
@@ -16,22 +16,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # settings.py and pretrain.py, which other recipes share
-
 import numpy as np
 import torch
-from pretrain import ModelArguments, TaskArguments
 from rich.console import Console
-from settings import Settings, parse_section, read_settings, refuse_other_settings
-from theory import remember
-from transformer_findings import START, Run, report
-from transformer_jobs import Job, TextArguments, graph_job, score, text_job
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from hf_coverage import NormalizedSGD, SequenceLossMixin
 from hf_coverage.optim.objectives import CoverageLoss
 from hf_coverage.optim.trainer import normalized_optimizer
+from recipes.normalized_sgd.theory import remember
+from recipes.normalized_sgd.transformer_findings import START, Run, report
+from recipes.normalized_sgd.transformer_jobs import Job, TextArguments, graph_job, score, text_job
+from recipes.pretrain import ModelArguments, TaskArguments
+from recipes.settings import Settings, parse_section, read_settings, refuse_other_settings
 
 
 @dataclass

@@ -1,18 +1,14 @@
 """What is trained on: the graph task of the main job, and the last layers of SmolLM2-135M on Python's own sources."""
 
 import copy
-import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # recipes.reasoning, whose model this is
-
 import numpy as np
 import torch
-from pretrain import ModelArguments, TaskArguments, new_model, new_task, rows_seen, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -21,6 +17,7 @@ from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.logprobs import sequence_logprobs
 from hf_coverage.measure.builders import windows_corpus
 from hf_coverage.tasks.graph_dataset import GraphSearchDataset, collate_rows
+from recipes.pretrain import ModelArguments, TaskArguments, new_model, new_task, rows_seen, train
 from recipes.reasoning.model import SMOLLM2, load_base, load_tokenizer
 
 IGNORE_INDEX = -100
@@ -66,7 +63,7 @@ def score(job: Job, model: PreTrainedModel, batch_size: int = 64) -> FloatArray:
 
 
 def graph_job(task_args: TaskArguments, model_args: ModelArguments, pretrain: TrainingArguments, *, rows: int) -> Job:
-    """The fine-tuning of `recipes/pretrain.py`, from the end of its pre-training."""
+    """The fine-tuning of `recipes.pretrain`, from the end of its pre-training."""
     task = new_task(task_args)
     torch.manual_seed(pretrain.seed)
     trainer = Trainer(

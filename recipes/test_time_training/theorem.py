@@ -15,20 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "normalized_sgd"))  # whose modules import each other by name
-
 import numpy as np
-from learners import Data, ResponseLaw
 from numpy.typing import NDArray
 from rich.console import Console
-from theory_findings import slope
-from tokenwise import follow
 
 from hf_coverage.functional.checks import TIE_TOLERANCE, FloatArray, metric_key
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Cell, Column, Table
 from hf_coverage.tasks.linear_instances import LinearInstance, small_step_instance
 from recipes.backtracking.compare import remember
+from recipes.normalized_sgd.learners import Data, ResponseLaw
+from recipes.normalized_sgd.theory_findings import slope
+from recipes.normalized_sgd.tokenwise import follow
 from recipes.settings import parse_section, read_settings, refuse_other_settings
 
 TTT = "token-level SGD + test-time training"

@@ -17,12 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hf_coverage import CoverageProfile, sample_corpus, score_responses
 from hf_coverage.functional.paired import paired_kl_difference
 from hf_coverage.inference.fingerprint import weight_fingerprint
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "compression_audit"))
-
-import audit
-import compress
-import findings
+from recipes.compression_audit import audit, compress, findings
 
 RECIPE = Path(audit.__file__).parent
 CALIBRATION = torch.arange(2, 34).reshape(4, 8)

@@ -13,14 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.measure.scoring import score_encoded
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "measure"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "normalized_sgd"))
-
-import small_tokenizers
-import transformer
-import transformer_findings as findings
-import transformer_jobs as jobs
+from recipes.normalized_sgd import transformer
+from recipes.normalized_sgd import transformer_findings as findings
+from recipes.normalized_sgd import transformer_jobs as jobs
+from tests.measure import small_tokenizers
 
 RECIPE = Path(transformer.__file__).parent
 RATES = {name: [0.001, 0.01] for name in transformer.METHODS}
