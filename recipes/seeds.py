@@ -22,16 +22,18 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from hf_coverage import CoverageProfile
 from hf_coverage.functional.checks import FloatArray, metric_key
 from hf_coverage.functional.predictiveness import RankCorrelations
 from hf_coverage.functional.statistics import clustered_mean, mean_interval
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Cell, Column, Interval, Table
 from hf_coverage.select.predictiveness import predictiveness
-from recipes.checkpoint_report import pass_at_n, show
-from recipes.pretrain import SECTIONS, MeasureArguments, TaskArguments, last_checkpoint, new_task, step_of
+from recipes.checkpoint_report import pass_at_n
+from recipes.pretrain import SECTIONS, MeasureArguments, TaskArguments, last_checkpoint, new_task
+from recipes.profiles import read_profiles, step_of
+from recipes.remember import remember_corpus
 from recipes.settings import Settings, parse_section, read_settings, refuse_other_settings
+from recipes.tables import show, write_tables
 
 LEVELS = (2, 3, 4, 5.7, 8, 12, 16)
 """The N at which tournaments are held, whatever is drawn."""
@@ -91,8 +93,8 @@ def selection_corpus(folder: Path, settings: Settings, rows: int) -> Path:
     """Write the corpus to choose on: of the same distribution as the one to measure on, and of another seed."""
     task_args = parse_section(TaskArguments, settings["task"])
     corpus_seed = parse_section(MeasureArguments, settings["measure"]).corpus_seed
-    corpus = new_task(task_args).corpus(rows, task_args.finetune_weights, seed=(corpus_seed, 3))
-    corpus.save_to_disk(folder)
+    task, weights = new_task(task_args), task_args.finetune_weights
+    remember_corpus(folder, lambda: task.corpus(rows, weights, seed=(corpus_seed, 3)))
     return folder
 
 
@@ -111,9 +113,8 @@ def hold_tournament(folder: Path, selection: Path, levels: set[float]) -> dict[s
 
 def read_run(folder: Path, seed: int, measure: MeasureArguments, result: dict[str, Any]) -> SeedRun:
     """Read what a seed has left behind."""
-    files = sorted((folder / "profiles").glob("step-*.json"), key=step_of)
-    profiles = [CoverageProfile.from_json(file) for file in files]
-    steps = [step_of(file) for file in files]
+    found = read_profiles(folder / "profiles")
+    steps, profiles = list(found), list(found.values())
     candidates = [0, *(int(name.rpartition("-")[2]) for name in result["names"][1:])]
     if steps != candidates:
         raise ValueError(f"{folder} measured the steps {steps} but kept the checkpoints {candidates}: keep the same.")
@@ -132,8 +133,7 @@ def report(output: Path, runs: list[SeedRun]) -> None:
     """Write `table.md`, `seeds.png` and `choice.png`, and print the tables."""
     rules = [SAMPLES, CROSS_ENTROPY, *(f"tournament, N = {metric_key(n)}" for n in LEVELS), SUGGESTED]
     tables = [curve_table(runs), guide_table(runs), choice_table(runs, rules), gain_table(runs, rules)]
-    text = "\n\n".join(f"{table.caption}\n\n{table.to_markdown()}" for table in tables)
-    (output / "table.md").write_text(text + "\n", encoding="utf-8")
+    write_tables(output / "table.md", tables)
     draw_curves(runs, output / "seeds.png")
     draw_choices(runs, rules, output / "choice.png")
     show(tables, [f"Written: {output / 'table.md'}, {output / 'seeds.png'} and {output / 'choice.png'}"])

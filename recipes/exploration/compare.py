@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from hf_coverage.decode.best_of_n_result import BestOfNResult
@@ -24,7 +23,6 @@ from hf_coverage.functional.statistics import clustered_mean, mean_interval
 from hf_coverage.measure.corpus import encode_prompts
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Cell, Column, Interval, Table
-from hf_coverage.report.terminal import rich_table
 from recipes.exploration.strategies import (
     DISTINCT,
     LIKELIEST,
@@ -38,9 +36,11 @@ from recipes.exploration.strategies import (
     rep_exp_orders,
 )
 from recipes.reasoning.finetune import Recipe, read_recipe, use_threads
-from recipes.reasoning.model import load_base, load_checkpoint, load_tokenizer
+from recipes.reasoning.model import load_base, load_checkpoint
 from recipes.reasoning.sample import sampled_checkpoints
 from recipes.reasoning.task import entry_corpus
+from recipes.smollm2 import load_tokenizer
+from recipes.tables import show, write_tables
 
 LAMBDA = 1.0
 OTHER_LAMBDAS = (0.01, 100.0)
@@ -49,7 +49,7 @@ CENTERED = "RepExp, centred"
 
 
 def main() -> None:
-    recipe, console = read_recipe(sys.argv[1:], __doc__), Console()
+    recipe = read_recipe(sys.argv[1:], __doc__)
     use_threads(recipe)
     folder = recipe.output / "exploration"
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,12 +73,9 @@ def main() -> None:
             chosen_table(samples, orders, levels, name),
         ]
         curves[name] = {key: values for key, values in passes.items() if "lambda" not in key}
-    text = "\n\n".join(f"{table.caption}\n\n{table.to_markdown()}" for table in tables)
-    (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
+    write_tables(folder / "tables.md", tables)
     draw(folder / "pass_at_k.png", curves, recipe.measure.pass_at)
-    for table in tables:
-        console.print(rich_table(table))
-    console.print(f"Written: {folder}", highlight=False, markup=False)
+    show(tables, [f"Written: {folder}"])
 
 
 def read_samples(recipe: Recipe, step: int, prompts: list[list[int]], model: PreTrainedModel) -> Samples:

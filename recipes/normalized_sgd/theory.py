@@ -8,7 +8,6 @@ figures. Any value of the configuration can be given on the command line, as `--
 where it was when the same command is given again.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from recipes.normalized_sgd.learners import RULES, Data, ResponseLaw, train_sequ
 from recipes.normalized_sgd.likelihood import bits_coverage, likelihood_scaling
 from recipes.normalized_sgd.theory_findings import report
 from recipes.normalized_sgd.tokenwise import adapted_coverage, train_tokens
+from recipes.remember import remember
 from recipes.settings import parse_section, read_settings, refuse_other_settings
 
 MARKS = 16
@@ -75,9 +75,9 @@ def main() -> None:
     results = {}
     for index, (name, experiment) in enumerate(parts.items()):
         start = time.monotonic()
-        results[name] = remember(output / "parts" / f"{name}.json", experiment)
+        results[name] = remember(output / "parts", (name,), experiment)
         console.print(f"[{index + 1}/{len(parts)}] {name} ({time.monotonic() - start:.0f} s)", markup=False)
-    report(output, args, results, console)
+    report(output, args, results)
 
 
 def experiments(args: TheoryArguments) -> dict[str, Callable[[], Any]]:
@@ -105,17 +105,6 @@ def experiments(args: TheoryArguments) -> dict[str, Callable[[], Any]]:
     for horizon in args.token_horizons:
         parts[f"tokens-{horizon}"] = partial(over_token_rates, args, horizon)
     return parts
-
-
-def remember(file: Path, experiment: Callable[[], Any]) -> Any:
-    """The result of an experiment, kept in a file."""
-    if not file.exists():
-        text = json.dumps(experiment())
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.rename(file)
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def over_rates(

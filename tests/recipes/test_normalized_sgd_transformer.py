@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_coverage.inference.encoded_rows import EncodedCorpus
@@ -107,7 +106,7 @@ def test_learning_rates_are_chosen_on_one_half_and_reported_on_the_other(tmp_pat
     even, odd = np.log([[0.9, 0.1] * 20]), np.log([[0.1, 0.9] * 20])
     rates = [findings.Run(0.1, even), findings.Run(0.2, odd), findings.Run(0.3, odd)]
     runs = {findings.START: [findings.Run(None, odd)], findings.BASELINE: rates}
-    findings.report(tmp_path, measure, SimpleNamespace(groups=np.arange(40)), runs, Console(quiet=True))
+    findings.report(tmp_path, measure, SimpleNamespace(groups=np.arange(40)), runs)
     for table in (tmp_path / "table.md").read_text().split("\n\n")[1::2]:
         *_, start, baseline = (line.split(" | ") for line in table.strip().splitlines())
         assert baseline[1] == "0.1 ↓"

