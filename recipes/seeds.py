@@ -24,7 +24,6 @@ from matplotlib.axes import Axes
 
 from hf_coverage.functional.checks import FloatArray, metric_key
 from hf_coverage.functional.predictiveness import RankCorrelations
-from hf_coverage.functional.statistics import clustered_mean, mean_interval
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Cell, Column, Interval, Table
 from hf_coverage.select.predictiveness import predictiveness
@@ -33,7 +32,7 @@ from recipes.pretrain import SECTIONS, MeasureArguments, TaskArguments, last_che
 from recipes.profiles import read_profiles, step_of
 from recipes.remember import remember_corpus
 from recipes.settings import Settings, parse_section, read_settings, refuse_other_settings
-from recipes.tables import show, write_tables
+from recipes.tables import interval_of, show, write_tables
 
 LEVELS = (2, 3, 4, 5.7, 8, 12, 16)
 """The N at which tournaments are held, whatever is drawn."""
@@ -250,8 +249,7 @@ def _mean(values: FloatArray) -> Interval | float:
     """Mean over seeds with its interval; without one where there is one seed."""
     if len(values) == 1:
         return float(values[0])
-    estimate = clustered_mean(values)
-    return Interval(estimate.mean, *mean_interval(estimate))
+    return interval_of(values)
 
 
 def _course(run: SeedRun, curve: FloatArray, sign: int) -> str:

@@ -1,18 +1,26 @@
-"""Tables of a recipe's results, in its report and in the terminal."""
+"""Tables of a recipe's results: cells of them, in its report and in the terminal."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from hf_coverage.functional.checks import FloatArray
+from hf_coverage.functional.statistics import clustered_mean, mean_interval
 from hf_coverage.inference.files import write_atomically
-from hf_coverage.report.table import Table
+from hf_coverage.report.table import Interval, Table
 from hf_coverage.report.terminal import rich_table
 
-__all__ = ["show", "write_tables"]
+__all__ = ["interval_of", "show", "write_tables"]
 
 WIDTH = 200
 """Columns of a pipe, which has none of its own."""
+
+
+def interval_of(values: FloatArray, *, groups: FloatArray | None = None) -> Interval:
+    """A mean with its 95 % interval, over values or over groups of them that are not independent."""
+    estimate = clustered_mean(values, groups=groups)
+    return Interval(estimate.mean, *mean_interval(estimate))
 
 
 def write_tables(path: Path, tables: Sequence[Table], remarks: Sequence[str] = ()) -> None:

@@ -81,7 +81,11 @@ def main() -> None:
     corpora = {
         part: remember_corpus(output / part, partial(sampled, teacher, tokenizer, args, part)) for part in TOPICS
     }
-    run_of = partial(remembered_run, teacher, corpora, args)
+
+    def run_of(arm: str, rate: float, seed: int) -> Run:
+        experiment = partial(train_and_judge, arm, rate, seed, teacher, corpora, args)
+        return Run(**remember(output / "runs", (arm, rate, seed), experiment))
+
     runs = [run_of(BEFORE, 0.0, args.seeds[0])]
     for seed in args.seeds:
         for arm in ARMS:
@@ -113,26 +117,13 @@ def sampled(
     return corpus.add_column("document", windows["document"][:])
 
 
-def remembered_run(
-    teacher: PreTrainedModel,
-    corpora: dict[str, Dataset],
-    args: DistillationArguments,
-    arm: str,
-    rate: float,
-    seed: int,
-) -> Run:
-    """Train and judge one student, or read what was found."""
-    experiment = partial(train_and_judge, teacher, corpora, args, arm, rate, seed)
-    return Run(**remember(Path(args.output_dir) / "runs", (arm, rate, seed), experiment))
-
-
 def train_and_judge(
-    teacher: PreTrainedModel,
-    corpora: dict[str, Dataset],
-    args: DistillationArguments,
     arm: str,
     rate: float,
     seed: int,
+    teacher: PreTrainedModel,
+    corpora: dict[str, Dataset],
+    args: DistillationArguments,
 ) -> dict[str, Any]:
     """Train and judge one student: the fields of a `Run`."""
     print(f"{arm}, step size {rate:g}, seed {seed}", flush=True)

@@ -11,10 +11,10 @@ from hf_coverage import CoverageProfile
 from hf_coverage.functional.bounds import pass_probabilities
 from hf_coverage.functional.checks import FloatArray, metric_key
 from hf_coverage.functional.paired import paired_coverage_difference
-from hf_coverage.functional.statistics import bounded_mean_interval, clustered_mean, mean_interval
+from hf_coverage.functional.statistics import bounded_mean_interval, clustered_mean
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Cell, Column, Interval, Table
-from recipes.tables import show, write_tables
+from recipes.tables import interval_of, show, write_tables
 
 START = "before"
 BASELINE = "normalised SGD"
@@ -73,8 +73,7 @@ def results_table(
     rows: list[list[Cell]] = []
     for name, run in chosen.items():
         profile, groups = half.of(run), half.groups_of(run)
-        loss = clustered_mean(profile.log_ratios, groups=groups)
-        row: list[Cell] = [name, label_of(run, runs[name]), Interval(loss.mean, *mean_interval(loss))]
+        row: list[Cell] = [name, label_of(run, runs[name]), interval_of(profile.log_ratios, groups=groups)]
         row += [Interval(profile.cov(n), *profile.interval(n)) for n in measure.n]
         for n in measure.pass_at:
             passed = clustered_mean(pass_probabilities(-profile.log_ratios, n), groups=groups)
