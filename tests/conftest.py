@@ -9,17 +9,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from recipes.smollm2 import SMOLLM2, pretrained_source
+from recipes.smollm2 import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct in float32 and its tokenizer."""
-    source = pretrained_source(SMOLLM2)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(**source)
+    return load_model(), load_tokenizer()
 
 
 @pytest.fixture

@@ -2,21 +2,18 @@
 
 from collections.abc import Sequence
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from recipes.smollm2 import pretrained_source
+from recipes.smollm2 import load_model, load_tokenizer
 
 __all__ = ["freeze_below", "load_teacher", "without_layers"]
 
 
 def load_teacher(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the teacher in float32: SmolLM2-135M-Instruct from its package, else a folder or Hub id (Llama-like)."""
+    """Load the teacher, which must be Llama-like."""
     logging.disable_progress_bar()
-    source = pretrained_source(name)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(**source)
+    return load_model(name), load_tokenizer(name)
 
 
 def without_layers(teacher: PreTrainedModel, dropped: Sequence[int]) -> PreTrainedModel:

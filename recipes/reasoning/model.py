@@ -5,18 +5,20 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from recipes.smollm2 import SMOLLM2, SMOLLM2_HUB_ID, pretrained_source
+from recipes.smollm2 import SMOLLM2, load_model
 
-__all__ = ["add_adapter", "load_base", "load_checkpoint", "load_tokenizer"]
+__all__ = ["SMOLLM2_HUB_ID", "add_adapter", "load_base", "load_checkpoint"]
+
+SMOLLM2_HUB_ID = f"HuggingFaceTB/{SMOLLM2}"
 
 
 def load_base(name: str) -> PreTrainedModel:
-    """Load a model in float32: SmolLM2-135M-Instruct from its package, else a folder or Hub id."""
+    """Load a model by `load_model`, as one that can be trained."""
     logging.disable_progress_bar()
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**pretrained_source(name), dtype=torch.float32)
+    loaded = load_model(name)
     if name != SMOLLM2:
         return loaded
     # A model that came from GGUF counts as quantised for ever: it can be neither trained nor saved.
@@ -26,11 +28,6 @@ def load_base(name: str) -> PreTrainedModel:
     model.generation_config = loaded.generation_config
     model.config._name_or_path = SMOLLM2_HUB_ID  # what the adapter's configuration names as its base
     return model
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model."""
-    return AutoTokenizer.from_pretrained(**pretrained_source(name))
 
 
 def add_adapter(model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, seed: int) -> PeftModel:

@@ -8,6 +8,7 @@ from hf_coverage.functional.coverage import coverage
 from hf_coverage.functional.paired import paired_coverage_difference, paired_kl_difference
 from hf_coverage.report.table import Cell, Column, Interval, Table
 from hf_coverage.select.tune_ttt import split_groups
+from recipes.tables import interval_of
 from recipes.test_time_training.following import PLAIN
 from recipes.test_time_training.measured import (
     MODES,
@@ -15,7 +16,6 @@ from recipes.test_time_training.measured import (
     Results,
     change_a_token,
     first_of,
-    interval_of,
     log_ratios_of,
     telling_n,
 )

@@ -8,19 +8,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.measure.scoring import score_encoded
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "measure"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "normalized_sgd"))
-
-import small_tokenizers
-import transformer
-import transformer_findings as findings
-import transformer_jobs as jobs
+from recipes.normalized_sgd import transformer
+from recipes.normalized_sgd import transformer_findings as findings
+from recipes.normalized_sgd import transformer_jobs as jobs
+from tests.measure import small_tokenizers
 
 RECIPE = Path(transformer.__file__).parent
 RATES = {name: [0.001, 0.01] for name in transformer.METHODS}
@@ -111,7 +106,7 @@ def test_learning_rates_are_chosen_on_one_half_and_reported_on_the_other(tmp_pat
     even, odd = np.log([[0.9, 0.1] * 20]), np.log([[0.1, 0.9] * 20])
     rates = [findings.Run(0.1, even), findings.Run(0.2, odd), findings.Run(0.3, odd)]
     runs = {findings.START: [findings.Run(None, odd)], findings.BASELINE: rates}
-    findings.report(tmp_path, measure, SimpleNamespace(groups=np.arange(40)), runs, Console(quiet=True))
+    findings.report(tmp_path, measure, SimpleNamespace(groups=np.arange(40)), runs)
     for table in (tmp_path / "table.md").read_text().split("\n\n")[1::2]:
         *_, start, baseline = (line.split(" | ") for line in table.strip().splitlines())
         assert baseline[1] == "0.1 ↓"
