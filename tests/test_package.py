@@ -25,12 +25,25 @@ FLOORS["__version__"] = -1  # the one thing that the package's front door itself
 TOP = 8  # the command line and the front door
 
 
-def test_importing_the_package_is_light():
-    check = "import sys, hf_coverage; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", check], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
-    )
-    assert done.stdout.strip() == "[]"
+def in_a_new_interpreter(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("statement", "heavy"),
+    [
+        ("import hf_coverage", {"torch", "transformers", "datasets", "matplotlib", "scipy"}),
+        ("from hf_coverage import CoverageProfile", {"torch", "transformers", "datasets", "matplotlib"}),
+    ],
+)
+def test_importing_is_light(statement, heavy):
+    assert in_a_new_interpreter(f"import sys; {statement}; print(sorted({heavy} & set(sys.modules)))") == "[]"
+
+
+def test_the_first_plot_imports_matplotlib():
+    code = "import sys; from hf_coverage import CoverageProfile as P; P.from_logprobs([-1.0]).plot(); "
+    assert in_a_new_interpreter(code + "print('matplotlib' in sys.modules, 'torch' in sys.modules)") == "True False"
 
 
 @pytest.mark.parametrize("name", hf_coverage.__all__)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from hf_coverage.functional.best_of_n import best_of_n_reward, pass_at_n
@@ -23,6 +22,8 @@ from hf_coverage.inference.files import write_atomically
 from hf_coverage.plots import BestOfNCurve, plot_best_of_n
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from hf_coverage.measure.profile import CoverageProfile
 
 __all__ = ["BestOfNResult", "Estimate", "Prediction"]
