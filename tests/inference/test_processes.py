@@ -10,6 +10,8 @@ import pytest
 
 from hf_coverage.inference.processes import map_over_processes, split_over_processes
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
