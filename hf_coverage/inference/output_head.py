@@ -42,7 +42,7 @@ class OutputHead:
     @property
     def weight(self) -> Tensor:
         """W `(V, d)` of a linear head."""
-        return self.module.weight  # type: ignore[return-value]  # a module's attributes are of any type
+        return self.module.weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -116,7 +116,7 @@ def find_head(model: nn.Module) -> OutputHead:
     for module in model.modules():
         # The class is asked: wrappers pass on whatever they do not have, and are not what `generate` runs.
         if hasattr(type(module), "get_output_embeddings"):
-            head = module.get_output_embeddings()  # type: ignore[operator]  # a method, as its class has it
+            head = module.get_output_embeddings()
             if head is not None:
                 return OutputHead(module, head)
     raise ValueError(

@@ -65,7 +65,7 @@ def map_over_processes(
 
     Args:
         function: What to call.
-        items: The same on every process.
+        items: The same on every process; None is none.
         after_round: Called on every process after each round with the items of all processes in it, and with its own,
             None where there was none left. Here a process reports, and takes part in passes of a sharded model that
             the others have made, which wait for it.
@@ -83,9 +83,10 @@ def map_over_processes(
 
     def run(own: Sequence[_T]) -> Iterator[_R]:
         for index, start in enumerate(range(0, len(items), size)):
-            mine = own[index : index + 1]
-            yield from map(function, mine)
+            mine = own[index] if index < len(own) else None
+            if mine is not None:
+                yield function(mine)
             if after_round is not None:
-                after_round(items[start : start + size], *(mine or [None]))
+                after_round(items[start : start + size], mine)
 
     return split_over_processes(lambda own: list(run(own)), items)
