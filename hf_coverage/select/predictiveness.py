@@ -174,7 +174,7 @@ def predictiveness(
         raise ValueError("`n` must hold at least one N for Cov_N, but is empty.")
     _check_one_corpus(profiles)
     first = profiles[0]
-    names = {value: first.quantity.replace("Cov_N", f"Cov_{metric_key(value)}") for value in levels}
+    names = {value: first.label(value) for value in levels}
     ratios = np.array([profile.log_ratios for profile in profiles])
     guides: dict[str, NDArray[Any]] = {}
     if first.logprobs is not None:

@@ -86,7 +86,7 @@ class Coverage(evaluate.Metric):
             hits = coverage.reached(log_ratios, value)
             share = statistics.clustered_mean(hits, groups=codes)
             interval = statistics.proportion_interval(hits, groups=codes, confidence=confidence)
-            results |= _entries(f"cov_{checks.metric_key(value)}", share, interval)
+            results |= _entries(checks.coverage_key(value), share, interval)
         for key, values in (("kl", log_ratios), ("cross_entropy", -logprobs)):
             estimate = statistics.clustered_mean(values, groups=codes)
             results |= _entries(key, estimate, statistics.mean_interval(estimate, confidence))

@@ -92,7 +92,7 @@ class CoverageComparison(evaluate.Comparison):
         for value in n if isinstance(n, Iterable) else [n]:
             test = paired.paired_coverage_difference(ratios1, ratios2, value, groups=codes, confidence=confidence)
             levels = coverage.coverage(ratios1, value), coverage.coverage(ratios2, value)
-            results |= _entries(f"cov_{checks.metric_key(value)}", levels, test)
+            results |= _entries(checks.coverage_key(value), levels, test)
         test = paired.paired_kl_difference(ratios1, ratios2, groups=codes, confidence=confidence)
         return results | _entries("kl", (ratios1.mean(), ratios2.mean()), test)
 
