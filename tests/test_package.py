@@ -1,4 +1,5 @@
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import hf_coverage
+from hf_coverage import functional
 
 PACKAGE = Path(hf_coverage.__file__).parent
 FLOORS = {
@@ -34,6 +36,7 @@ def in_a_new_interpreter(code):
     ("statement", "heavy"),
     [
         ("import hf_coverage", {"torch", "transformers", "datasets", "matplotlib", "scipy"}),
+        ("import hf_coverage.functional", {"torch", "transformers", "datasets", "matplotlib", "scipy"}),
         ("from hf_coverage import CoverageProfile", {"torch", "transformers", "datasets", "matplotlib"}),
     ],
 )
@@ -52,9 +55,41 @@ def test_every_public_name_is_there_and_documented(name):
     assert name in dir(hf_coverage)
 
 
-def test_unknown_names_are_attribute_errors():
-    with pytest.raises(AttributeError, match="no attribute 'Coverage'"):
-        _ = hf_coverage.Coverage
+@pytest.mark.parametrize("package", [hf_coverage, functional], ids=lambda package: package.__name__)
+def test_unknown_names_are_attribute_errors(package):
+    with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'Coverage'"):
+        _ = package.Coverage
+
+
+FUNCTIONAL = sorted(path.stem for path in (PACKAGE / "functional").glob("[!_]*.py"))
+
+
+def defined(path):
+    """Names without underscore that a module's own top level defines."""
+    for node in ast.parse(path.read_text()).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+        names = [getattr(target, "id", getattr(target, "name", None)) for target in targets]
+        yield from (name for name in names if name and not name.startswith("_"))
+
+
+@pytest.mark.parametrize("module", FUNCTIONAL)
+def test_floor_0_has_every_public_name_of_its_modules(module):
+    home = importlib.import_module(f"hf_coverage.functional.{module}")
+    assert set(home.__all__) == set(defined(Path(home.__file__)))
+    missing = set(home.__all__) - set(dir(functional))
+    assert not missing, f"add {sorted(missing)} of {module} to `_HOMES` of functional/__init__.py"
+    assert f"    from hf_coverage.functional.{module} import *\n" in Path(functional.__file__).read_text()
+    assert all(getattr(functional, name) is getattr(home, name) for name in home.__all__)
+
+
+def test_a_name_of_floor_0_means_one_thing_in_any_order_of_import():
+    assert not set(FUNCTIONAL) & set(functional.__all__)
+    start = f"import importlib, hf_coverage.functional as f; modules = {FUNCTIONAL}\n"
+    names = "found = [getattr(f, name) for name in f.__all__]\n"
+    homes = "homes = [importlib.import_module('hf_coverage.functional.' + module) for module in modules]\n"
+    same = "print(all(a is b for a, b in zip(found, [getattr(f, name) for name in f.__all__])), len(found))"
+    done = {in_a_new_interpreter(start + first + then + same) for first, then in ((names, homes), (homes, names))}
+    assert done == {f"True {len(functional.__all__)}"}
 
 
 def modules():

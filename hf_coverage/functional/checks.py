@@ -7,6 +7,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
+    "ROUNDING",
+    "TIE_TOLERANCE",
+    "FloatArray",
+    "IntArray",
     "ReferenceKind",
     "check_confidence",
     "check_log_ratios",

@@ -22,7 +22,7 @@ from hf_coverage.functional.checks import (
     coverage_key,
     metric_key,
 )
-from hf_coverage.functional.coverage import coverage, coverage_interval, log_ratios, reached, smallest_n
+from hf_coverage.functional.coverage_profile import coverage, coverage_interval, log_ratios, reached, smallest_n
 from hf_coverage.functional.statistics import MeanEstimate, clustered_mean, group_codes, row_weights
 from hf_coverage.inference.files import read_json
 from hf_coverage.plots import ProfileCurve, plot_profiles

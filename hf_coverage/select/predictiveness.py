@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hf_coverage.functional.bounds import pass_probabilities
 from hf_coverage.functional.checks import check_n, metric_key
-from hf_coverage.functional.coverage import reached
+from hf_coverage.functional.coverage_profile import reached
 from hf_coverage.functional.predictiveness import RankCorrelations, rank_correlations
 from hf_coverage.inference.files import strict_json
 from hf_coverage.measure.profile import CoverageProfile

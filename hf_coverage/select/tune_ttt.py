@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hf_coverage.functional.checks import metric_key
-from hf_coverage.functional.coverage import smallest_n
+from hf_coverage.functional.coverage_profile import smallest_n
 from hf_coverage.functional.paired import paired_coverage_difference, paired_kl_difference
 from hf_coverage.functional.statistics import group_codes
 from hf_coverage.functional.ttt_config import StepRule
