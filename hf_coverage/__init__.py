@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hf_coverage.optim.normalized import NormalizedGradient
     from hf_coverage.optim.objectives import CoverageLoss, log_linear_n
     from hf_coverage.optim.sgd import NormalizedSGD
+    from hf_coverage.optim.token_level import token_level_sgd
     from hf_coverage.optim.trainer import SequenceLossMixin, normalized_optimizer
     from hf_coverage.select.callback import TournamentCallback
     from hf_coverage.select.predictiveness import PredictivenessResult, predictiveness
@@ -77,6 +78,7 @@ _HOMES = {
     "select_diverse": "decode.exploration",
     "single_answer_corpus": "measure.builders",
     "teacher_scored_corpus": "measure.builders",
+    "token_level_sgd": "optim.token_level",
     "tournament": "select.tournament",
     "ttt_generate": "ttt.generate",
     "tune_ttt": "select.tune_ttt",
@@ -123,6 +125,7 @@ __all__ = [
     "select_diverse",
     "single_answer_corpus",
     "teacher_scored_corpus",
+    "token_level_sgd",
     "tournament",
     "ttt_generate",
     "tune_ttt",

@@ -1,5 +1,6 @@
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -124,3 +125,57 @@ def test_imports_point_down_only(path):
 @pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_user_input_is_never_checked_by_assert(path):
     assert not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(path.read_text())))
+
+
+FIRST_PARTY = {"hf_coverage", "recipes", "tests"}
+DISTRIBUTIONS = {"yaml": "pyyaml"}
+WRITTEN_BY_TESTS = {"only-here"}
+
+
+def distribution(name):
+    """How pip calls a module, or what a requirement asks for."""
+    name = re.match(r"[\w.-]+", name.split(".")[0])[0].lower()
+    return DISTRIBUTIONS.get(name, re.sub(r"[-_.]+", "-", name))
+
+
+def third_party(path):
+    """What a file imports of other projects, and whether it does so whenever it is imported itself."""
+    tree = ast.parse(path.read_text())
+    always = {id(node) for top in tree.body if isinstance(top, (ast.Import, ast.ImportFrom)) for node in ast.walk(top)}
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("import_module", "importorskip"):
+            names = [argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)]
+        for name in names:
+            if name.split(".")[0] not in FIRST_PARTY | sys.stdlib_module_names:
+                yield distribution(name), id(node) in always
+
+
+@pytest.fixture(scope="module")
+def declared():
+    project = pytest.importorskip("tomllib").loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"] | {"": project["dependencies"]}
+    return {extra: {distribution(text) for text in texts} for extra, texts in extras.items()}
+
+
+def test_the_package_imports_what_it_declares_and_nothing_else(declared):
+    imports = {found for path in PACKAGE.rglob("*.py") for found in third_party(path)}
+    always = {name for name, is_always in imports if is_always}
+    assert not always - declared[""], "declare in `dependencies` of pyproject.toml"
+    assert not {name for name, _ in imports} - set().union(*declared.values()), "declare in an extra of pyproject.toml"
+    assert not declared[""] - {name for name, _ in imports}, "nothing imports what is declared"
+
+
+@pytest.mark.parametrize(("folder", "extras"), [("recipes", ["", "recipes"]), ("tests", ["", "recipes", "test"])])
+def test_recipes_and_tests_import_what_is_declared(declared, folder, extras):
+    paths = sorted((PACKAGE.parent / folder).rglob("*.py"))
+    siblings = {
+        distribution(path.stem) for top in ("recipes", "tests") for path in (PACKAGE.parent / top).rglob("*.py")
+    }
+    allowed = set().union(*(declared[extra] for extra in extras)) | siblings | WRITTEN_BY_TESTS
+    missing = {name: path for path in paths for name, _ in third_party(path) if name not in allowed}
+    assert not missing, f"declare in pyproject.toml: {missing}"

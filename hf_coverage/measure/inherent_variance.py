@@ -182,8 +182,7 @@ def require_linear_head(model: nn.Module) -> nn.Linear:
     if not isinstance(forward.head, nn.Linear):
         raise ValueError(
             f"`model` must have a linear output head, whose features are e_y (x) h_t, but that of {name} is a "
-            f"{type(forward.head).__name__}. Merge adapters first (`merge_and_unload`); for an autoregressive linear "
-            "model see `tasks.linear_exact`."
+            f"{type(forward.head).__name__}. Merge adapters first (`merge_and_unload`)."
         )
     with inference(forward.model):
         if not forward.probe().plain_head:

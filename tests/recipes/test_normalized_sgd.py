@@ -13,9 +13,9 @@ from scipy.optimize import minimize
 
 from hf_coverage.optim.sgd import NormalizedSGD
 from hf_coverage.optim.token_level import token_level_sgd
-from hf_coverage.tasks.linear_exact import enumerate_responses
 from hf_coverage.tasks.linear_instances import hard_instance, large_step_instance
 from tests import reference
+from tests.tasks.linear_exact import enumerate_responses
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "normalized_sgd"))
 
