@@ -32,8 +32,7 @@ from hf_coverage import CoverageCallback, CoverageProfile
 from hf_coverage.functional.checks import FloatArray, metric_key
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Cell, Interval, Table
-from hf_coverage.tasks.graph_dataset import GraphSearchDataset, collate_rows
-from hf_coverage.tasks.graph_search import GraphSearch
+from hf_coverage.tasks.graph_search import GraphSearch, GraphSearchDataset, collate_rows
 
 
 @dataclass

@@ -141,8 +141,8 @@ def measure(
         scoring: see `measure_inherent_variance`.
     """
     from hf_coverage.measure.corpus import encode_corpus
-    from hf_coverage.measure.gradient_norm import gradient_norms
     from hf_coverage.measure.inherent_variance import (
+        gradient_norms,
         head_norm,
         is_tied,
         measure_inherent_variance,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hf_coverage.functional.bounds import *
     from hf_coverage.functional.checks import *
     from hf_coverage.functional.coverage_profile import *
+    from hf_coverage.functional.coverage_watch import *
     from hf_coverage.functional.distillation import *
     from hf_coverage.functional.exploration import *
     from hf_coverage.functional.fast_weights import *
@@ -76,6 +77,12 @@ _HOMES = {
         "reached",
         "smallest_n",
         "stopped_kl",
+    ),
+    "coverage_watch": (
+        "BestEvaluation",
+        "WatchState",
+        "Worsening",
+        "update_watch",
     ),
     "distillation": (
         "TokenRows",

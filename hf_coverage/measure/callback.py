@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArgument
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_coverage.functional.checks import check_n, coverage_key
+from hf_coverage.functional.coverage_watch import WatchState, Worsening, update_watch
 from hf_coverage.measure.corpus_callback import CorpusCallback
-from hf_coverage.measure.coverage_watch import WatchState, Worsening, update_watch
 from hf_coverage.measure.engine import ScoringOptions
 from hf_coverage.measure.evaluation_callback import CoverageWarning
 from hf_coverage.measure.profile import CoverageProfile

@@ -23,8 +23,7 @@ from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.statistics import clustered_mean, mean_interval
 from hf_coverage.measure.corpus import encode_prompts
 from hf_coverage.plots import COLORS, new_axes, save_figure
-from hf_coverage.report.table import Cell, Column, Interval, Table
-from hf_coverage.report.terminal import rich_table
+from hf_coverage.report.table import Cell, Column, Interval, Table, rich_table
 from recipes.exploration.strategies import (
     DISTINCT,
     LIKELIEST,

@@ -20,7 +20,7 @@ from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBa
 from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.logprobs import sequence_logprobs
 from hf_coverage.measure.builders import windows_corpus
-from hf_coverage.tasks.graph_dataset import GraphSearchDataset, collate_rows
+from hf_coverage.tasks.graph_search import GraphSearchDataset, collate_rows
 from recipes.reasoning.model import SMOLLM2, load_base, load_tokenizer
 
 IGNORE_INDEX = -100

@@ -21,8 +21,7 @@ from hf_coverage.report.card import write_model_card
 from hf_coverage.report.html import Picture, write_html_report
 from hf_coverage.report.provenance import provenance
 from hf_coverage.report.results import coverage_results, write_results
-from hf_coverage.report.table import Cell, Column, Interval, Table
-from hf_coverage.report.terminal import rich_table
+from hf_coverage.report.table import Cell, Column, Interval, Table, rich_table
 from hf_coverage.select.predictiveness import predictiveness
 from recipes.reasoning.choices import (
     CROSS_ENTROPY,

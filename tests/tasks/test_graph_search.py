@@ -11,8 +11,7 @@ from scipy.stats import binomtest, chisquare
 from transformers import AutoTokenizer
 
 from hf_coverage.measure.corpus import encode_corpus, reference_kind
-from hf_coverage.tasks.graph_dataset import GraphSearchDataset, collate_rows
-from hf_coverage.tasks.graph_search import GraphSearch, PathClass
+from hf_coverage.tasks.graph_search import GraphSearch, GraphSearchDataset, PathClass, collate_rows
 from hf_coverage.tasks.graph_tokenizer import encode_prompts, graph_tokenizer
 from hf_coverage.tasks.layered_graphs import LayeredGraphs, is_valid_path, valid_paths
 from tests.tasks.graph_reference import canonical, parse_prompts
