@@ -104,7 +104,7 @@ def imported(path):
         if isinstance(node, ast.ImportFrom) and node.module == "hf_coverage":
             yield from ((alias.name,) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_coverage."):
-            yield tuple(node.module.split(".")[1:])
+            yield from ((*node.module.split(".")[1:], alias.name) for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (tuple(a.name.split(".")[1:]) for a in node.names if a.name.split(".")[0] == "hf_coverage")
 
@@ -179,3 +179,61 @@ def test_recipes_and_tests_import_what_is_declared(declared, folder, extras):
     allowed = set().union(*(declared[extra] for extra in extras)) | siblings | WRITTEN_BY_TESTS
     missing = {name: path for path in paths for name, _ in third_party(path) if name not in allowed}
     assert not missing, f"declare in pyproject.toml: {missing}"
+
+
+MAP = (PACKAGE / "README.md").read_text()
+LINE = re.compile(r"^- `([^`]+)`: (.+?)(?: Used by `([^`]+)` alone: (.+))?$", re.MULTILINE)
+ROOMS = [*(name for name in FLOORS if not name.startswith("_")), "cli"]
+
+
+def files():
+    return [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".j2")]
+
+
+def relative(path):
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def importers():
+    """The modules of the package that each of its modules is imported by; front doors hand out what they import."""
+    known = {relative(path).removesuffix(".py"): relative(path) for path in modules()}
+    found, handed_out = {path: set() for path in known.values()}, set()
+    for path in modules():
+        for target in imported(path):
+            # the last part is a module, or a name in one
+            for parts in (target, target[:-1]):
+                if "/".join(parts) in known:
+                    found[known["/".join(parts)]].add(relative(path))
+                    break
+    for door in ("__init__.py", "functional/__init__.py", "cli.py", "__main__.py"):
+        handed_out |= {path for path, by in found.items() if door in by}
+    return {path: by for path, by in found.items() if path not in handed_out and not path.endswith("__init__.py")}
+
+
+def test_every_file_has_its_line_in_the_map_and_every_line_its_file():
+    lines = {match[1]: match[2] for match in LINE.finditer(MAP)}
+    there = {relative(path): path for path in files()}
+    assert not lines.keys() - there.keys(), "take these lines out of hf_coverage/README.md"
+    docstrings = {
+        name: " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].split())
+        for name, path in there.items()
+        if path.suffix == ".py"
+    }
+    wanted = {name: docstrings.get(name, lines.get(name, "what it is")) for name in there}
+    missing = [f"- `{name}`: {text}" for name, text in sorted(wanted.items()) if lines.get(name) != text]
+    assert not missing, "put into hf_coverage/README.md:\n" + "\n".join(missing)
+
+
+def test_the_map_goes_by_room_from_the_ground_up():
+    titles = [title.removesuffix("/").removesuffix(".py") for title in re.findall(r"^## `(.+)`$", MAP, re.MULTILINE)]
+    assert [title for title in titles if title in ROOMS] == ROOMS
+    for section in MAP.split("\n## ")[1:]:
+        names = [match[1] for match in LINE.finditer(section)]
+        assert names == sorted(names)
+        assert {name.split("/")[0] for name in names} == {section.split("`")[1].removesuffix("/")}
+
+
+def test_a_module_with_one_importer_says_why():
+    reasons = {match[1]: match[3] for match in LINE.finditer(MAP) if match[3]}
+    alone = {path: next(iter(by)) for path, by in importers().items() if len(by) == 1}
+    assert reasons == alone, "say in hf_coverage/README.md: `Used by `<file>` alone: <why>`, or bring the module home"

@@ -357,7 +357,9 @@ class CoverageProfile:
         """
         try:
             facts = read_json(source, version=_FORMAT)
-            arrays = [None if facts[k] is None else np.asarray(facts[k], dtype=t) for k, t in _ARRAYS.items()]
+            arrays: list[Any] = [
+                None if facts[k] is None else np.asarray(facts[k], dtype=t) for k, t in _ARRAYS.items()
+            ]
             return cls._checked(check_log_ratios(arrays[0]), *arrays[1:], facts["kind"], facts["name"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"`source` is not a coverage profile written by `to_json`: {error!r}.") from error
