@@ -357,10 +357,12 @@ class CoverageProfile:
         """
         try:
             facts = read_json(source, version=_FORMAT)
-            arrays: list[Any] = [
-                None if facts[k] is None else np.asarray(facts[k], dtype=t) for k, t in _ARRAYS.items()
+            known = {name: facts[name] for name in _FIELDS}
+            fields = [
+                np.asarray(value, dtype=_ARRAYS[name]) if name in _ARRAYS and value is not None else value
+                for name, value in known.items()
             ]
-            return cls._checked(check_log_ratios(arrays[0]), *arrays[1:], facts["kind"], facts["name"])
+            return cls._checked(check_log_ratios(fields[0]), *fields[1:])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"`source` is not a coverage profile written by `to_json`: {error!r}.") from error
 
