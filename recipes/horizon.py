@@ -29,8 +29,7 @@ from hf_coverage import CoverageCallback, CoverageProfile
 from hf_coverage.functional.checks import FloatArray, metric_key
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Cell, Interval, Table
-from hf_coverage.tasks.graph_dataset import GraphSearchDataset, collate_rows
-from hf_coverage.tasks.graph_search import GraphSearch
+from hf_coverage.tasks.graph_search import GraphSearch, GraphSearchDataset, collate_rows
 from recipes.pretrain import KeepProfiles, ModelArguments, new_model, rows_seen, train
 from recipes.profiles import read_profiles
 from recipes.settings import parse_section, read_settings, refuse_other_settings

@@ -29,8 +29,7 @@ from transformers.utils import logging
 
 from hf_coverage import CoverageCallback
 from hf_coverage.measure.corpus import encode_corpus, reference_kind
-from hf_coverage.tasks.graph_dataset import GraphSearchDataset, collate_rows
-from hf_coverage.tasks.graph_search import GraphSearch
+from hf_coverage.tasks.graph_search import GraphSearch, GraphSearchDataset, collate_rows
 from recipes.checkpoint_report import report_checkpoints
 from recipes.profiles import step_of, write_profile
 from recipes.settings import Settings, parse_section, read_settings, refuse_other_settings

@@ -22,7 +22,7 @@ from scipy import stats
 
 import hf_coverage
 from hf_coverage.evaluate_modules.widget import build_widget, computation
-from hf_coverage.functional.coverage import coverage_interval
+from hf_coverage.functional.coverage_profile import coverage_interval
 from hf_coverage.functional.paired import paired_coverage_difference, paired_kl_difference
 
 INF = math.inf

@@ -76,15 +76,13 @@ def compare(
 
 def comparisons(measured: list[Measured], n: tuple[float, ...]) -> dict[str, Any]:
     """Paired differences to the first model under the names of the results."""
-    from hf_coverage.functional.checks import metric_key
     from hf_coverage.report.summary import paired_differences
 
     baseline = measured[0].profile
-    prefix = "cov_upper_" if baseline.is_upper_bound else "cov_"
     return {
         other.profile.name: {"baseline": baseline.name}
         | {
-            f"{prefix}{metric_key(level)},none": difference._asdict()
+            f"{baseline.key(level)},none": difference._asdict()
             for level, difference in zip(n, paired_differences(baseline, other.profile, n))
         }
         for other in measured[1:]

@@ -141,8 +141,7 @@ def measure(
         scoring: see `measure_inherent_variance`.
     """
     from hf_coverage.measure.corpus import encode_corpus
-    from hf_coverage.measure.gradient_norm import gradient_norms
-    from hf_coverage.measure.inherent_variance import measure_inherent_variance, require_linear_head
+    from hf_coverage.measure.inherent_variance import gradient_norms, measure_inherent_variance, require_linear_head
     from hf_coverage.report.step_sizes import Suggestion
 
     head = require_linear_head(model)

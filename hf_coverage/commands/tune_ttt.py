@@ -262,11 +262,10 @@ def show(choice: "TTTChoice") -> None:
 
 
 def _search_table(choice: "TTTChoice") -> Table:
-    from hf_coverage.functional.checks import metric_key
     from hf_coverage.report.summary import coverage_cell
 
-    quantity = choice.plain.quantity.replace("Cov_N", f"Cov_{metric_key(choice.n)}")
-    columns: list[Column | str] = ["decoding", Column(quantity, "lower"), Column("cross-entropy (nats)", "lower"), ""]
+    columns: list[Column | str] = ["decoding", Column(choice.plain.label(choice.n), "lower")]
+    columns += [Column("cross-entropy (nats)", "lower"), ""]
     rows: list[list[Cell]] = []
     for profile in choice.searched:
         mark = "chosen" if profile.name == choice.adapted.name else ""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hf_coverage.functional.checks import TIE_TOLERANCE, FloatArray, check_log_ratios, check_logprobs, check_n
-from hf_coverage.functional.coverage import coverage, smallest_n
+from hf_coverage.functional.coverage_profile import coverage, smallest_n
 from hf_coverage.functional.statistics import row_weights
 
 __all__ = [
@@ -114,7 +114,7 @@ def coverage_bound_from_stopped_kl(stopped_kl: float, n: float) -> float:
     """Upper bound on Cov_N from the stopped KL at the same N: `2 / (log N - 1) D_seq,N`, and never above 1.
 
     Args:
-        stopped_kl: `E_D[min(log N, sum_h KL_h)]`, nats, as `functional.coverage.stopped_kl` gives it.
+        stopped_kl: `E_D[min(log N, sum_h KL_h)]`, nats, as `functional.stopped_kl` gives it.
         n: a real number above e.
 
     Raises:

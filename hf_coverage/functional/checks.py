@@ -7,11 +7,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
+    "ROUNDING",
+    "TIE_TOLERANCE",
+    "FloatArray",
+    "IntArray",
     "ReferenceKind",
     "check_confidence",
     "check_log_ratios",
     "check_logprobs",
     "check_n",
+    "coverage_key",
     "metric_key",
 ]
 
@@ -89,7 +94,17 @@ def metric_key(n: float) -> str:
     """N as metric names write it: `2`, `5.7`.
 
     Example:
-        >>> f"cov_{metric_key(16)}", f"cov_{metric_key(5.7)}"
-        ('cov_16', 'cov_5.7')
+        >>> metric_key(16), metric_key(5.7)
+        ('16', '5.7')
     """
     return f"{check_n(n):.12g}"
+
+
+def coverage_key(n: float, *, upper_bound: bool = False) -> str:
+    """Name of the metric Cov_N, or of its upper bound where the reference has no density to read.
+
+    Example:
+        >>> coverage_key(16), coverage_key(16, upper_bound=True)
+        ('cov_16', 'cov_upper_16')
+    """
+    return ("cov_upper_" if upper_bound else "cov_") + metric_key(n)

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from hf_coverage.functional.checks import FloatArray, check_confidence, check_log_ratios
-from hf_coverage.functional.coverage import reached
+from hf_coverage.functional.coverage_profile import reached
 from hf_coverage.functional.statistics import clustered_mean, group_codes, mean_interval, row_weights
 
 __all__ = ["PairedDifference", "paired_coverage_difference", "paired_kl_difference"]

@@ -14,8 +14,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hf_coverage.functional.bounds import BestOfNBudget, best_of_n_budget
-from hf_coverage.functional.checks import FloatArray, ReferenceKind, check_log_ratios, check_logprobs, metric_key
-from hf_coverage.functional.coverage import coverage, coverage_interval, log_ratios, reached, smallest_n
+from hf_coverage.functional.checks import (
+    FloatArray,
+    ReferenceKind,
+    check_log_ratios,
+    check_logprobs,
+    coverage_key,
+    metric_key,
+)
+from hf_coverage.functional.coverage_profile import coverage, coverage_interval, log_ratios, reached, smallest_n
 from hf_coverage.functional.statistics import MeanEstimate, clustered_mean, group_codes, row_weights
 from hf_coverage.inference.files import read_json
 from hf_coverage.plots import ProfileCurve, plot_profiles
@@ -57,6 +64,11 @@ class CoverageProfile:
         >>> profile = CoverageProfile.from_logprobs([-1.0, -2.0, -9.0, -1.0], [-1.0, -1.0, -1.0, -1.0])
         >>> profile.cov(2), profile.cov([2, 16]).tolist(), profile.kl
         (0.5, [0.5, 0.25], 2.25)
+        >>> profile.key(2), profile.label(2), profile.level(2)
+        ('cov_2', 'Cov_2', 0.5)
+        >>> bound = CoverageProfile.from_logprobs([-1.0, -2.0, -9.0, -1.0])
+        >>> bound.key(2), bound.label(2), bound.level(2)
+        ('cov_upper_2', 'upper bound on Cov_2', 1.0)
 
     References:
         arXiv 2510.15020, Eq. (1) and (4), Remark 2.2.
@@ -156,6 +168,22 @@ class CoverageProfile:
         """What `interval` and `plot` show, in words: Cov_N, an upper bound on it, or answer-level Cov_N."""
         return _QUANTITY[self.kind]
 
+    def key(self, n: float) -> str:
+        """Name of `level(n)` among metrics: `cov_<n>`, or `cov_upper_<n>` on a plain corpus."""
+        return coverage_key(n, upper_bound=self.is_upper_bound)
+
+    def label(self, n: float) -> str:
+        """Name of `level(n)` in sentences and tables: `quantity` with its N, such as `upper bound on Cov_16`."""
+        return self.quantity.replace("Cov_N", f"Cov_{metric_key(n)}")
+
+    @overload
+    def level(self, n: float) -> float: ...
+    @overload
+    def level(self, n: Sequence[float] | FloatArray) -> FloatArray: ...
+    def level(self, n: float | Sequence[float] | FloatArray) -> float | FloatArray:
+        """Cov_N, or its upper bound on a plain corpus: the `quantity` that this profile knows; lower is better."""
+        return coverage(self.log_ratios, n, weights=self.weights)
+
     @overload
     def cov(self, n: float) -> float: ...
     @overload
@@ -167,7 +195,7 @@ class CoverageProfile:
             ValueError: on a plain corpus, where Cov_N cannot be estimated: use `cov_upper`.
         """
         self._require_density("cov", "`cov_upper(n)` gives the upper bound that the corpus allows")
-        return coverage(self.log_ratios, n, weights=self.weights)
+        return self.level(n)
 
     @overload
     def cov_upper(self, n: float) -> float: ...
@@ -240,11 +268,8 @@ class CoverageProfile:
             `cov_<n>` and `cov_<n>_stderr` for each n (`cov_upper_<n>` on a plain corpus), `kl` and `kl_stderr` where
             the reference has a density, `sequence_cross_entropy` and its `_stderr` where log p is known.
         """
-        prefix = "cov_upper_" if self.is_upper_bound else "cov_"
         estimates = {
-            prefix + metric_key(value): clustered_mean(
-                reached(self.log_ratios, value), groups=self.groups, weights=self.weights
-            )
+            self.key(value): clustered_mean(reached(self.log_ratios, value), groups=self.groups, weights=self.weights)
             for value in n
         }
         if not self.is_upper_bound:
@@ -286,9 +311,7 @@ class CoverageProfile:
         """Cov_N (or its upper bound) with its interval on a grid of N; by default up to where the profile ends."""
         grid = np.asarray(_grid(self.log_ratios) if n is None else list(n), dtype=np.float64)
         bounds = np.asarray([self.interval(value, confidence) for value in grid])
-        return ProfileCurve(
-            self.name, grid, coverage(self.log_ratios, grid, weights=self.weights), bounds[:, 0], bounds[:, 1]
-        )
+        return ProfileCurve(self.name, grid, self.level(grid), bounds[:, 0], bounds[:, 1])
 
     def plot(
         self,
@@ -334,8 +357,12 @@ class CoverageProfile:
         """
         try:
             facts = read_json(source, version=_FORMAT)
-            arrays = [None if facts[k] is None else np.asarray(facts[k], dtype=t) for k, t in _ARRAYS.items()]
-            return cls._checked(check_log_ratios(arrays[0]), *arrays[1:], facts["kind"], facts["name"])
+            known = {name: facts[name] for name in _FIELDS}
+            fields = [
+                np.asarray(value, dtype=_ARRAYS[name]) if name in _ARRAYS and value is not None else value
+                for name, value in known.items()
+            ]
+            return cls._checked(check_log_ratios(fields[0]), *fields[1:])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"`source` is not a coverage profile written by `to_json`: {error!r}.") from error
 

@@ -13,7 +13,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from hf_coverage.functional.checks import metric_key
 from hf_coverage.inference.files import write_atomically, written_whole
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.report.provenance import git_hash, versions
@@ -119,8 +118,7 @@ def _paired(name: str, metrics: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _intervals(profile: CoverageProfile, n: Sequence[float], confidence: float) -> dict[str, list[float]]:
-    prefix = "cov_upper_" if profile.is_upper_bound else "cov_"
-    return {f"{prefix}{metric_key(value)},none": list(profile.interval(value, confidence)) for value in n}
+    return {f"{profile.key(value)},none": list(profile.interval(value, confidence)) for value in n}
 
 
 def _strict(value: Any) -> Any:

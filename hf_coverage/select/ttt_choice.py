@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal
 
-from hf_coverage.functional.checks import metric_key
-from hf_coverage.functional.coverage import coverage
 from hf_coverage.functional.paired import PairedDifference
 from hf_coverage.functional.ttt_config import StepRule, TTTConfig
 from hf_coverage.inference.files import strict_json
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.select.ttt_settings import generation_settings, rule_name
 
-__all__ = ["TTTChoice", "cov_or_bound"]
+__all__ = ["TTTChoice"]
 
 _FORMAT = 1
 
@@ -56,8 +54,8 @@ class TTTChoice:
     @property
     def sentence(self) -> str:
         """What was chosen and whether it helps, in plain words."""
-        quantity = self.plain.quantity.replace("Cov_N", f"Cov_{metric_key(self.n)}")
-        before, *_ = at = [cov_or_bound(profile, self.n) for profile in self.searched]
+        quantity = self.plain.label(self.n)
+        before, *_ = at = [profile.level(self.n) for profile in self.searched]
         chosen = at[1 + self.rules.index(self.rule)]
         parts = [self._verdict(quantity)]
         loss = self.cross_entropy_difference
@@ -86,7 +84,6 @@ class TTTChoice:
             path: file to write.
             more: further entries, such as where the scores came from.
         """
-        key = ("cov_upper_" if self.plain.is_upper_bound else "cov_") + metric_key(self.n)
         names = ["plain", *map(rule_name, self.rules)]
         facts = {
             "format": _FORMAT,
@@ -109,7 +106,8 @@ class TTTChoice:
                 "num_rows": self.plain.num_rows,
                 "num_prompts": self.plain.num_groups,
                 "results": {
-                    name: profile.metrics([self.n]) | {f"{key}_interval": profile.interval(self.n, self.confidence)}
+                    name: profile.metrics([self.n])
+                    | {f"{profile.key(self.n)}_interval": profile.interval(self.n, self.confidence)}
                     for name, profile in (("plain", self.plain), (rule_name(self.rule), self.adapted))
                 },
             },
@@ -123,14 +121,9 @@ class TTTChoice:
             words = "covers more than plain decoding"
         elif found.low > 0:
             words = "covers less than plain decoding, so that it does not help"
-        after, before = (f"{cov_or_bound(profile, self.n):.4g}" for profile in (self.adapted, self.plain))
+        after, before = (f"{profile.level(self.n):.4g}" for profile in (self.adapted, self.plain))
         return (
             f"Test-time training with {rule_name(self.rule)} {words}. On {self.plain.num_groups:,} prompts that did "
             f"not choose it, the {quantity} is {after} against {before}, a difference of {found.difference:.4g} "
             f"({100 * self.confidence:g} % interval {found.low:.4g} to {found.high:.4g}). Lower is better."
         )
-
-
-def cov_or_bound(profile: CoverageProfile, n: float) -> float:
-    """What a profile has to compare with others of its kind: Cov_N, or its upper bound on a plain corpus."""
-    return coverage(profile.log_ratios, n, weights=profile.weights)

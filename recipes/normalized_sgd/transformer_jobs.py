@@ -20,7 +20,7 @@ from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.files import write_atomically
 from hf_coverage.inference.fingerprint import weight_fingerprint
 from hf_coverage.measure.builders import windows_corpus
-from hf_coverage.tasks.graph_dataset import GraphSearchDataset, collate_rows
+from hf_coverage.tasks.graph_search import GraphSearchDataset, collate_rows
 from recipes.pretrain import ModelArguments, TaskArguments, new_task, pretrain, rows_seen
 from recipes.reasoning.model import load_base
 from recipes.smollm2 import SMOLLM2, load_tokenizer

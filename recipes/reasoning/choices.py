@@ -7,7 +7,7 @@ import numpy as np
 
 from hf_coverage.functional.bounds import exact_pass_at_n, pass_probabilities
 from hf_coverage.functional.checks import FloatArray, metric_key
-from hf_coverage.functional.coverage import reached
+from hf_coverage.functional.coverage_profile import reached
 from hf_coverage.functional.tournament import hold_tournament
 from hf_coverage.report.table import Cell, Column, Table
 from recipes.tables import interval_of

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from hf_coverage.functional.coverage import coverage
+from hf_coverage.functional.coverage_profile import coverage
 from hf_coverage.inference.files import strict_json, write_atomically
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.plots import COLORS, new_axes, save_figure

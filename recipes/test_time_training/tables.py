@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from hf_coverage.functional.coverage import coverage
+from hf_coverage.functional.coverage_profile import coverage
 from hf_coverage.functional.paired import paired_coverage_difference, paired_kl_difference
 from hf_coverage.report.table import Cell, Column, Interval, Table
 from hf_coverage.select.tune_ttt import split_groups

@@ -22,7 +22,7 @@ from hf_coverage.functional.step_sizes import (
     token_level_step_sizes,
 )
 from hf_coverage.measure.corpus import encode_corpus
-from hf_coverage.measure.gradient_norm import gradient_norms
+from hf_coverage.measure.inherent_variance import gradient_norms
 from tests.commands.shell import error_line, invoke, load
 
 ROOT = Path(hf_coverage.__file__).parents[1]

@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 
 from hf_coverage.functional.best_of_n import best_of_n_reward, pass_at_n
 from hf_coverage.functional.bounds import best_of_n_budget, best_of_n_regret_bound, least_regret_bound
-from hf_coverage.functional.coverage import coverage
+from hf_coverage.functional.coverage_profile import coverage
 from hf_coverage.functional.statistics import MeanEstimate, bounded_mean_interval, clustered_mean, proportion_interval
 
 tables = st.tuples(st.integers(1, 3), st.integers(1, 6))

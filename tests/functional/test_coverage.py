@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_coverage.functional.coverage import (
+from hf_coverage.functional.coverage_profile import (
     coverage,
     log_ratios,
     smallest_n,

@@ -29,11 +29,11 @@ from hf_coverage.measure.inherent_variance import (
 )
 from hf_coverage.measure.scoring import score_encoded
 from hf_coverage.tasks.linear import AutoregressiveLinearForCausalLM
-from hf_coverage.tasks.linear_exact import enumerate_responses, feature_bound, inherent_variance
 from hf_coverage.tasks.linear_features import FeatureMap
 from hf_coverage.tasks.linear_instances import small_step_instance
 from tests import reference
 from tests.measure import head_ranks
+from tests.tasks.linear_exact import enumerate_responses, feature_bound, inherent_variance
 
 ROOT = Path(__file__).parents[2]
 PROMPT, HORIZON, VOCABULARY = [0, 3, 2], 3, 5
@@ -231,7 +231,7 @@ def test_heads_without_known_features_are_refused():
     plain = Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8, final_logit_softcapping=None, **SPECIAL)
     assert measure_inherent_variance(Gemma2ForCausalLM(plain), None, corpus, progress=False).num_rows == 17
     linear = small_step_instance(6, rare_probability=0.5, n=4).model()
-    with pytest.raises(ValueError, match=r"must have a linear output head.*_LinearHead.*`tasks.linear_exact`"):
+    with pytest.raises(ValueError, match=r"must have a linear output head.*_LinearHead.*`merge_and_unload`"):
         measure_inherent_variance(linear, None, corpus, progress=False)
     with pytest.raises(ValueError, match="`model` must be a causal language model with output embeddings"):
         measure_inherent_variance(make_llama(tied=False).model, None, corpus, progress=False)

@@ -12,11 +12,11 @@ from scipy.optimize import minimize
 
 from hf_coverage.optim.sgd import NormalizedSGD
 from hf_coverage.optim.token_level import token_level_sgd
-from hf_coverage.tasks.linear_exact import enumerate_responses
 from hf_coverage.tasks.linear_instances import hard_instance, large_step_instance
 from recipes.normalized_sgd import learners, likelihood, theory, tokenwise
 from recipes.normalized_sgd import theory_findings as findings
 from tests import reference
+from tests.tasks.linear_exact import enumerate_responses
 
 N, LOG_N = 4.0, math.log(4.0)
 

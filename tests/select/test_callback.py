@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from hf_coverage import CoverageWarning, ScoreTable, score_responses, tournament
 from hf_coverage.cli import app
 from hf_coverage.measure.callback import CoverageCallback
-from hf_coverage.select import run_rows
+from hf_coverage.select import callback as callback_module
 from hf_coverage.select.callback import TournamentCallback
 from tests.measure.callback_runs import (
     StopAt,
@@ -295,7 +295,7 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_the_same(tmp_path, monkeypa
         if moment == "row":
             patch.setattr(ScoreTable, "write", at(ScoreTable.write))
         elif moment == "facts":
-            patch.setattr(run_rows, "write_reference", at(run_rows.write_reference))
+            patch.setattr(callback_module, "write_reference", at(callback_module.write_reference))
         else:
             calls += [moment] * 2
             trainer._save_checkpoint = at(trainer._save_checkpoint)

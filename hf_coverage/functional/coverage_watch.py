@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_coverage.functional.coverage import coverage, reached
+from hf_coverage.functional.coverage_profile import coverage, reached
 from hf_coverage.functional.paired import PairedDifference, paired_coverage_difference
 
 __all__ = ["BestEvaluation", "WatchState", "Worsening", "update_watch"]
