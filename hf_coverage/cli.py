@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 from hf_coverage import __version__
 from hf_coverage.commands import best_of_n, compare, profile, report, sample, score, suggest, tournament, tune_ttt
 from hf_coverage.commands.console import print_error
+from hf_coverage.commands.options import command_line
 
 __all__ = ["app"]
 
@@ -104,6 +105,6 @@ for _command, _examples in (
     (tournament.tournament, tournament.EXAMPLES),
     (best_of_n.best_of_n, best_of_n.EXAMPLES),
     (suggest.suggest, suggest.EXAMPLES),
-    (tune_ttt.tune_ttt, tune_ttt.EXAMPLES),
 ):
-    app.command(help=_help(_command), epilog=_examples)(_command)
+    app.command(help=_help(_command), epilog=_examples)(command_line(_command))
+app.command(help=_help(tune_ttt.tune_ttt), epilog=tune_ttt.EXAMPLES)(tune_ttt.tune_ttt)

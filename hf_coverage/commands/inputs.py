@@ -1,4 +1,4 @@
-"""Corpora, models and tokenizers by the names that stand on a command line."""
+"""Corpora by the names that stand on a command line, and what the processes of a job do together."""
 
 import json
 import os
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_coverage.commands.console import is_main_process
+from hf_coverage.commands.options import CorpusOptions
+from hf_coverage.inference.loading import join_job
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,7 +22,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "load_tokenizer_for",
-    "model_name",
+    "read_corpus",
     "read_dataset",
     "read_origin",
     "write_origin",
@@ -33,13 +34,16 @@ ORIGIN = "origin.json"
 _READERS = {".jsonl": "from_json", ".json": "from_json", ".parquet": "from_parquet", ".csv": "from_csv"}
 
 
-def read_dataset(source: str, split: str | None = None, *, document: bool = False) -> "Dataset":
+def read_dataset(
+    source: str, split: str | None = None, *, document: bool = False, limit: int | None = None
+) -> "Dataset":
     """A data set from a folder that `save_to_disk` wrote, from a file, or from the Hub.
 
     Args:
         source: Folder, `.jsonl`, `.json`, `.parquet`, `.csv` or `.txt` file, or Hub id.
         split: Which split, where there are several.
         document: Whether a text file is one document; otherwise each of its lines is a row.
+        limit: How many rows to read at the most, from the start.
 
     Raises:
         ValueError: If the file's format is unknown or its content unreadable, or `split` is needed or unknown.
@@ -66,7 +70,12 @@ def read_dataset(source: str, split: str | None = None, *, document: bool = Fals
         if split not in found and not (split is None and len(found) == 1):
             raise ValueError(f"`split` must be one of {', '.join(found)} for {source}, but is {split!r}.")
         found = found[split or next(iter(found))]
-    return found
+    return found if limit is None else found.select(range(min(limit, len(found))))
+
+
+def read_corpus(source: str, reading: CorpusOptions) -> "tuple[Dataset, dict[str, Any]]":
+    """A reference corpus, and what `write_origin` left beside it; see `read_dataset` and `check_origin`."""
+    return read_dataset(source, reading.split), check_origin(source, append_eos=reading.append_eos)
 
 
 def read_origin(source: str) -> dict[str, Any]:
@@ -103,7 +112,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    state = _job(device)
+    state = join_job(device)
     if not is_main_process():
         logging.disable_progress_bar()
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -127,36 +136,18 @@ def load_tokenizer_for(model: str, tokenizer: str | None, loading: dict[str, Any
     return load_tokenizer(model, revision=loading["revision"], gguf_file=loading["gguf_file"])
 
 
-def model_name(name: str, gguf_file: str | None = None) -> str:
-    """What a model is called in tables: its Hub id, its folder's or its GGUF file's name."""
-    if gguf_file is not None:
-        return Path(gguf_file).stem
-    return Path(name).resolve().name if Path(name).exists() else name
-
-
 def decided_by_main_process(question: Callable[[], bool], device: str | None = None) -> bool:
     """The main process's answer, on every process: files may change between two processes' looks at them."""
-    answer = [question() if is_main_process() else False]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate.utils import broadcast_object_list
+    from hf_coverage.inference.processes import on_main_process
 
-        _job(device)
-        broadcast_object_list(answer)
-    return answer[0]
+    join_job(device)
+    return on_main_process(question)
 
 
 def leave_job(device: str | None = None) -> None:
     """End what the processes of a job do together: those that are done may exit while the main process goes on."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _job(device).destroy_process_group()
-
-
-def _job(device: str | None) -> "PartialState":
-    """The processes of the job, on the accelerator unless there is none or the CPU is asked for."""
-    import torch
-    from accelerate import PartialState
-
-    return PartialState(cpu=device == "cpu" or (device is None and not torch.accelerator.is_available()))
+        join_job(device).destroy_process_group()
 
 
 def _existing(path: Path) -> str:
