@@ -105,6 +105,6 @@ for _command, _examples in (
     (tournament.tournament, tournament.EXAMPLES),
     (best_of_n.best_of_n, best_of_n.EXAMPLES),
     (suggest.suggest, suggest.EXAMPLES),
+    (tune_ttt.tune_ttt, tune_ttt.EXAMPLES),
 ):
     app.command(help=_help(_command), epilog=_examples)(command_line(_command))
-app.command(help=_help(tune_ttt.tune_ttt), epilog=tune_ttt.EXAMPLES)(tune_ttt.tune_ttt)

@@ -6,22 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_coverage.commands.console import is_main_process
 from hf_coverage.commands.options import CorpusOptions
 from hf_coverage.inference.loading import join_job
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "ORIGIN",
     "check_origin",
     "decided_by_main_process",
     "leave_job",
-    "load_model",
-    "load_tokenizer",
-    "load_tokenizer_for",
     "read_corpus",
     "read_dataset",
     "read_origin",
@@ -102,38 +97,6 @@ def check_origin(source: str, *, append_eos: bool) -> dict[str, Any]:
 def write_origin(folder: Path, facts: dict[str, Any]) -> None:
     """Write down what made a corpus, beside it."""
     (folder / ORIGIN).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def load_model(
-    name: str, *, dtype: str = "auto", device: str | None = None, revision: str | None, gguf_file: str | None
-) -> "PreTrainedModel":
-    """A causal language model, on its device and in evaluation mode."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    state = join_job(device)
-    if not is_main_process():
-        logging.disable_progress_bar()
-    chosen = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen, revision=revision, gguf_file=gguf_file)
-    return model.to(device or state.device).eval()
-
-
-def load_tokenizer(
-    name: str, *, revision: str | None = None, gguf_file: str | None = None
-) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a folder or Hub id."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name, revision=revision, gguf_file=gguf_file)
-
-
-def load_tokenizer_for(model: str, tokenizer: str | None, loading: dict[str, Any]) -> "PreTrainedTokenizerBase":
-    """The tokenizer that is named, or else the model's own, loaded as the model is."""
-    if tokenizer is not None:
-        return load_tokenizer(tokenizer)
-    return load_tokenizer(model, revision=loading["revision"], gguf_file=loading["gguf_file"])
 
 
 def decided_by_main_process(question: Callable[[], bool], device: str | None = None) -> bool:

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from enum import Enum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -22,17 +21,11 @@ __all__ = [
     "ConfigFile",
     "CorpusName",
     "CorpusOptions",
-    "Device",
-    "Dtype",
-    "DtypeName",
-    "GgufFile",
     "Levels",
     "Regret",
-    "Revision",
     "Seed",
     "Sources",
     "Split",
-    "TokenizerName",
     "TopK",
     "TopP",
     "command_line",
@@ -44,17 +37,7 @@ __all__ = [
 DEFAULT_N = "2,4,8,16"
 """The N that are reported unless others are asked for."""
 
-_LOADING = "Loading the model"
-_PANELS = {ModelOptions: _LOADING}
-
-
-class DtypeName(str, Enum):
-    """Number formats that a model's weights can be loaded in; `auto` takes the checkpoint's own."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+_PANELS = {ModelOptions: "Loading the model"}
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -134,26 +117,6 @@ CorpusName = Annotated[
     str | None, typer.Option("--corpus", help="Reference corpus to score models on first: folder, file or Hub id.")
 ]
 Split = Annotated[str | None, typer.Option(help="Split of a data set that has several.")]
-TokenizerName = Annotated[
-    str | None,
-    typer.Option("--tokenizer", help="Folder or Hub id, if not the model's own.", rich_help_panel=_LOADING),
-]
-GgufFile = Annotated[
-    str | None, typer.Option(help="GGUF file in the model's folder to load instead.", rich_help_panel=_LOADING)
-]
-Revision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.", rich_help_panel=_LOADING)
-]
-Dtype = Annotated[
-    DtypeName,
-    typer.Option(help="Number format of the weights; `auto` is the checkpoint's own.", rich_help_panel=_LOADING),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        help="Such as `cuda:1` or `cpu`; by default an accelerator if there is one.", rich_help_panel=_LOADING
-    ),
-]
 AppendEos = Annotated[
     bool,
     typer.Option("--append-eos", help="End every text response with the EOS token; the same for corpus and models."),
