@@ -7,19 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_coverage.commands.console import is_main_process, print_table, say
-from hf_coverage.commands.inputs import leave_job, load_model, load_tokenizer, model_name, read_dataset
-from hf_coverage.commands.options import (
-    ConfigFile,
-    Device,
-    Dtype,
-    DtypeName,
-    GgufFile,
-    Revision,
-    Split,
-    TokenizerName,
-    parse_n,
-)
+from hf_coverage.commands.inputs import leave_job, read_dataset
+from hf_coverage.commands.options import BatchSize, Seed, Split, TopK, TopP, output_folder, parse_n
 from hf_coverage.commands.score_folder import read_measured
+from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer, model_name
 from hf_coverage.report.provenance import running_command
 from hf_coverage.report.table import Cell, Column, Interval, Table
 
@@ -54,9 +45,7 @@ def best_of_n(
     ] = "exact-match",
     output_dir: Annotated[
         Path | None,
-        typer.Option(
-            "--output-dir", "-o", help="Folder for samples, judgements, plot and JSON.", show_default="best_of_n"
-        ),
+        output_folder("Folder for samples, judgements, plot and JSON.", show_default="best_of_n"),
     ] = None,
     k: Annotated[int, typer.Option("--k", "-k", help="Responses for each prompt: the largest N.")] = 16,
     n: Annotated[
@@ -66,12 +55,10 @@ def best_of_n(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a response.")] = 256,
     temperature: Annotated[float, typer.Option(help="Temperature; 1 is the model itself.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Keep the likeliest tokens, renormalised.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Keep the likeliest tokens up to this mass, renormalised.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Responses sampled at once.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    batch_size: BatchSize = 16,
+    seed: Seed = 0,
     threshold: Annotated[
         float | None,
         typer.Option(help="Least reward that solves a prompt; by default 1, and none for a reward model."),
@@ -88,12 +75,8 @@ def best_of_n(
     limit: Annotated[int | None, typer.Option(help="Use that many rows of the data, from its start.")] = None,
     shard_rows: Annotated[int, typer.Option(help="Responses between two writes: what an interruption costs.")] = 256,
     split: Split = None,
-    tokenizer: TokenizerName = None,
-    revision: Revision = None,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = DtypeName.auto,
-    device: Device = None,
-    config: ConfigFile = None,
+    *,
+    loading: ModelOptions,
 ) -> None:
     """Measure what Best-of-N achieves: sample k responses to each prompt, judge them, report every N up to k.
 
@@ -104,10 +87,9 @@ def best_of_n(
     """
     from hf_coverage.decode.verifiers import named_verifier
 
-    rows = read_dataset(data, split)
-    rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+    rows = read_dataset(data, split, limit=limit)
     column = answer_column or ("answer" if "answer" in rows.column_names else "completion")
-    chosen = named_verifier(verifier, column=column, device=device)
+    chosen = named_verifier(verifier, column=column, device=loading.device)
     if threshold is None and not verifier.startswith("reward-model:"):
         threshold = 1.0
     judging = {"threshold": threshold, "timeout": timeout, "batch_size": batch_size}
@@ -125,11 +107,9 @@ def best_of_n(
             "top_k": top_k,
         }
         sampling |= {"top_p": top_p, "seed": seed, "shard_rows": shard_rows, "output_dir": folder}
-        loading = {"revision": revision, "gguf_file": gguf_file}
-        words = load_tokenizer(tokenizer) if tokenizer else load_tokenizer(model, **loading)
-        weights = load_model(model, dtype=dtype.value, device=device, **loading)
-        result = _evaluate(weights, words, rows, chosen, judging | sampling | {"name": model_name(model, gguf_file)})
-    leave_job(device)
+        words, weights = load_tokenizer(model, loading), load_model(model, loading)
+        result = _evaluate(weights, words, rows, chosen, judging | sampling | {"name": model_name(model, loading)})
+    leave_job(loading.device)
     if is_main_process():
         _report(result, result.levels() if n is None else _levels(n, result.k), measured, folder)
 

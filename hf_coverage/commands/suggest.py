@@ -6,20 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_coverage.commands.console import is_main_process, print_table, say
-from hf_coverage.commands.inputs import check_origin, leave_job, load_model, load_tokenizer_for, read_dataset
-from hf_coverage.commands.options import (
-    AppendEos,
-    BatchTokens,
-    ConfigFile,
-    Device,
-    Dtype,
-    DtypeName,
-    GgufFile,
-    Revision,
-    Split,
-    TokenizerName,
-)
+from hf_coverage.commands.inputs import leave_job, read_corpus
+from hf_coverage.commands.options import BatchTokens, CorpusOptions, output_folder
 from hf_coverage.functional.step_sizes import TrainingPlan
+from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer
 from hf_coverage.report.provenance import provenance
 
 if TYPE_CHECKING:
@@ -66,21 +56,12 @@ def suggest(
     seed: Annotated[int, typer.Option(help="Seed of those minibatches.")] = 0,
     output_dir: Annotated[
         Path,
-        typer.Option("--output-dir", "-o", help="Folder for the JSON, and for what an interrupted run goes on with."),
+        output_folder("Folder for the JSON, and for what an interrupted run goes on with."),
     ] = Path("suggest"),
-    split: Split = None,
-    tokenizer: TokenizerName = None,
-    revision: Revision = None,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = DtypeName.auto,
-    device: Device = None,
-    append_eos: AppendEos = False,
-    group_by: Annotated[
-        str | None,
-        typer.Option(help="Column whose equal values make rows dependent; by default `document`, or else `prompt`."),
-    ] = None,
+    *,
+    reading: CorpusOptions,
+    loading: ModelOptions,
     batch_tokens: BatchTokens = 4096,
-    config: ConfigFile = None,
 ) -> None:
     """Suggest step size, lambda and minibatch for training a model for coverage.
 
@@ -93,25 +74,22 @@ def suggest(
     plan = TrainingPlan(n, steps, eps, batch_size)
     if radius is not None and not radius > 0:
         raise typer.BadParameter(f"`--radius` must be positive, but is {radius}: leave it out for the head's norm.")
-    loading: dict[str, Any] = {"dtype": dtype.value, "device": device}
-    rows = read_dataset(data, split)
-    check_origin(data, append_eos=append_eos)
-    chosen: dict[str, Any] = {"revision": revision, "gguf_file": gguf_file}
+    rows, _ = read_corpus(data, reading)
     suggestion = measure(
-        load_model(model, **loading, **chosen),
+        load_model(model, loading),
         rows,
         plan,
         radius=radius,
         num_batches=gradient_norms,
         seed=seed,
-        tokenizer=load_tokenizer_for(model, tokenizer, chosen),
-        teacher=None if teacher is None else load_model(teacher, **loading, revision=None, gguf_file=None),
-        append_eos=append_eos,
-        group_by=group_by,
+        tokenizer=load_tokenizer(model, loading),
+        teacher=None if teacher is None else load_model(teacher, loading.for_another_model()),
+        append_eos=reading.append_eos,
+        group_by=reading.group_by,
         batch_tokens=batch_tokens,
         output_dir=output_dir / "head_statistics",
     )
-    leave_job(device)
+    leave_job(loading.device)
     if is_main_process():
         show(suggestion)
         say(f"All numbers are in {_write(suggestion, output_dir, model=model, data=data, teacher=teacher)}.")

@@ -58,7 +58,7 @@ def run(tmp_path, monkeypatch):
     )
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     # a corpus of token ids needs no tokenizer
-    monkeypatch.setattr("hf_coverage.commands.score.load_tokenizer_for", lambda *_: None)
+    monkeypatch.setattr("hf_coverage.commands.score.load_tokenizer", lambda *_: None)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -75,7 +75,7 @@ def test_it_decides_as_the_library_on_what_the_candidates_wrote(run):
 def test_what_is_there_is_used_again_and_a_further_candidate_costs_its_own_part(run, monkeypatch):
     loaded = []
     original = on_policy.load_model
-    monkeypatch.setattr(on_policy, "load_model", lambda name, **kw: (loaded.append(name), original(name, **kw))[1])
+    monkeypatch.setattr(on_policy, "load_model", lambda name, how: (loaded.append(name), original(name, how))[1])
     fewer = COMMAND.replace(" other ", " ")
     invoke(f"{fewer} --on-policy --generations 10")
     assert loaded == ["teacher", "student"] * 2  # to write, and to score

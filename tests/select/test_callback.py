@@ -409,7 +409,7 @@ def test_the_rows_of_runs_are_candidates_of_the_library_and_the_command(tmp_path
     # Together with a checkpoint that the command scores itself.
     CORPUS.to_json(tmp_path / "corpus.jsonl")
     command = "--data corpus.jsonl --n 1.5 --bootstrap 0 --device cpu --tokenizer none --output-dir mixed"
-    monkeypatch.setattr("hf_coverage.commands.score.load_tokenizer_for", lambda *_: None)
+    monkeypatch.setattr("hf_coverage.commands.score.load_tokenizer", lambda *_: None)
     result = CliRunner().invoke(app, ["tournament", *folders[:2], "moved/checkpoint-6", *shlex.split(command)])
     assert result.exit_code == 0, result.output
     mixed = json.loads((tmp_path / "mixed" / "tournament.json").read_text())["scores"]
