@@ -1,22 +1,27 @@
 """The coverage profile of one model on one reference corpus."""
 
+from __future__ import annotations
+
+import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, get_args, overload
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, overload
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from hf_coverage.functional.bounds import BestOfNBudget, best_of_n_budget
 from hf_coverage.functional.checks import FloatArray, ReferenceKind, check_log_ratios, check_logprobs, metric_key
 from hf_coverage.functional.coverage import coverage, coverage_interval, log_ratios, reached, smallest_n
 from hf_coverage.functional.statistics import MeanEstimate, clustered_mean, group_codes, row_weights
-from hf_coverage.measure.profile_json import read_profile_fields, write_profile_fields
-from hf_coverage.measure.profile_merge import merged_fields
-from hf_coverage.measure.profile_plot import draw_profiles, profile_grid
-from hf_coverage.plots import ProfileCurve
+from hf_coverage.inference.files import read_json
+from hf_coverage.plots import ProfileCurve, plot_profiles
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["CoverageProfile"]
 
@@ -26,6 +31,10 @@ _QUANTITY = {
     "samples": "upper bound on Cov_N",
     "answer": "answer-level Cov_N",
 }
+
+_FORMAT = 1
+_ARRAYS = {"log_ratios": np.float64, "logprobs": np.float64, "groups": np.uint64, "weights": np.float64}
+_FIELDS = (*_ARRAYS, "kind", "name")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +79,7 @@ class CoverageProfile:
         weights: ArrayLike | None = None,
         kind: ReferenceKind | None = None,
         name: str = "model",
-    ) -> "CoverageProfile":
+    ) -> CoverageProfile:
         """Profile from sequence log-probabilities.
 
         Args:
@@ -106,7 +115,7 @@ class CoverageProfile:
         groups: Iterable[Any] | None = None,
         weights: ArrayLike | None = None,
         name: str = "model",
-    ) -> "CoverageProfile":
+    ) -> CoverageProfile:
         """Profile from log ratios log D(y|x) - log p(y|x), nats; +inf where the model gives probability 0."""
         return cls._checked(check_log_ratios(log_ratios), None, groups, weights, "density", name)
 
@@ -119,7 +128,7 @@ class CoverageProfile:
         weights: ArrayLike | None,
         kind: ReferenceKind,
         name: str,
-    ) -> "CoverageProfile":
+    ) -> CoverageProfile:
         if kind not in get_args(ReferenceKind):
             raise ValueError(f"`kind` must be one of {', '.join(get_args(ReferenceKind))}, but is {kind!r}.")
         codes = None if groups is None else group_codes(groups)
@@ -247,19 +256,35 @@ class CoverageProfile:
             flat[key], flat[f"{key}_stderr"] = estimate.mean, estimate.standard_error
         return flat
 
-    def merge(self, other: "CoverageProfile") -> "CoverageProfile":
-        """The profile of both parts' rows together, exact and in any order; `+` does the same.
+    def merge(self, other: CoverageProfile) -> CoverageProfile:
+        """The profile of both parts' rows together, exact and in any order, under this one's name; `+` does the same.
 
         Raises:
             ValueError: if the parts know different things of their reference or only one of them has groups.
         """
-        return CoverageProfile(*merged_fields(self, other))
+        for what, mine, theirs in (
+            ("`kind`", self.kind, other.kind),
+            ("whether log p is known", self.logprobs is None, other.logprobs is None),
+            ("whether rows have `groups`", self.groups is None, other.groups is None),
+        ):
+            if mine != theirs:
+                raise ValueError(f"profiles to merge must agree on {what}, but have {mine!r} and {theirs!r}.")
+        unweighted = self.weights is None and other.weights is None
+        weights = [row_weights(part.weights, part.num_rows) for part in (self, other)]
+        return CoverageProfile(
+            np.concatenate([self.log_ratios, other.log_ratios]),
+            _concatenate(self.logprobs, other.logprobs),
+            _concatenate(self.groups, other.groups),
+            None if unweighted else np.concatenate(weights),
+            self.kind,
+            self.name,
+        )
 
     __add__ = merge
 
     def curve(self, n: Iterable[float] | None = None, confidence: float = 0.95) -> ProfileCurve:
         """Cov_N (or its upper bound) with its interval on a grid of N; by default up to where the profile ends."""
-        grid = np.asarray(profile_grid(self.log_ratios) if n is None else list(n), dtype=np.float64)
+        grid = np.asarray(_grid(self.log_ratios) if n is None else list(n), dtype=np.float64)
         bounds = np.asarray([self.interval(value, confidence) for value in grid])
         return ProfileCurve(
             self.name, grid, coverage(self.log_ratios, grid, weights=self.weights), bounds[:, 0], bounds[:, 1]
@@ -269,7 +294,7 @@ class CoverageProfile:
         self,
         path: str | PathLike[str] | None = None,
         *,
-        others: Sequence["CoverageProfile"] = (),
+        others: Sequence[CoverageProfile] = (),
         n: Iterable[float] | None = None,
         title: str | None = None,
     ) -> Figure:
@@ -284,21 +309,33 @@ class CoverageProfile:
         Raises:
             ValueError: if the profiles do not all show the same quantity.
         """
-        return draw_profiles((self, *others), path, n=n, title=title)
+        profiles = (self, *others)
+        quantities = sorted({profile.quantity for profile in profiles})
+        if len(quantities) > 1:
+            raise ValueError(f"`others` must show the same quantity as this profile, but there are {quantities}.")
+        grids = [_grid(profile.log_ratios) for profile in profiles]
+        grid = max(grids, key=lambda values: values[-1]).tolist() if n is None else list(n)
+        ylabel = quantities[0].replace("Cov_N", "Cov$_N$") + " (lower is better)"
+        return plot_profiles([profile.curve(grid) for profile in profiles], path, ylabel=ylabel, title=title)
 
     def to_json(self, path: str | PathLike[str] | None = None) -> str:
-        """The profile as JSON text, every number exact; also written to `path` where given."""
-        return write_profile_fields(vars(self), path)
+        """The profile as JSON text, every number exact, infinities as text; also written to `path` where given."""
+        text = json.dumps({"format": _FORMAT} | {name: getattr(self, name) for name in _FIELDS}, default=_encode)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
 
     @classmethod
-    def from_json(cls, source: str | PathLike[str]) -> "CoverageProfile":
+    def from_json(cls, source: str | PathLike[str]) -> CoverageProfile:
         """Read what `to_json` gave: its text, or the path it wrote.
 
         Raises:
             ValueError: if the text is not a coverage profile of a known format.
         """
         try:
-            return cls._checked(*read_profile_fields(source))
+            facts = read_json(source, version=_FORMAT)
+            arrays = [None if facts[k] is None else np.asarray(facts[k], dtype=t) for k, t in _ARRAYS.items()]
+            return cls._checked(check_log_ratios(arrays[0]), *arrays[1:], facts["kind"], facts["name"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"`source` is not a coverage profile written by `to_json`: {error!r}.") from error
 
@@ -313,3 +350,19 @@ class CoverageProfile:
         if self.logprobs is None:
             raise ValueError(f"`{what}` needs the model's log-probabilities: make the profile with `from_logprobs`.")
         return self.logprobs
+
+
+def _grid(log_ratios: FloatArray) -> FloatArray:
+    """N from 1 to where a profile has ended, at least 16 and at most 1,000,000, evenly in log N."""
+    finite = log_ratios[np.isfinite(log_ratios)]
+    top = float(finite.max()) + 0.25 if finite.size else 0.0
+    return np.exp(np.linspace(0.0, min(max(top, math.log(16)), math.log(1e6)), 97))
+
+
+def _concatenate(first: NDArray[Any] | None, second: NDArray[Any] | None) -> NDArray[Any] | None:
+    return None if first is None or second is None else np.concatenate([first, second])
+
+
+def _encode(array: NDArray[Any]) -> list[Any]:
+    """What JSON has no number for as "inf" and "-inf", which numpy reads back."""
+    return [str(value) if value in (math.inf, -math.inf) else value for value in array.tolist()]

@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from hf_coverage.functional.bounds import pass_probabilities
@@ -19,6 +18,9 @@ from hf_coverage.functional.predictiveness import RankCorrelations, rank_correla
 from hf_coverage.inference.files import strict_json
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.plots import plot_predictiveness
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["PredictivenessResult", "predictiveness"]
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from hf_coverage.functional.checks import FloatArray, metric_key
 from hf_coverage.functional.tournament_guarantee import offset_guarantee, simple_guarantee
 from hf_coverage.functional.tournament_standing import TieBreak
 from hf_coverage.inference.files import read_json, strict_json
 from hf_coverage.plots import plot_challenges
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["SweepPoint", "TournamentResult"]
 
