@@ -57,7 +57,7 @@ def report_checkpoints(
     predictive = predictiveness(profiles, pass_at, n)
     guides = _guides(predictive)
     text = "\n\n".join(shown.to_markdown() for shown in (table, guides))
-    write_atomically(output / "table.md", f"{text}\n".encode())
+    write_atomically(output / "table.md", f"{text}\n")
     summary = _findings(steps, kl, coverage, passes)
     command = shlex.join(["accelerate", "launch", "-m", "recipes.pretrain", *sys.argv[1:]])
     origin = provenance(command, seed=settings["run"].get("seed", 0))

@@ -13,7 +13,7 @@ def write_profile(profile: CoverageProfile, folder: Path, step: int) -> None:
     """Write a profile under the name of its step, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     text = replace(profile, name=f"step {step}").to_json()
-    write_atomically(folder / f"step-{step}.json", text.encode())
+    write_atomically(folder / f"step-{step}.json", text)
 
 
 def read_profiles(folder: Path) -> dict[int, CoverageProfile]:

@@ -1,14 +1,13 @@
 """What was computed once is kept in the run's folder and read again, so that a stopped run goes on where it was."""
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_from_disk
 
-from hf_coverage.inference.files import write_atomically
+from hf_coverage.inference.files import write_atomically, written_whole
 
 __all__ = ["remember", "remember_corpus"]
 
@@ -29,7 +28,7 @@ def remember(folder: Path, key: Sequence[str | float], experiment: Callable[[], 
     if not file.exists():
         text = json.dumps(experiment())
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, text.encode())
+        write_atomically(file, text)
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -45,10 +44,10 @@ def remember_corpus(folder: Path, sample: Callable[[], Dataset]) -> Dataset:
     """
     _require_settings(folder.parent)
     if not folder.exists():
-        unfinished = folder.with_name(f"{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        sample().save_to_disk(unfinished)
-        unfinished.rename(folder)
+        corpus = sample()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(folder) as part:
+            corpus.save_to_disk(part)
     return load_from_disk(folder)
 
 

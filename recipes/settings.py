@@ -60,6 +60,6 @@ def refuse_other_settings(output: Path, settings: Mapping[str, Any]) -> None:
     file, text = output / "settings.json", json.dumps(settings, indent=2, sort_keys=True)
     if not file.exists():
         output.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, text.encode())
+        write_atomically(file, text)
     elif json.loads(file.read_text(encoding="utf-8")) != json.loads(text):
         raise ValueError(f"{output} holds a run with other settings (see {file}): choose another `--output_dir`.")

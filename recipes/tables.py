@@ -27,7 +27,7 @@ def write_tables(path: Path, tables: Sequence[Table], remarks: Sequence[str] = (
     """Write tables as Markdown, each below its caption, and what fits no table as a list after them."""
     parts = [f"{table.caption}\n\n{table.to_markdown()}" for table in tables]
     listed = "\n\n" + "\n".join(f"- {remark}" for remark in remarks) if remarks else ""
-    write_atomically(path, ("\n\n".join(parts) + listed + "\n").encode())
+    write_atomically(path, "\n\n".join(parts) + listed + "\n")
 
 
 def show(tables: Sequence[Table], lines: Sequence[str] = ()) -> None:

@@ -40,7 +40,7 @@ def processors() -> str:
 def write_facts(file: Path, facts: Mapping[str, Any]) -> None:
     """Write what was measured as JSON."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, f"{json.dumps(facts, indent=2)}\n".encode())
+    write_atomically(file, f"{json.dumps(facts, indent=2)}\n")
 
 
 def _status(field: str) -> int:

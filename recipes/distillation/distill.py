@@ -213,7 +213,7 @@ def report(output: Path, runs: list[Run], test: Dataset, args: DistillationArgum
     origin = provenance(shlex.join(["python", "-m", "recipes.distillation.distill", *sys.argv[1:]]))
     text = "\n\n".join(f"{table.to_markdown()}\n\n{table.caption}" for table in tables)
     lines = "\n".join(f"- {name}: {value}" for name, value in origin.items())
-    write_atomically(output / "report.md", f"{text}\n\n{lines}\n".encode())
+    write_atomically(output / "report.md", f"{text}\n\n{lines}\n")
     show(tables, [f"Written: {output / 'report.md'}, {output / 'distillation.png'}"])
 
 

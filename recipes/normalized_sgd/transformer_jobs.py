@@ -128,7 +128,7 @@ def remembered_states(file: Path, bottom: PreTrainedModel, texts: dict[str, Tens
     Raises:
         ValueError: if the file is of other weights or texts, as another version of Python brings them.
     """
-    key = {name: EncodedCorpus(ids.tolist(), [[]] * len(ids)).fingerprint for name, ids in texts.items()}
+    key = {name: EncodedCorpus(ids[:, :1].tolist(), ids[:, 1:].tolist()).fingerprint for name, ids in texts.items()}
     key["weights"] = weight_fingerprint(bottom)
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)

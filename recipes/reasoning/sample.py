@@ -15,7 +15,6 @@ from rich.console import Console
 from hf_coverage.decode.best_of_n import evaluate_best_of_n
 from hf_coverage.decode.best_of_n_result import BestOfNResult
 from hf_coverage.decode.verifiers import ReasoningGym
-from hf_coverage.inference.files import write_atomically
 from hf_coverage.report.table import Cell, Column, Interval, Table
 from recipes.profiles import step_of
 from recipes.reasoning.choices import Checkpoints
@@ -48,7 +47,7 @@ def main() -> None:
             output_dir=folder / f"step-{step}",
             shard_rows=measure.batch_size,
         )
-        write_atomically(folder / f"step-{step}.json", f"{result.to_json()}\n".encode())
+        result.to_json(folder / f"step-{step}.json")
         console.print(f"step {step}: {result.sentence}", highlight=False, markup=False)
 
 

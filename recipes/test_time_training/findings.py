@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from hf_coverage.functional.coverage_profile import coverage
-from hf_coverage.inference.files import strict_json, write_atomically
+from hf_coverage.inference.files import strict_json
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Interval, Table
@@ -51,7 +51,7 @@ def report(output: Path, results: Results) -> None:
         tables.append(scope_table(results))
     sentences = explain(results, choices)
     write_tables(output / "report.md", tables, sentences)
-    write_atomically(output / "findings.json", f"{strict_json(facts(results, choices))}\n".encode())
+    strict_json(facts(results, choices), output / "findings.json")
     show(tables, [*sentences, f"Written: {output / 'report.md'}, findings.json and the figures beside it"])
 
 

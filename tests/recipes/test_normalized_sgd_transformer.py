@@ -1,6 +1,7 @@
 """Six ways to train a transformer, at a size of seconds: the runs, the tables, and where a stopped one goes on."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_coverage.inference.encoded_rows import EncodedCorpus
@@ -91,6 +93,16 @@ def test_the_last_layers_go_on_as_the_whole_model_would(tmp_path, tiny_llama):
     assert trained == {"0", "1"}
     training = [row.tolist() for _, row in job.train_rows(None)]
     assert not [row for row in training if row in ids]
+
+
+def test_hidden_states_of_other_texts_are_refused(tmp_path, tiny_llama):
+    args = jobs.TextArguments(str(tiny_llama), train_rows=4, max_documents=4)
+    kept = jobs.text_job(tmp_path, args, rows=4).held_out[0][0]
+    with pytest.raises(ValueError, match="is of other weights or texts than this run's"):
+        jobs.text_job(tmp_path, replace(args, max_documents=6), rows=4)
+    file = tmp_path / "hidden_states.safetensors"
+    save_file(load_file(file), file)  # as it was written before there was a key
+    assert torch.equal(jobs.text_job(tmp_path, args, rows=4).held_out[0][0], kept)
 
 
 def test_what_diverged_covers_nothing(tmp_path, tiny_llama):

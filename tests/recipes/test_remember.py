@@ -69,8 +69,8 @@ def test_nothing_is_kept_where_no_settings_are(tmp_path):
 
 
 def test_a_corpus_is_made_once_whatever_a_killed_run_has_left(run):
-    (run / "D at 0.7.unfinished").mkdir()
-    (run / "D at 0.7.unfinished" / "state.json").write_text("{")
+    (run / ".D at 0.7.part").mkdir()
+    (run / ".D at 0.7.part" / "state.json").write_text("{")
     corpus = Dataset.from_dict({"prompt": ["a", "b"]})
     assert remember_corpus(run / "D at 0.7", lambda: corpus)["prompt"][:] == ["a", "b"]
     assert remember_corpus(run / "D at 0.7", pytest.fail)["prompt"][:] == ["a", "b"]
