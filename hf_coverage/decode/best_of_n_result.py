@@ -121,13 +121,15 @@ class BestOfNResult:
 
     def interval(self, n: int, confidence: float = 0.95) -> tuple[float, float]:
         """Confidence interval of Pass@N, over prompts."""
-        return bounded_mean_interval(self._pass_estimate(n), confidence)
+        return bounded_mean_interval(self._passes[:, self._column(n)], confidence=confidence)
 
     def best_of(self, n: int, confidence: float = 0.95) -> Estimate:
         """Expected reward of the best of N responses, unbiased, with its confidence interval over prompts."""
-        estimate = clustered_mean(self._best[:, self._column(n)])
-        bounded = self.rewards.min() >= 0 and self.rewards.max() <= 1
-        return Estimate(estimate.mean, *(bounded_mean_interval if bounded else mean_interval)(estimate, confidence))
+        rewards = self._best[:, self._column(n)]
+        estimate = clustered_mean(rewards)
+        if self.rewards.min() >= 0 and self.rewards.max() <= 1:
+            return Estimate(estimate.mean, *bounded_mean_interval(rewards, confidence=confidence))
+        return Estimate(estimate.mean, *mean_interval(estimate, confidence))
 
     def metrics(self, n: Iterable[int] | None = None) -> dict[str, float]:
         """Flat metrics under the names of lm-evaluation-harness, each with its `_stderr`.

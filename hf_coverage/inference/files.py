@@ -74,8 +74,8 @@ def read_json(source: str | PathLike[str], *, version: int) -> dict[str, Any]:
 
 def _strict(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: _strict(item) for name, item in value.items()}
-    if isinstance(value, np.ndarray):
+        return {name.item() if isinstance(name, np.generic) else name: _strict(item) for name, item in value.items()}
+    if isinstance(value, (np.ndarray, np.generic)):
         return _strict(value.tolist())
     if isinstance(value, (list, tuple)):
         return [_strict(item) for item in value]

@@ -125,7 +125,8 @@ class CoverageProfile:
         codes = None if groups is None else group_codes(groups)
         if codes is not None and codes.size != ratios.size:
             raise ValueError(f"`groups` must have one label a row, {ratios.size} in all, but has {codes.size}.")
-        return cls(ratios, model, codes, None if weights is None else row_weights(weights, ratios.size), kind, name)
+        weight = None if weights is None else row_weights(weights, ratios.size)
+        return cls(ratios, model, codes, weight, kind, str(name))
 
     @property
     def num_rows(self) -> int:
@@ -134,8 +135,9 @@ class CoverageProfile:
 
     @property
     def num_groups(self) -> int:
-        """Number of distinct prompts, the unit that intervals resample; `num_rows` where none were given."""
-        return self.num_rows if self.groups is None else np.unique(self.groups).size
+        """Distinct prompts of rows that have a weight, the unit of intervals; where none were given, those rows."""
+        codes = np.arange(self.num_rows) if self.groups is None else self.groups
+        return np.unique(codes if self.weights is None else codes[self.weights > 0]).size
 
     @property
     def is_upper_bound(self) -> bool:

@@ -46,12 +46,13 @@ class TournamentResult:
         offsets: `(M, M)` 2 g O[a, b]; zeros in a simple tournament.
         gamma: g of an offset tournament; None in a simple one.
         scores: worst challenge of each candidate.
-        mean_challenges: mean challenge of each candidate, the first tie-break.
+        mean_challenges: mean challenge of each candidate, without an offset, the first tie-break.
         cross_entropies: E[-log p] of each candidate, nats a response, the second tie-break.
         ranking: candidates, best first; those that racing dropped come last.
         ties: the candidates with the least score, where there are several; else empty.
         decided_by: what broke the tie; None where there was none.
-        win_rates: how often each candidate wins when prompts are drawn anew; empty without a bootstrap.
+        win_rates: how often each candidate wins when prompts are drawn anew; empty without a bootstrap, or with one
+            prompt.
         num_rows: R.
         num_prompts: distinct prompts.
         sweep: the tournament at other N.

@@ -79,8 +79,8 @@ def results_table(
         row: list[Cell] = [name, label_of(run, runs[name]), Interval(loss.mean, *mean_interval(loss))]
         row += [Interval(profile.cov(n), *profile.interval(n)) for n in measure.n]
         for n in measure.pass_at:
-            passed = clustered_mean(pass_probabilities(-profile.log_ratios, n), groups=groups)
-            row.append(Interval(passed.mean, *bounded_mean_interval(passed)))
+            passed = pass_probabilities(-profile.log_ratios, n)
+            row.append(Interval(float(passed.mean()), *bounded_mean_interval(passed, groups=groups)))
         if BASELINE in chosen:
             row.append(difference(half, run, chosen[BASELINE], measure.choose_n) if name != BASELINE else None)
         rows.append(row)
