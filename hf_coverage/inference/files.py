@@ -8,11 +8,11 @@ import os
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-__all__ = ["read_json", "strict_json", "write_atomically"]
+__all__ = ["read_json", "refuse_constant", "strict_json", "write_atomically"]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -65,11 +65,17 @@ def read_json(source: str | PathLike[str], *, version: int) -> dict[str, Any]:
         {'format': 1, 'name': 'model'}
     """
     is_text = isinstance(source, str) and source.lstrip().startswith("{")
-    facts = json.loads(str(source) if is_text else Path(source).read_text(encoding="utf-8"))
-    if not isinstance(facts, dict) or facts.get("format") != version:
+    text = str(source) if is_text else Path(source).read_text(encoding="utf-8")
+    facts = json.loads(text, parse_constant=refuse_constant)
+    if not isinstance(facts, dict) or facts.get("format") != version or facts["format"] is True:
         found = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
         raise ValueError(f"format {found} is not {version}")
     return facts
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """What `json` calls at NaN and infinities, which no file of ours has: they are not JSON."""
+    raise ValueError(f"{name} is no JSON")
 
 
 def _strict(value: Any) -> Any:

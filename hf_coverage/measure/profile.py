@@ -10,7 +10,14 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from hf_coverage.functional.bounds import BestOfNBudget, best_of_n_budget
-from hf_coverage.functional.checks import FloatArray, ReferenceKind, check_log_ratios, check_logprobs, metric_key
+from hf_coverage.functional.checks import (
+    ROUNDING,
+    FloatArray,
+    ReferenceKind,
+    check_log_ratios,
+    check_logprobs,
+    metric_key,
+)
 from hf_coverage.functional.coverage import coverage, coverage_interval, log_ratios, reached, smallest_n
 from hf_coverage.functional.statistics import MeanEstimate, clustered_mean, group_codes, row_weights
 from hf_coverage.measure.profile_json import read_profile_fields, write_profile_fields
@@ -122,8 +129,9 @@ class CoverageProfile:
     ) -> "CoverageProfile":
         if kind not in get_args(ReferenceKind):
             raise ValueError(f"`kind` must be one of {', '.join(get_args(ReferenceKind))}, but is {kind!r}.")
+        _check_logprobs_of(ratios, model, kind)
         codes = None if groups is None else group_codes(groups)
-        if codes is not None and codes.size != ratios.size:
+        if codes is not None and codes.shape != ratios.shape:
             raise ValueError(f"`groups` must have one label a row, {ratios.size} in all, but has {codes.size}.")
         weight = None if weights is None else row_weights(weights, ratios.size)
         return cls(ratios, model, codes, weight, kind, str(name))
@@ -300,8 +308,11 @@ class CoverageProfile:
             ValueError: if the text is not a coverage profile of a known format.
         """
         try:
-            return cls._checked(*read_profile_fields(source))
-        except (KeyError, TypeError, ValueError) as error:
+            ratios, model, groups, weights, kind, name = read_profile_fields(source)
+            if not isinstance(name, str):
+                raise TypeError(f"its name is {name!r}, which is no text")
+            return cls._checked(ratios, model, groups, weights, kind, name)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"`source` is not a coverage profile written by `to_json`: {error!r}.") from error
 
     def _require_density(self, what: str, instead: str) -> None:
@@ -315,3 +326,24 @@ class CoverageProfile:
         if self.logprobs is None:
             raise ValueError(f"`{what}` needs the model's log-probabilities: make the profile with `from_logprobs`.")
         return self.logprobs
+
+
+def _check_logprobs_of(ratios: FloatArray, model: FloatArray | None, kind: ReferenceKind) -> None:
+    """Refuse log ratios that are not those of these log-probabilities and a reference of this kind."""
+    if model is None:
+        if kind != "density":
+            raise ValueError(f"`kind` {kind!r} needs `logprobs`: log ratios alone are of a reference with a density.")
+        return
+    if check_logprobs(model).shape != ratios.shape:
+        raise ValueError(
+            f"`log_ratios` and `logprobs` must describe the same rows, but have {ratios.size} and {model.size}."
+        )
+    with np.errstate(invalid="ignore"):  # of a row that neither can produce
+        reference = np.where(np.isinf(ratios) & np.isinf(model), 0.0, ratios + model)
+    least = -ROUNDING if kind in ("samples", "single_answer") else -np.inf
+    bad = np.flatnonzero(~((reference > -np.inf) & (reference >= least) & (reference <= ROUNDING)))
+    if bad.size:
+        raise ValueError(
+            f"`log_ratios` must be log D - log p with log D {'0' if least > -1 else 'at most 0'} where `kind` is "
+            f"{kind!r}, but row {bad[0]} has {ratios[bad[0]]} with log p {model[bad[0]]}."
+        )

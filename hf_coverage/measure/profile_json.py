@@ -39,6 +39,8 @@ def read_profile_fields(source: str | PathLike[str]) -> list[Any]:
         ValueError: if the text is of another format, or an array holds no log ratios.
     """
     facts = read_json(source, version=_FORMAT)
+    if not all(type(code) is int for code in facts["groups"] or ()):
+        raise TypeError("its groups are not all whole numbers")
     fields = [
         facts[name] if name not in _TYPES or facts[name] is None else np.asarray(facts[name], dtype=_TYPES[name])
         for name in _FIELDS

@@ -72,12 +72,11 @@ def packed_sequences(inputs: Mapping[str, Any]) -> Sequences | None:
     if first is None:
         return None
     mask = inputs.get("attention_mask")
-    is_padding_mask = mask is not None and mask.ndim == 2
-    if is_padding_mask:
+    if mask is not None and mask.ndim == 2:
         first = first & mask.bool()
     if not (first.sum(-1) > 1).any():
         return None
-    if is_padding_mask:
+    if mask is not None and mask.ndim == 2:
         raise ValueError(
             "rows hold several sequences, for their `position_ids` start again, but there is an `attention_mask` too, "
             "with which models let each sequence see the ones before it: leave the mask out, as "

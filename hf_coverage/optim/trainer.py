@@ -198,7 +198,8 @@ def _check_optimizer(trainer: Any, optimizer: Any) -> None:
             f"`max_grad_norm` is {args.max_grad_norm}: the Trainer would clip the gradient before it is normalised, "
             "which changes its norm. Set TrainingArguments(max_grad_norm=0.0)."
         )
-    given = (trainer.optimizer_cls_and_kwargs or (None, {}))[1].get("weight_decay")
+    _, settings = trainer.optimizer_cls_and_kwargs or (None, {})
+    given = dict(settings).get("weight_decay")
     found = {group.get("weight_decay", given) for group in optimizer.param_groups}
     if given is not None and given not in found:
         raise ValueError(
