@@ -115,7 +115,7 @@ def paired_kl_difference(
     Returns:
         The difference, the interval and the p-value. The difference is infinite where one KL is and NaN where both
         are; interval and p-value are then NaN, as they are with a single group, and where all groups differ by the
-        same amount, which says nothing of how much others may differ.
+        same amount, which says nothing of how much others may differ. Where none differs the p-value is 1.
 
     Raises:
         ValueError: if the two describe different numbers of rows.
@@ -135,7 +135,9 @@ def paired_kl_difference(
         estimate = clustered_mean(a - b, groups=groups, weights=weights)
     low, high = mean_interval(estimate, confidence)
     mean, error = estimate.mean, estimate.standard_error
-    p_value = math.nan if math.isnan(low) else 2 * float(stats.t.sf(abs(mean) / error, estimate.num_groups - 1))
+    if math.isnan(low):  # no difference anywhere is no evidence of one
+        return PairedDifference(mean, low, high, 1.0 if mean == error == 0 else math.nan)
+    p_value = 2 * float(stats.t.sf(abs(mean) / error, estimate.num_groups - 1))
     return PairedDifference(mean, float(low), float(high), p_value)
 
 

@@ -190,7 +190,7 @@ def bounded_mean_interval(
     rows, weight, inverse, num_groups = _weighing_rows(values, groups, weights)
     if num_groups < 2:
         return 0.0, 1.0
-    of_group = np.bincount(inverse, weights=weight, minlength=num_groups)
+    of_group = np.bincount(inverse, weights=weight, minlength=num_groups).astype(np.float64)
     means = np.clip(np.bincount(inverse, weights=weight * rows, minlength=num_groups) / of_group, 0.0, 1.0)
     beyond = (1 - confidence) / 2
     return 1 - _gaffke_end(1 - means, of_group, beyond), _gaffke_end(means, of_group, beyond)

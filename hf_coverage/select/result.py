@@ -209,7 +209,8 @@ class TournamentResult:
         yield "num_rows", all(type(size) is int and 1 <= size <= self.num_rows for size in sizes)
         yield "num_prompts", 1 <= self.num_prompts <= self.num_rows
         yield "dropped", raced or not self.dropped
-        yield "race_confidence", not raced or (_is_number(self.race_confidence) and 0 < self.race_confidence < 1)
+        confidence = self.race_confidence
+        yield "race_confidence", confidence is None or (_is_number(confidence) and 0 < confidence < 1)
         yield (
             "suggested_n",
             self.suggested_n is None or (_is_number(self.suggested_n) and 1 < self.suggested_n < self.n),
