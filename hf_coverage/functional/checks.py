@@ -26,8 +26,9 @@ IntArray = NDArray[np.int64]
 ReferenceKind = Literal["density", "single_answer", "samples", "answer"]
 """What is known of the reference D: its density, that it has one right answer, samples only, or answer densities."""
 
-TIE_TOLERANCE = 1e-9
-"""A log ratio this close below log N (nats) counts as reached: the rounding of a subtraction must not decide a tie."""
+TIE_TOLERANCE = 2e-6
+"""A log ratio this close below log N (nats) counts as reached: rounding must not decide a tie. It is what the rounding
+of two log-probabilities down to -32 nats comes to in float32, which models compute and tables hold."""
 
 ROUNDING = 1e-6
 """A log-probability this far above 0 (nats) is float32 rounding of probability one; more is an error."""

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-__all__ = ["read_json", "strict_json", "write_atomically", "written_whole"]
+__all__ = ["read_json", "refuse_constant", "strict_json", "write_atomically", "written_whole"]
 
 
 def write_atomically(path: str | PathLike[str], content: bytes | str) -> None:
@@ -136,17 +136,23 @@ def read_json(source: str | PathLike[str], *, version: int) -> dict[str, Any]:
         {'format': 1, 'name': 'model'}
     """
     is_text = isinstance(source, str) and source.lstrip().startswith("{")
-    facts = json.loads(str(source) if is_text else Path(source).read_text(encoding="utf-8"))
-    if not isinstance(facts, dict) or facts.get("format") != version:
+    text = str(source) if is_text else Path(source).read_text(encoding="utf-8")
+    facts = json.loads(text, parse_constant=refuse_constant)
+    if not isinstance(facts, dict) or facts.get("format") != version or facts["format"] is True:
         found = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
         raise ValueError(f"format {found} is not {version}")
     return facts
 
 
+def refuse_constant(name: str) -> NoReturn:
+    """What `json` calls at NaN and infinities, which no file of ours has: they are not JSON."""
+    raise ValueError(f"{name} is no JSON")
+
+
 def _strict(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: _strict(item) for name, item in value.items()}
-    if isinstance(value, np.ndarray):
+        return {name.item() if isinstance(name, np.generic) else name: _strict(item) for name, item in value.items()}
+    if isinstance(value, (np.ndarray, np.generic)):
         return _strict(value.tolist())
     if isinstance(value, (list, tuple)):
         return [_strict(item) for item in value]

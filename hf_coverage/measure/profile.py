@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, overload
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hf_coverage.functional.bounds import BestOfNBudget, best_of_n_budget
 from hf_coverage.functional.checks import (
+    ROUNDING,
     FloatArray,
     ReferenceKind,
     check_log_ratios,
@@ -24,7 +24,7 @@ from hf_coverage.functional.checks import (
 )
 from hf_coverage.functional.coverage_profile import coverage, coverage_interval, log_ratios, reached, smallest_n
 from hf_coverage.functional.statistics import MeanEstimate, clustered_mean, group_codes, row_weights
-from hf_coverage.inference.files import read_json
+from hf_coverage.inference.files import read_json, write_atomically
 from hf_coverage.plots import ProfileCurve, plot_profiles
 
 if TYPE_CHECKING:
@@ -143,10 +143,12 @@ class CoverageProfile:
     ) -> CoverageProfile:
         if kind not in get_args(ReferenceKind):
             raise ValueError(f"`kind` must be one of {', '.join(get_args(ReferenceKind))}, but is {kind!r}.")
+        _check_logprobs_of(ratios, model, kind)
         codes = None if groups is None else group_codes(groups)
-        if codes is not None and codes.size != ratios.size:
+        if codes is not None and codes.shape != ratios.shape:
             raise ValueError(f"`groups` must have one label a row, {ratios.size} in all, but has {codes.size}.")
-        return cls(ratios, model, codes, None if weights is None else row_weights(weights, ratios.size), kind, name)
+        weight = None if weights is None else row_weights(weights, ratios.size)
+        return cls(ratios, model, codes, weight, kind, str(name))
 
     @property
     def num_rows(self) -> int:
@@ -155,8 +157,9 @@ class CoverageProfile:
 
     @property
     def num_groups(self) -> int:
-        """Number of distinct prompts, the unit that intervals resample; `num_rows` where none were given."""
-        return self.num_rows if self.groups is None else np.unique(self.groups).size
+        """Distinct prompts of rows that have a weight, the unit of intervals; where none were given, those rows."""
+        codes = np.arange(self.num_rows) if self.groups is None else self.groups
+        return np.unique(codes if self.weights is None else codes[self.weights > 0]).size
 
     @property
     def is_upper_bound(self) -> bool:
@@ -345,7 +348,7 @@ class CoverageProfile:
         """The profile as JSON text, every number exact, infinities as text; also written to `path` where given."""
         text = json.dumps({"format": _FORMAT} | {name: getattr(self, name) for name in _FIELDS}, default=_encode)
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_atomically(path, text)
         return text
 
     @classmethod
@@ -357,13 +360,23 @@ class CoverageProfile:
         """
         try:
             facts = read_json(source, version=_FORMAT)
-            known = {name: facts[name] for name in _FIELDS}
-            fields = [
-                np.asarray(value, dtype=_ARRAYS[name]) if name in _ARRAYS and value is not None else value
-                for name, value in known.items()
-            ]
-            return cls._checked(check_log_ratios(fields[0]), *fields[1:])
-        except (KeyError, TypeError, ValueError) as error:
+            if not all(type(code) is int for code in facts["groups"] or ()):
+                raise TypeError("its groups are not all whole numbers")
+            if not isinstance(facts["name"], str):
+                raise TypeError(f"its name is {facts['name']!r}, which is no text")
+            arrays: dict[str, Any] = {
+                name: None if facts[name] is None else np.asarray(facts[name], dtype=kind)
+                for name, kind in _ARRAYS.items()
+            }
+            return cls._checked(
+                check_log_ratios(arrays["log_ratios"]),
+                arrays["logprobs"],
+                arrays["groups"],
+                arrays["weights"],
+                facts["kind"],
+                facts["name"],
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"`source` is not a coverage profile written by `to_json`: {error!r}.") from error
 
     def _require_density(self, what: str, instead: str) -> None:
@@ -393,3 +406,24 @@ def _concatenate(first: NDArray[Any] | None, second: NDArray[Any] | None) -> NDA
 def _encode(array: NDArray[Any]) -> list[Any]:
     """What JSON has no number for as "inf" and "-inf", which numpy reads back."""
     return [str(value) if value in (math.inf, -math.inf) else value for value in array.tolist()]
+
+
+def _check_logprobs_of(ratios: FloatArray, model: FloatArray | None, kind: ReferenceKind) -> None:
+    """Refuse log ratios that are not those of these log-probabilities and a reference of this kind."""
+    if model is None:
+        if kind != "density":
+            raise ValueError(f"`kind` {kind!r} needs `logprobs`: log ratios alone are of a reference with a density.")
+        return
+    if check_logprobs(model).shape != ratios.shape:
+        raise ValueError(
+            f"`log_ratios` and `logprobs` must describe the same rows, but have {ratios.size} and {model.size}."
+        )
+    with np.errstate(invalid="ignore"):  # of a row that neither can produce
+        reference = np.where(np.isinf(ratios) & np.isinf(model), 0.0, ratios + model)
+    least = -ROUNDING if kind in ("samples", "single_answer") else -np.inf
+    bad = np.flatnonzero(~((reference > -np.inf) & (reference >= least) & (reference <= ROUNDING)))
+    if bad.size:
+        raise ValueError(
+            f"`log_ratios` must be log D - log p with log D {'0' if least > -1 else 'at most 0'} where `kind` is "
+            f"{kind!r}, but row {bad[0]} has {ratios[bad[0]]} with log p {model[bad[0]]}."
+        )

@@ -13,6 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hf_coverage.inference.files import write_atomically, written_whole
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.report.provenance import git_hash, versions
@@ -125,6 +127,8 @@ def _strict(value: Any) -> Any:
     """The same value without the numbers that JSON does not have."""
     if isinstance(value, Mapping):
         return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _strict(value.tolist())
     if isinstance(value, (list, tuple)):
         return [_strict(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):

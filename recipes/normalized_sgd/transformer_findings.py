@@ -11,7 +11,7 @@ from hf_coverage import CoverageProfile
 from hf_coverage.functional.bounds import pass_probabilities
 from hf_coverage.functional.checks import FloatArray, metric_key
 from hf_coverage.functional.paired import paired_coverage_difference
-from hf_coverage.functional.statistics import bounded_mean_interval, clustered_mean
+from hf_coverage.functional.statistics import bounded_mean_interval
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Cell, Column, Interval, Table
 from recipes.tables import interval_of, show, write_tables
@@ -76,8 +76,8 @@ def results_table(
         row: list[Cell] = [name, label_of(run, runs[name]), interval_of(profile.log_ratios, groups=groups)]
         row += [Interval(profile.cov(n), *profile.interval(n)) for n in measure.n]
         for n in measure.pass_at:
-            passed = clustered_mean(pass_probabilities(-profile.log_ratios, n), groups=groups)
-            row.append(Interval(passed.mean, *bounded_mean_interval(passed)))
+            passed = pass_probabilities(-profile.log_ratios, n)
+            row.append(Interval(float(passed.mean()), *bounded_mean_interval(passed, groups=groups)))
         if BASELINE in chosen:
             row.append(difference(half, run, chosen[BASELINE], measure.choose_n) if name != BASELINE else None)
         rows.append(row)
