@@ -66,7 +66,7 @@ def test_math_verify_judges_in_a_worker_and_here(timeout):
 
 def test_math_verify_is_killed_where_sympy_hangs():
     """A power tower that sympy computes in C, where math-verify's own signal does not reach it."""
-    rows = [{"completions": text, "answer": "2"} for text in ("9**9**9**9", "2")]
+    rows = [{"completions": text, "answer": "2"} for text in ("9^{9^{9^{9}}}", "2")]
     hung, right = judged(MathVerify(), rows, timeout=5.0)
     assert (hung.error, right.reward) == ("timed out", 1.0)
 
@@ -74,7 +74,7 @@ def test_math_verify_is_killed_where_sympy_hangs():
 def test_an_answer_of_the_corpus_that_is_no_mathematics_is_an_error_and_not_a_wrong_response():
     (verdict,) = judged(MathVerify(), [{"completions": "2", "answer": ""}])
     assert verdict.error == "raised ValueError"
-    assert "cannot be parsed by math-verify" in verdict.message
+    assert "cannot be read as mathematics" in verdict.message
 
 
 @pytest.mark.parametrize("task", ["spell_backward", "chain_sum", "countdown", "n_queens", "string_insertion"])
