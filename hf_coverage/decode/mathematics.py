@@ -89,14 +89,14 @@ def final_answers(response: str) -> Iterator[str]:
         yield extract_boxed_content(text, mode="last")
         return
     yield text
-    text = _spelled(text)
+    text = _spelled(re.sub(r"(?<!\S)\*\*([^*\n]+)\*\*(?!\w)", r"\1", text))  # bold, and no power
     # A dollar before an amount is money and opens no mathematics.
     text = re.sub(r"\\\$|\$(?=\s?\d[\d,.]*(?:\s+[A-Za-z]{2,}|[.,;!?)]*\s*$|[.,;!?)]+\s))", "", text)
     *_, start = 0, *(match.end() for match in _ANSWER.finditer(text))
     pieces = list(_ENVIRONMENTS.finditer(text, start))
     found = [piece[0] for piece in pieces] or [run for run in map(_trimmed, _runs(text, start)) if run]
     if start:
-        yield re.split(r"[.!?]+(?:\s|$)|\n", text[start:].strip(" *_\n"))[0].strip(" *_")
+        yield re.split(r"[.?]+(?:\s|$)|\n", text[start:].strip(" *_\n"))[0].strip(" *_")
     if found and (found[0] != text or pieces):
         yield found[0 if start else -1]
 
@@ -226,7 +226,7 @@ def _trimmed(run: str) -> str:
     """A stretch without what belongs to the sentence around it."""
     while True:
         before = run
-        run = re.sub(r"^(?:[\s,:;!=]|\.(?!\d)|(?:and|or)\b)+|(?:[\s,:;!.=]|\b(?:and|or))+$", "", run)
+        run = re.sub(r"^(?:[\s,:;!=]|\.(?!\d)|(?:and|or)\b)+|(?:[\s,:;.=]|\b(?:and|or))+$", "", run)
         for opening, closing in (("([", ")]"), "{}"):  # of a half-open interval they differ
             opened, closed = (sum(map(run.count, marks)) for marks in (opening, closing))
             run = run[:-1] if closed > opened and run.endswith(tuple(closing)) else run
