@@ -121,7 +121,7 @@ class Judging:
             judge_rows: JudgeRows | None = None
             for index, shard in enumerate(samples):
                 kept = None if shards is None else on_main_process(partial(shards.read, index))
-                if kept is not None and any(row["reward"] is not None for row in kept):
+                if shards is not None and kept is not None and any(row["reward"] is not None for row in kept):
                     if list(map(_place, kept)) != list(map(_place, shard)):
                         raise ValueError(f"{shards.folder} holds verdicts on other samples than there are; remove it.")
                     yield shard, [Verdict(row["reward"], row["error"], row["message"]) for row in kept]

@@ -454,7 +454,7 @@ def named_verifier(name: str, *, column: str = "answer", device: str | None = No
     verifier = vars(module).get(rest)
     if not callable(verifier):
         where = getattr(module, "__file__", None) or "built into Python"
-        raise ValueError(f"`verifier` {name!r}: {kind} ({where}) has no callable {rest!r}.")
+        raise ValueError(f"`verifier` {name!r}: {kind} has no callable {rest!r} ({where}).")
     return verifier
 
 
