@@ -108,8 +108,8 @@ def readings(text: str) -> tuple[Any, ...]:
     Two numbers in parentheses are an open interval and a point, and where the first is greater only a point.
 
     Example:
-        >>> readings(r"3\sqrt{2}"), readings("(1, 2)"), readings("3 +"), readings("1.5e-3")[0].doit()
-        ((3*sqrt(2),), (Interval.open(1, 2), (1, 2)), (), 0.00150000000000000)
+        >>> readings(r"3\sqrt{2}"), readings("(1, 2)"), readings("3 +")
+        ((3*sqrt(2),), (Interval.open(1, 2), (1, 2)), ())
     """
     text = _spelled(re.sub(r"\$\$|(?<!\\)\$|\\[()\[\]]", " ", text).strip())
     text = re.sub(r"(?<=[^.])\.$", "", text)
