@@ -60,7 +60,7 @@ _MISREAD = re.compile(r"\d\s+\d|\^\s*(?:\{[^{}]*\}|\w)\s*\^")
 _PAIR = re.compile(r"(?<![A-Za-z\\}])\(([^()\[\],;]+),([^()\[\],;]+)\)")
 _LIST = re.compile(r"\[([^()\[\],;]+),([^()\[\],;]+)\]")
 _THREE = r"(\1,\2,x_{31415})"
-_THIRD = sympy.Symbol("x_31415", real=True)
+_THIRD = sympy.Symbol("x_{31415}", real=True)
 
 
 def gold_answer(text: str) -> str:
