@@ -1,6 +1,8 @@
 """`hf-coverage best-of-n`: what k samples of a model achieve, judged by a verifier."""
 
+import json
 import re
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,7 +42,7 @@ def best_of_n(
         str,
         typer.Option(
             help="`exact-match`, `math-verify`, `reasoning-gym:TASK`, `reward-model:MODEL`, or your own callable, as "
-            "`module:function` or `file.py:function`, called like TRL's reward functions."
+            "`module:function` or `file.py:function`, called like TRL's reward functions. Its process is no sandbox."
         ),
     ] = "exact-match",
     output_dir: Annotated[
@@ -83,7 +85,13 @@ def best_of_n(
     Pass@N is the share of prompts that at least one of N responses solves; higher is better. Both it and the reward of
     the best of N are unbiased, with 95 % intervals over prompts. Run the command again to go on after an interruption.
 
-    Writes best_of_n-VERIFIER.json, best_of_n-VERIFIER.png and the results as JSON.
+    A verifier runs in a process of its own, which is killed where it hangs, and which is no sandbox: it may do what
+    you may. Where it executes code that a model wrote, run the command in a container without network (`docker run
+    --network none`), or let the verifier send the code to a service for it, such as E2B. `unshare -rn` takes away the
+    network alone.
+
+    Writes best_of_n-VERIFIER.json, best_of_n-VERIFIER.png and the results as JSON; another verifier of the same name
+    gets -2 behind it. If no response could be judged, nothing of these is written and the exit code is 1.
     """
     from hf_coverage.decode.verifiers import named_verifier
 
@@ -140,11 +148,12 @@ def _levels(n: list[str], k: int) -> list[int]:
 def _report(result: "BestOfNResult", levels: list[int], profile: "CoverageProfile | None", folder: Path) -> None:
     from hf_coverage.report.results import write_results
 
+    _require_judged(result)
     folder.mkdir(parents=True, exist_ok=True)
     prediction = None if profile is None else result.predict(profile)
     print_table(_table(result, levels, prediction))
     say(result.sentence, *_examples(result))
-    name = f"best_of_n-{re.sub(r'[^0-9A-Za-z_-]', '_', result.verifier)}"
+    name = _name(result, folder)
     result.to_json(folder / f"{name}.json")
     result.plot(folder / f"{name}.png", profile=profile)
     metrics = {f"{key},none": value for key, value in result.metrics(levels).items()}
@@ -153,6 +162,33 @@ def _report(result: "BestOfNResult", levels: list[int], profile: "CoverageProfil
     content |= {"config": facts | result.settings, "n-samples": {result.name: {"original": result.num_prompts}}}
     path = write_results(folder, content)
     say(f"Plot in {folder / name}.png, all rewards in {folder / name}.json, metrics in {path}.")
+
+
+def _require_judged(result: "BestOfNResult") -> None:
+    if not result.failed.all():
+        return
+    error, times = next(iter(result.errors.items()))
+    message = result.examples[error]["message"]
+    raise RuntimeError(
+        f"`verifier` {result.verifier} judged none of {result.failed.size:,} responses; most often, {times:,} times, "
+        f"it {error}{f' ({message})' if message else ''}. Mend it and run the same command again."
+    )
+
+
+def _name(result: "BestOfNResult", folder: Path) -> str:
+    """A name for files of a result that no file of another has: other samples, or another verifier of that name."""
+    stem = f"best_of_n-{re.sub(r'[^0-9A-Za-z_-]', '_', result.verifier)}"[:100]
+    names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
+    return next(name for name in names if _is_free(folder / f"{name}.json", result.settings["judged"]))
+
+
+def _is_free(path: Path, judged: str | None) -> bool:
+    if not path.exists():
+        return True
+    try:
+        return judged is not None and judged == json.loads(path.read_text(encoding="utf-8"))["settings"]["judged"]
+    except (ValueError, KeyError, TypeError):  # damaged, or of a time before the name
+        return False
 
 
 def _table(result: "BestOfNResult", levels: list[int], prediction: "Prediction | None") -> Table:

@@ -69,7 +69,8 @@ class BestOfNResult:
         errors: how many responses could not be judged, by what went wrong.
         examples: one response for each of these errors: its row, sample, text, and the error's message.
         threshold: least reward that solves a prompt; None where rewards do not say that.
-        settings: how the responses were sampled.
+        settings: how the responses were sampled; `judged` names samples and verifier by all that decides the
+            rewards, and is None where not all of it can be told.
 
     Example:
         >>> result = BestOfNResult.from_rewards([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
