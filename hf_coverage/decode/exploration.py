@@ -26,6 +26,7 @@ from hf_coverage.inference.forward import HeadForward, HeadOutput, inference
 from hf_coverage.inference.forward_batches import Batch, Limits, Step, build_step, plan_batches
 from hf_coverage.inference.prefix_cache import continue_lines
 from hf_coverage.inference.sampler import require_room
+from hf_coverage.inference.self_check import Reading
 from hf_coverage.measure.corpus import encode_corpus, encode_prompts
 
 if TYPE_CHECKING:
@@ -248,7 +249,9 @@ def _features(
         probe = forward.probe()
         _check_rows(forward.model, encoded, probe.logits.shape[-1])
         limits = Limits(batch_tokens, positions=sys.maxsize)
-        batches = plan_batches(read, range(len(read)), limits, share_prefixes=probe.repeatable)
+        batches = plan_batches(
+            read, range(len(read)), limits, reading=Reading.SHARED if probe.repeatable else Reading.PADDED
+        )
         state = PartialState()
         # Every process has to take part in every pass of a sharded model.
         mine = batches if forward.sharded else batches[state.process_index :: state.num_processes]

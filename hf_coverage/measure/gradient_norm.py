@@ -17,6 +17,7 @@ from hf_coverage.functional.logprobs import token_logprobs
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.forward import HeadForward, inference
 from hf_coverage.inference.forward_batches import Limits, build_step, plan_batches
+from hf_coverage.inference.self_check import Reading
 
 __all__ = ["gradient_norms"]
 
@@ -94,7 +95,7 @@ def _gradient(
     gradient = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     # Without a bound on positions no row is cut: its segments would need one another's gradients.
     limits = Limits(batch_tokens, sys.maxsize)
-    for batch in plan_batches(encoded, rows, limits, share_prefixes=False):
+    for batch in plan_batches(encoded, rows, limits, reading=Reading.PADDED):
         first = np.cumsum([0, *(len(encoded.completions[row]) for row in batch.rows[:-1])])
         step = build_step(encoded, batch.rows, first, 0, batch.cuts[0], context=0)
         logits = forward(step.ids, step.positions).take_logits(slice(None))
