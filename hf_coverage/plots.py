@@ -4,8 +4,10 @@ Figures are matplotlib `Figure` objects made without pyplot, so nothing is shown
 Colours are the Okabe-Ito palette, which colour-blind readers can tell apart.
 """
 
+import io
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import ArrayLike
+
+from hf_coverage.inference.files import write_atomically
 
 __all__ = [
     "COLORS",
@@ -55,7 +59,10 @@ def new_axes(columns: int = 1, *, width: float = 6.4, height: float = 4.2) -> tu
 def save_figure(figure: Figure, path: str | PathLike[str] | None) -> Figure:
     """Write the figure where a path is given, in the format of its suffix, and return it."""
     if path is not None:
-        figure.savefig(path, metadata={"Software": None} if str(path).lower().endswith(".png") else None)
+        target, content = Path(path), io.BytesIO()
+        kind = target.suffix.lstrip(".") or figure.canvas.get_default_filetype()
+        figure.savefig(content, format=kind, metadata={"Software": None} if kind.lower() == "png" else None)
+        write_atomically(target if target.suffix else target.with_suffix(f".{kind}"), content.getvalue())
     return figure
 
 

@@ -92,7 +92,9 @@ def check_origin(source: str, *, append_eos: bool) -> dict[str, Any]:
 
 def write_origin(folder: Path, facts: dict[str, Any]) -> None:
     """Write down what made a corpus, beside it."""
-    (folder / ORIGIN).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    from hf_coverage.inference.files import write_atomically
+
+    write_atomically(folder / ORIGIN, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def load_model(

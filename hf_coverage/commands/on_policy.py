@@ -141,6 +141,7 @@ def _generate(
     """Write one response to each prompt into a folder, unless they are there."""
     from accelerate import PartialState
 
+    from hf_coverage.inference.files import written_whole
     from hf_coverage.measure.builders import sample_corpus
 
     if decided_by_main_process(lambda: _is_kept(folder, made_of), loading["device"]):
@@ -156,11 +157,9 @@ def _generate(
         progress=is_main_process(),
     )
     if is_main_process():
-        # In one step: what a killed run leaves behind does not pass for generations.
-        unfinished = folder.with_name(f".{folder.name}.part")
-        responses.save_to_disk(unfinished)
-        _keep(unfinished, made_of)
-        unfinished.replace(folder)
+        with written_whole(folder) as part:  # what a killed run leaves behind does not pass for generations
+            responses.save_to_disk(part)
+            _keep(part, made_of)
     PartialState().wait_for_everyone()
     say(f"{source}: {len(responses):,} responses of its own in {folder}.")
 
@@ -206,7 +205,9 @@ def _score(
 
 
 def _keep(folder: Path, made_of: dict[str, Any]) -> None:
-    (folder / _KEPT).write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
+    from hf_coverage.inference.files import write_atomically
+
+    write_atomically(folder / _KEPT, json.dumps(made_of, indent=2) + "\n")
 
 
 def _is_kept(folder: Path, made_of: dict[str, Any]) -> bool:

@@ -129,10 +129,12 @@ def draw(profiles: "Sequence[CoverageProfile]") -> "list[Figure]":
 
 def plot(profiles: "Sequence[CoverageProfile]", output_dir: Path) -> str:
     """Draw profiles into `profile.png`, and `profile-2.png`, ..., where there are many; the files' names."""
+    from hf_coverage.plots import save_figure
+
     paths = []
     for number, figure in enumerate(draw(profiles), start=1):
         paths.append(output_dir / (f"profile-{number}.png" if number > 1 else "profile.png"))
-        figure.savefig(paths[-1], metadata={"Software": None})
+        save_figure(figure, paths[-1])
     return ", ".join(map(str, paths))
 
 

@@ -110,11 +110,15 @@ def sample(
         settings = {"append_eos": append_eos}
     corpus = _build(kind, rows, column, words, model, settings)
     if is_main_process():
-        corpus.save_to_disk(output_dir)
+        from hf_coverage.inference.files import written_whole
+
         asked = {"command": running_command(), "source": source, "from": kind.value, "teacher": teacher}
         # windows and samples are token ids, which contain their end already: nothing is appended when they are scored
         final = {"append_eos": append_eos and kind is Source.pairs}
-        write_origin(output_dir, asked | settings | final | {"versions": versions()})
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(output_dir) as part:
+            corpus.save_to_disk(part)
+            write_origin(part, asked | settings | final | {"versions": versions()})
     _report(corpus, output_dir)
 
 

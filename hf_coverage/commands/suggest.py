@@ -142,23 +142,18 @@ def measure(
     """
     from hf_coverage.measure.corpus import encode_corpus
     from hf_coverage.measure.gradient_norm import gradient_norms
-    from hf_coverage.measure.inherent_variance import (
-        head_norm,
-        is_tied,
-        measure_inherent_variance,
-        require_linear_head,
-    )
+    from hf_coverage.measure.inherent_variance import measure_inherent_variance, require_linear_head
     from hf_coverage.report.step_sizes import Suggestion
 
     head = require_linear_head(model)
     found = measure_inherent_variance(model, tokenizer, rows, progress=is_main_process(), **scoring)
-    radius = head_norm(head) if radius is None else radius
+    radius = head.norm if radius is None else radius
     size = min(plan.batch_size or _MINIBATCH, len(rows))
     norms: list[float] = []
     if num_batches:
         encoded = encode_corpus(rows, tokenizer, append_eos=scoring.get("append_eos", False))
         norms = gradient_norms(model, encoded, batch_size=size, num_batches=num_batches, seed=seed).tolist()
-    return Suggestion(found, radius, plan, is_tied(model, head), norms, size if norms else 0)
+    return Suggestion(found, radius, plan, bool(head.shared_with), norms, size if norms else 0)
 
 
 def show(suggestion: "Suggestion") -> None:

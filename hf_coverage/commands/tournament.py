@@ -190,6 +190,7 @@ def score_checkpoints(
     Returns:
         The score folder of each.
     """
+    from hf_coverage.inference.files import write_atomically
     from hf_coverage.measure.reference import read_reference
     from hf_coverage.select.checkpoints import checkpoint_signature, distinct_names
 
@@ -212,7 +213,7 @@ def score_checkpoints(
             continue
         score_into(folder, source, data, name=name, loading=loading, **options)
         if is_main_process():
-            (folder / _KEPT).write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
+            write_atomically(folder / _KEPT, json.dumps(made_of, indent=2) + "\n")
     return folders
 
 

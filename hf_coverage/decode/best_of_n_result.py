@@ -19,6 +19,7 @@ from hf_coverage.functional.best_of_n import best_of_n_reward, pass_at_n
 from hf_coverage.functional.bounds import exact_pass_at_n, least_regret_bound
 from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.statistics import MeanEstimate, bounded_mean_interval, clustered_mean, mean_interval
+from hf_coverage.inference.files import write_atomically
 from hf_coverage.plots import BestOfNCurve, plot_best_of_n
 
 if TYPE_CHECKING:
@@ -238,7 +239,7 @@ class BestOfNResult:
         facts = {"format": _FORMAT} | {one.name: getattr(self, one.name) for one in fields(self)}
         text = json.dumps(facts | {"sentence": self.sentence}, default=lambda array: array.tolist(), allow_nan=False)
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_atomically(path, text + "\n")
         return text
 
     @classmethod

@@ -13,15 +13,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import gather_object
-
 from hf_coverage.decode.prompt_table import PromptTable, digest
 from hf_coverage.decode.shards import JsonShards
 from hf_coverage.decode.verifier_calls import Verdict
 from hf_coverage.decode.verifier_runner import JudgeRows, needed_arguments, open_judge, runs_in_worker
 from hf_coverage.decode.verifiers import ExactMatch, Verifier
-from hf_coverage.inference.processes import on_main_process
+from hf_coverage.inference.processes import on_main_process, split_over_processes
 
 __all__ = ["Judging", "Rows", "verifier_name"]
 
@@ -95,11 +92,9 @@ class Judging:
 
     def _judge_shard(self, judge_rows: JudgeRows, shard: Rows, table: PromptTable) -> list[Verdict]:
         """Verdicts of a shard on every process, each of which judges its part."""
-        state = PartialState()
-        mine = range(state.process_index, len(shard), state.num_processes)
-        verdicts = judge_rows([table.arguments(shard[row], self.names) for row in mine])
-        by_row = dict(gather_object(list(zip(mine, verdicts))))
-        return [by_row[row] for row in range(len(shard))]
+        return split_over_processes(
+            lambda samples: judge_rows([table.arguments(sample, self.names) for sample in samples]), shard
+        )
 
 
 def verifier_name(verifier: Callable[..., Any]) -> str:

@@ -22,7 +22,17 @@ from hf_coverage.inference.forward import HeadForward, HeadOutput
 from hf_coverage.inference.prefix_cache import continue_lines
 from hf_coverage.inference.self_check import Reading, find_reading, ignores_left_padding
 
-__all__ = ["Batch", "BatchPasses", "Limits", "Step", "build_step", "plan_batches", "predicted_tokens", "tokens_read"]
+__all__ = [
+    "Batch",
+    "BatchPasses",
+    "Limits",
+    "Step",
+    "build_step",
+    "passes_missed",
+    "plan_batches",
+    "predicted_tokens",
+    "tokens_read",
+]
 
 # A shared prefix costs a second, smaller forward pass; below a tenth of the tokens that is not worth it.
 _LEAST_SAVING = 0.1
@@ -188,6 +198,19 @@ def tokens_read(corpus: EncodedCorpus, row: int) -> int:
     return len(corpus.prompts[row]) + len(corpus.completions[row]) - 1
 
 
+def passes_missed(together: Sequence[Batch], own: Batch | None) -> int:
+    """Count the passes of a sharded model that other processes make after this one's last, and cannot make alone.
+
+    Args:
+        together: The batches that all processes run at the same time.
+        own: This process's; None where it has none.
+
+    Returns:
+        How many passes it has to take part in, see `run_along`.
+    """
+    return max(batch.num_forwards for batch in together) - (0 if own is None else own.num_forwards)
+
+
 def predicted_tokens(corpus: EncodedCorpus, row: int, *, on_prompt: bool) -> list[int]:
     """What a row's positions predict: its response, or all of it but its first token.
 
@@ -305,9 +328,6 @@ def _pad(lines: list[tuple[int, ...]]) -> IntArray:
     for index, line in enumerate(lines):
         ids[index, : len(line)] = line
     return ids
-
-
-_DUMMY = np.zeros((1, 1), dtype=np.int64)
 
 
 class BatchPasses:
@@ -431,5 +451,5 @@ class BatchPasses:
     def run_along(self, num_forwards: int) -> None:
         """Take part in as many passes of other processes: those of a sharded model need all of them."""
         for _ in range(num_forwards):
-            for forward in self.forwards:
-                forward(_DUMMY, _DUMMY[0])
+            for forward in self.forwards:  # in turn, as in `run`
+                forward.run_along()

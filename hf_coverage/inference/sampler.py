@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -29,6 +29,7 @@ from transformers import (
 
 from hf_coverage.inference.forward import inference, is_sharded, refuse_zero3, unwrap
 from hf_coverage.inference.prefix_cache import is_repeatable
+from hf_coverage.inference.processes import map_over_processes
 
 __all__ = ["Sample", "Sampler", "Sampling", "end_token_ids", "own_config", "pad_left", "read_prompts", "require_room"]
 
@@ -143,22 +144,23 @@ class Sampler:
             One sample per prompt, in their order, on every process.
         """
         require_room(self.model, prompts, [self.sampling.max_new_tokens] * len(prompts))
-        state = PartialState()
         # Prompts of like length share a batch, which pads little; a stable sort is the same on every process.
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        parts: list[tuple[int, Sample]] = []
-        hidden = not (progress and state.is_main_process)
+        numbered = list(enumerate(batches, first_batch))
+        hidden = not (progress and PartialState().is_main_process)
         with inference(self.model), tqdm(total=len(order), desc="Sampling", unit="response", disable=hidden) as bar:
-            for start in range(0, len(batches), state.num_processes):
-                index = start + state.process_index
-                if index < len(batches):
-                    rows = batches[index]
-                    parts += zip(rows, self._draw_batch([prompts[row] for row in rows], first_batch + index, stop))
-                elif self.sharded:  # the others cannot run the model without this process
-                    self._draw_batch([prompts[order[0]]], first_batch + index, stop)
-                bar.update(sum(map(len, batches[start : start + state.num_processes])))
-        samples = dict(gather_object(parts))
+
+            def draw(batch: tuple[int, list[int]]) -> list[Sample]:
+                return self._draw_batch([prompts[row] for row in batch[1]], batch[0], stop)
+
+            def keep_pace(together: Sequence[tuple[int, list[int]]], own: tuple[int, list[int]] | None) -> None:
+                if own is None and self.sharded:  # the others cannot run the model without this process
+                    draw((0, order[:1]))
+                bar.update(sum(len(rows) for _, rows in together))
+
+            drawn = map_over_processes(draw, numbered, after_round=keep_pace)
+        samples = dict(zip(chain.from_iterable(batches), chain.from_iterable(drawn)))
         return [samples[row] for row in range(len(prompts))]
 
     def _draw_batch(

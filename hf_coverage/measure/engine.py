@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -18,7 +17,8 @@ from hf_coverage.functional.logprobs import collision_probability, logsumexp, to
 from hf_coverage.functional.ttt_config import TTTConfig
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.forward import HeadForward, HeadOutput
-from hf_coverage.inference.forward_batches import Batch, BatchPasses, tokens_read
+from hf_coverage.inference.forward_batches import Batch, BatchPasses, passes_missed, tokens_read
+from hf_coverage.inference.processes import map_over_processes
 from hf_coverage.inference.self_check import Reading
 from hf_coverage.measure.scores import Scores
 from hf_coverage.ttt.adapted_heads import require_adaptable, score_heads
@@ -79,7 +79,6 @@ class ScoringEngine:
 
     def __init__(self, model: nn.Module, teacher: nn.Module | None, options: ScoringOptions) -> None:
         self.options = options
-        self.state = PartialState()
         if options.ttt is not None and teacher is not None:
             raise ValueError("`teacher` measures a model that stays what it is: leave out it or `ttt`.")
         self._passes = BatchPasses(
@@ -120,17 +119,15 @@ class ScoringEngine:
         if self._reading is None:
             self._find_reading(corpus)
         batches = self._plan(corpus, rows)
-        world, rank = self.state.num_processes, self.state.process_index
-        parts = []
-        for start in range(0, len(batches), world):
-            together = batches[start : start + world]
-            if rank < len(together):
-                parts.append((together[rank].rows, self._score_batch(corpus, together[rank])))
-            if self._passes.sharded:  # every process has to take part in every forward pass of the others
-                done = together[rank].num_forwards if rank < len(together) else 0
-                self._passes.run_along(max(batch.num_forwards for batch in together) - done)
+
+        def keep_pace(together: Sequence[Batch], own: Batch | None) -> None:
+            if self._passes.sharded:
+                self._passes.run_along(passes_missed(together, own))
             advance(sum(tokens_read(corpus, row) for batch in together for row in batch.rows))
-        return _assemble(gather_object(parts), corpus, rows, self.options)
+
+        found = map_over_processes(partial(self._score_batch, corpus), batches, after_round=keep_pace)
+        parts = [(batch.rows, values) for batch, values in zip(batches, found)]
+        return _assemble(parts, corpus, rows, self.options)
 
     def _find_reading(self, corpus: EncodedCorpus) -> None:
         """Find out, once, what of the corpus the model may read together."""
@@ -162,7 +159,7 @@ def _assemble(
     rows: range,
     options: ScoringOptions,
 ) -> Scores:
-    """Put the batches of all processes into the order of the rows, and sum up each row."""
+    """Put the rows of all batches into their order, and sum up each row."""
     tokens: dict[str, list[Any]] = {name: [None] * len(rows) for name in parts[0][1]}
     for batch_rows, values in parts:
         ends = list(accumulate(len(corpus.completions[row]) for row in batch_rows))

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -17,6 +15,7 @@ from hf_coverage.functional.logprobs import token_logprobs
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.forward import HeadForward, inference
 from hf_coverage.inference.forward_batches import Limits, build_step, plan_batches
+from hf_coverage.inference.processes import map_over_processes
 from hf_coverage.inference.self_check import Reading
 
 __all__ = ["gradient_norms"]
@@ -77,15 +76,14 @@ def gradient_norms(
     parameters = [parameter for parameter in forward.model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("`model` has no trainable parameters; set `requires_grad_(True)` on those to train.")
-    rng, state = np.random.default_rng(seed), PartialState()
-    minibatches = [rng.choice(len(encoded), batch_size, replace=False) for _ in range(num_batches)]
-    own = {}
+    rng = np.random.default_rng(seed)
+    minibatches = [rng.choice(len(encoded), batch_size, replace=False).tolist() for _ in range(num_batches)]
+
+    def norm(rows: list[int]) -> float:
+        return float(global_norm(_gradient(forward, parameters, encoded, rows, batch_tokens)))
+
     with inference(forward.model), torch.enable_grad():
-        for index in range(state.process_index, num_batches, state.num_processes):
-            rows = minibatches[index].tolist()
-            own[index] = float(global_norm(_gradient(forward, parameters, encoded, rows, batch_tokens)))
-    norms = dict(pair for part in gather_object([own]) for pair in part.items())
-    return np.array([norms[index] for index in range(num_batches)])
+        return np.array(map_over_processes(norm, minibatches))
 
 
 def _gradient(

@@ -24,10 +24,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_coverage.functional.gradients import global_norm
 from hf_coverage.functional.statistics import MeanEstimate, clustered_mean, mean_interval, row_weights
 from hf_coverage.functional.step_sizes import LinearProblem
 from hf_coverage.inference.forward import HeadForward, inference
+from hf_coverage.inference.output_head import OutputHead
 from hf_coverage.measure.reference import read_reference
 from hf_coverage.measure.scoring import score_responses
 
@@ -35,8 +35,6 @@ __all__ = [
     "COLUMNS",
     "InherentVariance",
     "estimate_inherent_variance",
-    "head_norm",
-    "is_tied",
     "measure_inherent_variance",
     "require_linear_head",
 ]
@@ -171,7 +169,7 @@ def estimate_inherent_variance(
     )
 
 
-def require_linear_head(model: nn.Module) -> nn.Linear:
+def require_linear_head(model: nn.Module) -> OutputHead:
     """Find the output head of a model whose logits are `W h_t`, plus a bias where there is one.
 
     Raises:
@@ -179,10 +177,10 @@ def require_linear_head(model: nn.Module) -> nn.Linear:
     """
     forward = HeadForward(model)
     name = type(forward.model).__name__
-    if not isinstance(forward.head, nn.Linear):
+    if not forward.head.linear:
         raise ValueError(
             f"`model` must have a linear output head, whose features are e_y (x) h_t, but that of {name} is a "
-            f"{type(forward.head).__name__}. Merge adapters first (`merge_and_unload`); for an autoregressive linear "
+            f"{forward.head.description}. Merge adapters first (`merge_and_unload`); for an autoregressive linear "
             "model see `tasks.linear_exact`."
         )
     with inference(forward.model):
@@ -193,13 +191,3 @@ def require_linear_head(model: nn.Module) -> nn.Linear:
                 "off in its configuration, or load it whole."
             )
     return forward.head
-
-
-def head_norm(head: nn.Linear) -> float:
-    """Take the norm of a head's parameters: the radius of the smallest ball around zero that holds them."""
-    return float(global_norm([parameter.detach() for parameter in head.parameters()]))
-
-
-def is_tied(model: nn.Module, head: nn.Linear) -> bool:
-    """Tell whether a head's matrix is another layer's as well, as a rule the input embedding's."""
-    return sum(parameter is head.weight for _, parameter in model.named_parameters(remove_duplicate=False)) > 1

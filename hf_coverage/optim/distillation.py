@@ -14,6 +14,7 @@ from hf_coverage.functional.checks import check_n
 from hf_coverage.functional.distillation import TokenRows, distillation_losses
 from hf_coverage.functional.objectives import distillation_weights
 from hf_coverage.inference.forward import HeadForward, inference, is_sharded, select_before, unwrap
+from hf_coverage.inference.output_head import find_head
 from hf_coverage.optim.trainer import IGNORED, SequenceLossMixin
 
 __all__ = ["DistillationMixin"]
@@ -192,13 +193,13 @@ def _token_rows(model: nn.Module, inputs: dict[str, Any], mask: Tensor, *, in_ch
     if not in_chunks or is_sharded(unwrap(model)):  # a sharded head has its weights only while the model runs
         outputs = model(**inputs, use_cache=False)
         return outputs, TokenRows(outputs.logits[mask])
-    head = unwrap(model).get_output_embeddings()
+    head = find_head(unwrap(model))
     positions = torch.nonzero(mask.flatten())[:, 0]
-    with select_before(head, positions, 1, tuple(mask.shape)) as seen:
+    with select_before(head.module, positions, 1, tuple(mask.shape)) as seen:
         outputs = model(**inputs, use_cache=False)
     if len(seen) != 1:
         raise RuntimeError(
-            f"Expected {type(unwrap(model)).__name__} to call its output head {type(head).__name__} once, got "
+            f"Expected {type(unwrap(model)).__name__} to call its output head {type(head.module).__name__} once, got "
             f"{len(seen)} calls; this model cannot be distilled."
         )
     return outputs, TokenRows(seen[0], head.weight, head.bias)
@@ -207,10 +208,10 @@ def _token_rows(model: nn.Module, inputs: dict[str, Any], mask: Tensor, *, in_ch
 def _ends_in_a_linear_layer(model: nn.Module) -> bool:
     """Whether logits are a linear layer of hidden states and nothing else, and so can be made a few at a time."""
     forward = HeadForward(model)
-    if type(forward.head) is not nn.Linear:
+    if not forward.head.linear:
         return False
     with inference(model):
-        return forward.probe().plain_head
+        return forward.probe().untouched  # training must not make them something else
 
 
 def _check_vocabularies(student: PreTrainedModel, teacher: PreTrainedModel) -> None:

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_coverage import __version__
 from hf_coverage.functional.checks import metric_key
+from hf_coverage.inference.files import written_whole
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.report.summary import profile_table, summarize_profiles
 from hf_coverage.report.table import Table, escape_markdown
@@ -94,7 +95,8 @@ def write_model_card(
         origin=Table(["", ""], [[k, str(v)] for k, v in provenance.items() if k != "command"]).to_markdown(),
         version=__version__,
     )
-    card.save(target)
+    with written_whole(target) as part:
+        card.save(part)
     return target
 
 

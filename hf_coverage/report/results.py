@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_coverage.functional.checks import metric_key
+from hf_coverage.inference.files import write_atomically, written_whole
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.report.provenance import git_hash, versions
 
@@ -88,7 +89,7 @@ def write_results(folder: str | PathLike[str], results: Mapping[str, Any]) -> Pa
     target = Path(folder) / f"results_{re.sub(':', '-', datetime.now().isoformat())}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_strict(results), indent=2, ensure_ascii=False, allow_nan=False)
-    target.write_text(text + "\n", encoding="utf-8")
+    write_atomically(target, text + "\n")
     return target
 
 
@@ -107,7 +108,7 @@ def write_samples(results: Path, profile: CoverageProfile) -> Path:
     columns = (profile.log_ratios, profile.logprobs, profile.groups, profile.weights)
     names = ("log_ratio", "logprob", "group", "weight")
     known = {key: column.tolist() for key, column in zip(names, columns) if column is not None}
-    with target.open("w", encoding="utf-8") as file:
+    with written_whole(target) as part, part.open("w", encoding="utf-8") as file:
         for row, values in enumerate(zip(*known.values())):
             file.write(json.dumps(_strict({"doc_id": row} | dict(zip(known, values))), allow_nan=False) + "\n")
     return target

@@ -15,13 +15,14 @@ from itertools import accumulate, chain, pairwise, zip_longest
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_coverage.functional.checks import IntArray
 from hf_coverage.functional.head_training import POSITIONS, branch_fast_weights, follow_tokens, squared_head_norm
 from hf_coverage.functional.ttt_config import StepRule, TTTConfig
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.forward_batches import Batch, BatchPasses, predicted_tokens
+from hf_coverage.inference.output_head import OutputHead
 
 __all__ = ["adapted_logprobs", "require_adaptable", "score_heads"]
 
@@ -29,16 +30,16 @@ _Branching = tuple[IntArray, dict[int, IntArray]]
 """What lines begin with, and how each of some rows goes on from there, longest first."""
 
 
-def require_adaptable(passes: BatchPasses) -> nn.Linear:
+def require_adaptable(passes: BatchPasses) -> OutputHead:
     """Refuse models whose heads make no steps in closed form, and return the head of one that does.
 
     Raises:
         ValueError: If the head is not linear, or the model changes what it gives.
     """
     head = passes.forwards[0].head
-    if not isinstance(head, nn.Linear):
+    if not head.linear:
         raise ValueError(
-            f"`ttt` needs a linear output head, got {type(head).__name__}; if that is an adapter's layer, merge it "
+            f"`ttt` needs a linear output head, got {head.description}; if that is an adapter's layer, merge it "
             "first (`merge_and_unload`)."
         )
     if not passes.plain_head:
@@ -92,7 +93,7 @@ def adapted_logprobs(
     lines: Sequence[IntArray],
     prompts: Sequence[Hashable],
     lengths: Sequence[int],
-    head: nn.Linear,
+    head: OutputHead,
     *,
     rule: StepRule,
     memory: int,
@@ -115,13 +116,13 @@ def adapted_logprobs(
     around_zero = rule.radius is not None and rule.center == "zero"
     follow = partial(
         follow_tokens,
-        head=head,
+        head=head.module,
         rule=rule,
         has_bias=head.bias is not None,
         squared_norm=squared_head_norm(head.weight, head.bias) if around_zero else None,
     )
     found: dict[int, NDArray[np.float32]] = {}
-    for batch in _batches(_branchings(lines, prompts, lengths), head.out_features, rule, memory):
+    for batch in _batches(_branchings(lines, prompts, lengths), len(head.weight), rule, memory):
         state = None
         if any(stem.shape[1] for stem, _ in batch):
             inputs, tokens, mask = _gather(hidden, [stem for stem, _ in batch])

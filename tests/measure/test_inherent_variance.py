@@ -24,8 +24,6 @@ from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.measure.builders import sample_corpus
 from hf_coverage.measure.inherent_variance import (
     estimate_inherent_variance,
-    head_norm,
-    is_tied,
     measure_inherent_variance,
     require_linear_head,
 )
@@ -219,10 +217,10 @@ def test_an_interrupted_measurement_goes_on(tmp_path):
 def test_the_head_is_known():
     for model, tied in ((make_llama(tied=False), False), (make_llama(tied=True), True), (make_gptj(), False)):
         head = require_linear_head(model)
-        assert head is model.get_output_embeddings()
-        assert is_tied(model, head) is tied
-        squares = sum(parameter.double().square().sum().item() for parameter in head.parameters())
-        assert head_norm(head) == pytest.approx(squares**0.5)
+        assert head.module is model.get_output_embeddings()
+        assert bool(head.shared_with) is tied
+        squares = sum(parameter.double().square().sum().item() for parameter in head.module.parameters())
+        assert head.norm == pytest.approx(squares**0.5)
 
 
 def test_heads_without_known_features_are_refused():
