@@ -30,7 +30,7 @@ from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.forward import HeadForward
 from hf_coverage.inference.prefix_cache import continue_lines, is_repeatable
 
-__all__ = ["Reading", "Readout", "agree", "find_reading", "ignores_left_padding"]
+__all__ = ["Reading", "Readout", "agree", "find_reading", "ignores_left_padding", "rounding"]
 
 logger = logging.getLogger(__name__)
 
@@ -242,19 +242,24 @@ class _Check:
 
     def _readout(self, logits: Tensor, labels: Tensor) -> Readout:
         values = token_logprobs(logits, labels.to(logits.device)).double().cpu()
-        return Readout(values, max(_parameter_epsilon(self._forward.model), logit_epsilon(logits)))
+        return Readout(values, rounding(self._forward.model, logits))
 
 
-def _parameter_epsilon(model: nn.Module) -> float:
+def rounding(model: nn.Module, logits: Tensor) -> float:
+    """Find the relative rounding of what a model computes with, from its parameters and from what it returned.
+
+    Args:
+        model: The model.
+        logits: Some of its logits, of any shape; autocast may have made their dtype finer than they are.
+
+    Returns:
+        The epsilon of the coarsest dtype that shows.
+    """
     kinds = {parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point}
-    return max((torch.finfo(kind).eps for kind in kinds), default=0.0)
-
-
-def logit_epsilon(logits: Tensor) -> float:
-    """Relative rounding of the numbers that gave logits, which autocast may have made finer than they are."""
+    shown = [torch.finfo(kind).eps for kind in {*kinds, logits.dtype}]
     for kind in (torch.bfloat16, torch.float16):
         if torch.equal(logits.to(kind).to(logits.dtype), logits):
-            return torch.finfo(kind).eps
+            shown.append(torch.finfo(kind).eps)
     if logits.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
-        return 2.0**-10  # TF32
-    return torch.finfo(logits.dtype).eps
+        shown.append(2.0**-10)  # TF32
+    return max(shown)

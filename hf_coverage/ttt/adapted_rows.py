@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from hf_coverage.functional.logprobs import log_softmax
 from hf_coverage.functional.ttt_config import TTTConfig
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.forward_batches import Batch
@@ -111,7 +112,7 @@ def _follow(models: RowModels, responses: Sequence[Sequence[int]]) -> list[NDArr
     columns = []
     for place, chosen in enumerate(tokens.T):
         logits = models.logits()
-        columns.append(logits.log_softmax(-1).gather(-1, chosen.to(logits.device)[:, None])[:, 0].float().cpu())
+        columns.append(log_softmax(logits).gather(-1, chosen.to(logits.device)[:, None])[:, 0].float().cpu())
         going_on = lengths > place + 1
         if going_on.any():
             models.step(chosen, active=going_on)

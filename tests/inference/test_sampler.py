@@ -45,7 +45,9 @@ def test_equal_prompts_are_read_once(tiny_gpt2, monkeypatch):
     monkeypatch.setattr(type(tiny_gpt2), "forward", counting)
     prompts = [[2, 3, 4, 5, 6, 7]] * 4 + [[3, 3, 3]] * 4
     draw(tiny_gpt2, prompts, max_new_tokens=3, eos_token_ids=())
-    assert widths == [(2, 5), (8, 1), (8, 1), (8, 1)]
+    # Then some of the responses are read again, to see that the model says the same of them.
+    assert widths[:4] == [(2, 5), (8, 1), (8, 1), (8, 1)]
+    assert {rows for rows, _ in widths[4:]} == {1}
     widths.clear()
     draw(tiny_gpt2, [[2, 3, 4], [5, 6, 7], [8, 9, 10], [2, 3, 4]], max_new_tokens=2, eos_token_ids=())
     assert widths == [(4, 3), (4, 1)]  # little is saved
