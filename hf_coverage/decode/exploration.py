@@ -27,6 +27,7 @@ from hf_coverage.inference.forward_batches import Batch, Limits, Step, build_ste
 from hf_coverage.inference.prefix_cache import continue_lines
 from hf_coverage.inference.processes import map_over_processes
 from hf_coverage.inference.sampler import require_room
+from hf_coverage.inference.self_check import Reading
 from hf_coverage.measure.corpus import encode_corpus, encode_prompts
 
 if TYPE_CHECKING:
@@ -249,7 +250,8 @@ def _features(
         probe = forward.probe()
         _check_rows(forward.model, encoded, probe.logits.shape[-1])
         limits = Limits(batch_tokens, positions=sys.maxsize)
-        batches = plan_batches(read, range(len(read)), limits, share_prefixes=probe.repeatable)
+        reading = Reading.SHARED if probe.repeatable else Reading.PADDED
+        batches = plan_batches(read, range(len(read)), limits, reading=reading)
         hidden = not (progress and PartialState().is_main_process)
         with tqdm(total=len(read), desc="Reading", unit="response", disable=hidden) as bar:
 

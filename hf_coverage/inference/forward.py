@@ -28,7 +28,17 @@ from hf_coverage.functional.checks import IntArray
 from hf_coverage.inference.output_head import OutputHead, find_head, plant_logits
 from hf_coverage.inference.prefix_cache import CACHE, cache_argument, is_repeatable
 
-__all__ = ["HeadForward", "HeadOutput", "Probe", "inference", "is_sharded", "refuse_zero3", "select_before", "unwrap"]
+__all__ = [
+    "HeadForward",
+    "HeadOutput",
+    "Probe",
+    "inference",
+    "input_device",
+    "is_sharded",
+    "refuse_zero3",
+    "select_before",
+    "unwrap",
+]
 
 _ONE = np.zeros((1, 1), dtype=np.int64)
 """The shortest input: one token, at position 0."""
@@ -97,7 +107,7 @@ class HeadForward:
         self.model = unwrap(model)
         self.head = find_head(self.model)
         self.sharded = is_sharded(self.model)
-        self.device = _device(self.model, self.sharded)
+        self.device = input_device(self.model)
         self._takes_use_cache = "use_cache" in inspect.signature(self.model.forward).parameters
 
     def __call__(
@@ -163,12 +173,16 @@ class HeadForward:
 
 @contextmanager
 def inference(*models: nn.Module) -> Iterator[None]:
-    """Run models in evaluation mode without gradients, and give every module its own mode back.
+    """Run models in evaluation mode, without gradients and with named outputs, and give all their settings back.
 
     `no_grad` and not `inference_mode`: buffers and FSDP shards made under the latter cannot be trained on.
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
+    configs = {id(config): config for module, _ in modes if (config := getattr(module, "config", None)) is not None}
+    unnamed = [config for config in configs.values() if getattr(config, "return_dict", True) is False]
     try:
+        for config in unnamed:  # its own modules rely on names when they call each other
+            config.return_dict = True
         for model in models:
             model.eval()
         with torch.no_grad():
@@ -176,6 +190,8 @@ def inference(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        for config in unnamed:
+            config.return_dict = False
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -243,6 +259,14 @@ def select_before(
         handle.remove()
 
 
-def _device(model: nn.Module, sharded: bool) -> torch.device:
-    # Offloaded shards rest on the CPU while the computation runs on the process's own device.
-    return PartialState().device if sharded else next(model.parameters()).device
+def input_device(model: nn.Module) -> torch.device:
+    """Find where a model takes its inputs, wherever its parameters rest between two passes."""
+    if is_sharded(model):  # offloaded shards rest on the CPU while the process's own device computes
+        return PartialState().device
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    # Parameters that accelerate offloads are on the meta device until their module runs.
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    places = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((place for place in places if place is not None), PartialState().device))

@@ -19,6 +19,7 @@ from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.forward import HeadForward, HeadOutput
 from hf_coverage.inference.forward_batches import Batch, BatchPasses, passes_missed, tokens_read
 from hf_coverage.inference.processes import map_over_processes
+from hf_coverage.inference.self_check import Reading
 from hf_coverage.measure.scores import Scores
 from hf_coverage.ttt.adapted_heads import require_adaptable, score_heads
 from hf_coverage.ttt.adapted_rows import RowScorer
@@ -33,10 +34,11 @@ class ScoringOptions:
     Args:
         batch_tokens: Token positions computed in one forward pass, padding included; a longer row runs alone.
         logits_memory: Bytes for logits and one float32 copy of them, the teacher's included.
-        share_prefixes: Whether responses of one prompt continue from one run of it where the architecture allows it.
+        share_prefixes: Whether responses of one prompt continue from one run of it where the model allows it.
         per_token: Whether the log-probability of each token is kept.
         head_statistics: Whether the output head's norms and inherent variance are measured.
         ttt: What makes a step after each token; None: nothing.
+        batch_invariant: Whether each row is read in a pass of its own, so that no bit of its score depends on others.
 
     Raises:
         ValueError: If a size is not positive, or `ttt` is combined with `head_statistics` or has no single step size.
@@ -48,6 +50,7 @@ class ScoringOptions:
     per_token: bool = False
     head_statistics: bool = False
     ttt: TTTConfig | None = None
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "logits_memory"):
@@ -81,6 +84,8 @@ class ScoringEngine:
         self._passes = BatchPasses(
             model, teacher, batch_tokens=options.batch_tokens, logits_memory=options.logits_memory
         )
+        self._reading: Reading | None = None
+        self._left_padding = False
         self._rows: RowScorer | None = None
         if options.ttt is not None and options.ttt.scope == "head":
             require_adaptable(self._passes)
@@ -108,9 +113,11 @@ class ScoringEngine:
             Their scores.
 
         Raises:
-            ValueError: If a token id or a row's length does not fit, or the model returns NaN.
+            ValueError: If a token id or a row's length does not fit, a model is not causal, or it returns NaN.
         """
         self.check(corpus, rows)
+        if self._reading is None:
+            self._find_reading(corpus)
         batches = self._plan(corpus, rows)
 
         def keep_pace(together: Sequence[Batch], own: Batch | None) -> None:
@@ -122,9 +129,18 @@ class ScoringEngine:
         parts = [(batch.rows, values) for batch, values in zip(batches, found)]
         return _assemble(parts, corpus, rows, self.options)
 
+    def _find_reading(self, corpus: EncodedCorpus) -> None:
+        """Find out, once, what of the corpus the model may read together."""
+        self.check(corpus, range(len(corpus)))  # its longest row is among what is read
+        fastest = Reading.ALONE if self.options.batch_invariant else Reading.SHARED
+        self._reading = self._passes.check(corpus, fastest)
+        if self._rows is not None and self._reading < Reading.EQUAL:
+            self._left_padding = self._passes.ignores_left_padding(corpus)
+
     def _plan(self, corpus: EncodedCorpus, rows: range) -> list[Batch]:
         if self._rows is not None:
-            return self._rows.plan(corpus, rows)
+            alone = self._reading is Reading.ALONE
+            return self._rows.plan(corpus, rows, together=not alone, padding=self._left_padding)
         return self._passes.plan(corpus, rows, share_prefixes=self.options.share_prefixes)
 
     def _score_batch(self, corpus: EncodedCorpus, batch: Batch) -> dict[str, NDArray]:

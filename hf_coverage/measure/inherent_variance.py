@@ -36,6 +36,7 @@ from hf_coverage.inference.forward import HeadForward, inference
 from hf_coverage.inference.forward_batches import Limits, build_step, plan_batches
 from hf_coverage.inference.output_head import OutputHead
 from hf_coverage.inference.processes import map_over_processes
+from hf_coverage.inference.self_check import Reading
 from hf_coverage.measure.reference import read_reference
 from hf_coverage.measure.scoring import score_responses
 
@@ -273,7 +274,7 @@ def _gradient(
     gradient = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     # Without a bound on positions no row is cut: its segments would need one another's gradients.
     limits = Limits(batch_tokens, sys.maxsize)
-    for batch in plan_batches(encoded, rows, limits, share_prefixes=False):
+    for batch in plan_batches(encoded, rows, limits, reading=Reading.PADDED):
         first = np.cumsum([0, *(len(encoded.completions[row]) for row in batch.rows[:-1])])
         step = build_step(encoded, batch.rows, first, 0, batch.cuts[0], context=0)
         logits = forward(step.ids, step.positions).take_logits(slice(None))

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hf_coverage.functional.gradients import project_
 from hf_coverage.functional.head_training import adapt_head, apply_fast_weights
+from hf_coverage.functional.logprobs import log_softmax
 from hf_coverage.functional.ttt_config import StepRule
 from hf_coverage.inference.forward import HeadForward, inference
 
@@ -109,7 +110,7 @@ def _train_all(
             # The parameters have moved since the last token: nothing of the prefix can be reused.
             logits = model(input_ids=input_ids[None, :place]).logits[0, -1]
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            logprob = logits.log_softmax(-1)[labels[place]]
+            logprob = log_softmax(logits)[labels[place]]
             gradients = torch.autograd.grad(logprob, parameters, allow_unused=True)
         logprobs[place] = logprob.detach()
         with torch.no_grad():
