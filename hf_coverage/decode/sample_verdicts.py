@@ -13,6 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from hf_coverage.decode.prompt_table import PromptTable, digest
 from hf_coverage.decode.shards import JsonShards, read_metadata
 from hf_coverage.decode.verifier_calls import Verdict
