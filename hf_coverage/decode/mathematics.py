@@ -167,7 +167,8 @@ def _parsed(text: str) -> Any:
         return None
     value = value.xreplace({sympy.Symbol("i", real=True): sympy.I})
     return value.replace(
-        lambda part: isinstance(part, sympy.Tuple) and part[-1:] == (_THIRD,), lambda *part: sympy.Tuple(*part[:-1])
+        lambda part: isinstance(part, sympy.Tuple) and part[-1:] == (_THIRD,),
+        lambda part: sympy.Tuple(*part.args[:-1]),
     )
 
 
