@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_coverage.report.terminal import rich_table
+from hf_coverage.report.table import rich_table
 from rich.console import Console
 
 from hf_coverage.functional.checks import FloatArray

@@ -1,6 +1,8 @@
 """Models that the tests share: a real one that comes as a package, and a tiny one that can be enumerated."""
 
 import os
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -9,15 +11,33 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from recipes.smollm2 import load_model, load_tokenizer
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Run one job of several processes at a time: together they would want more cores and time than there is."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None or item.get_closest_marker("jobs") is None:
+        return (yield)
+    with FileLock(Path(tempfile.gettempdir()) / f"hf_coverage-jobs-{run}.lock"):
+        return (yield)
+
+
 @pytest.fixture(scope="session")
-def smollm2():
-    """SmolLM2-135M-Instruct in float32 and its tokenizer."""
-    return load_model(), load_tokenizer()
+def smollm2(tmp_path_factory):
+    """SmolLM2-135M-Instruct in float32 and its tokenizer: decoded from its file by one worker, read by the others."""
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
+    file = place / "smollm2.pt"
+    with FileLock(place / "smollm2.lock"):
+        if not file.exists():
+            torch.save((load_model(), load_tokenizer()), file)
+    return torch.load(file, weights_only=False, mmap=True)
 
 
 @pytest.fixture

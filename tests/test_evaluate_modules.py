@@ -262,7 +262,7 @@ print(repr(results))
 """
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.jobs
 def test_two_processes_share_the_rows_and_rank_0_gets_the_result(load, tmp_path):
     ranks = [
         subprocess.Popen(

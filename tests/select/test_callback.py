@@ -496,7 +496,7 @@ def left_by(folder):
     return rows_in(folder), steps_in(folder), without_times(logs), best, model
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.jobs
 @pytest.mark.slow
 def test_a_training_killed_again_and_again_ends_the_same(tmp_path):
     def start(folder):
