@@ -1,8 +1,6 @@
 """Models that the tests share: a real one that comes as a package, and a tiny one that can be enumerated."""
 
 import os
-import tempfile
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,16 +13,7 @@ from filelock import FileLock
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from recipes.smollm2 import load_model, load_tokenizer
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
-    """Run one job of several processes at a time: together they would want more cores and time than there is."""
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    if run is None or item.get_closest_marker("jobs") is None:
-        return (yield)
-    with FileLock(Path(tempfile.gettempdir()) / f"hf_coverage-jobs-{run}.lock"):
-        return (yield)
+from tests.jobs_in_turn import pytest_runtest_protocol as pytest_runtest_protocol
 
 
 @pytest.fixture(scope="session")
@@ -34,10 +23,14 @@ def smollm2(tmp_path_factory):
     if "PYTEST_XDIST_WORKER" in os.environ:
         place = place.parent
     file = place / "smollm2.pt"
-    with FileLock(place / "smollm2.lock"):
+    lock = FileLock(place / "smollm2.lock")
+    with lock:
         if not file.exists():
             torch.save((load_model(), load_tokenizer()), file)
-    return torch.load(file, weights_only=False, mmap=True)
+        shared = torch.load(file, weights_only=False, mmap=True)
+    yield shared
+    with lock:
+        file.unlink(missing_ok=True)
 
 
 @pytest.fixture
