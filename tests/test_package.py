@@ -152,7 +152,7 @@ def test_user_input_is_never_checked_by_assert(path):
 
 FIRST_PARTY = {"hf_coverage", "recipes", "tests"}
 DISTRIBUTIONS = {"yaml": "pyyaml"}
-WRITTEN_BY_TESTS = {"only-here"}
+WRITTEN_BY_TESTS = {"own-rewards", "only-here"}
 
 
 def distribution(name):

@@ -6,11 +6,9 @@ stopping and the choice of the best checkpoint. Callbacks that users pass come l
 so a callback of this kind moves itself to the front.
 """
 
-import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from types import FrameType
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +17,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import IntervalStrategy
 
-__all__ = ["CoverageWarning", "EvaluationCallback", "callers", "evaluation_prefix"]
+from hf_coverage.inference.call_stack import callers
+
+__all__ = ["CoverageWarning", "EvaluationCallback", "evaluation_prefix"]
 
 _T = TypeVar("_T")
 
@@ -233,21 +233,6 @@ def evaluation_prefix(logs: dict[str, Any]) -> str | None:
     # A metric of the user's own may end in `_runtime` too, behind the same prefix.
     prefixes = sorted((key.removesuffix("runtime") for key in logs if key.endswith("_runtime")), key=len)
     return prefixes[0] if prefixes and prefixes[0] != "train_" else None
-
-
-def callers(kind: type[_T]) -> Iterator[_T]:
-    """Objects of a class whose methods are running now, the innermost first.
-
-    Events of a callback carry no reference to the Trainer or its handler, so they are looked for where they are sure
-    to be: among the callers of the event.
-    """
-    # From the caller on: a frame whose own locals were read refers to itself, and keeps the model alive with it.
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, kind):
-            yield caller
-        frame = frame.f_back
 
 
 def _calling_handler(callback: TrainerCallback) -> CallbackHandler:

@@ -27,7 +27,7 @@ from hf_coverage.functional.gradients import (
     stable_norm,
     tensor_norms,
 )
-from hf_coverage.measure.evaluation_callback import callers
+from hf_coverage.inference.call_stack import callers
 
 __all__ = ["NormalizedGradient"]
 
