@@ -167,7 +167,6 @@ _HOMES = {
         "step_rows_",
     ),
     "statistics": (
-        "ALIKE",
         "MeanEstimate",
         "bounded_mean_interval",
         "clustered_mean",
