@@ -108,6 +108,7 @@ _HOMES = {
         "normalize_",
         "normalize_coordinates_",
         "project_",
+        "stable_norm",
         "tensor_norms",
     ),
     "head_training": (
@@ -121,6 +122,7 @@ _HOMES = {
     "logprobs": (
         "collision_probability",
         "linear_head_logprobs",
+        "log_softmax",
         "logsumexp",
         "sequence_logprobs",
         "token_kl",

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-ALIKE = 1e-12
+_ALIKE = 1e-12
 """A standard error below this share of the mean is the rounding of one that is 0."""
 
 _DISTINCT = 1024
@@ -144,7 +144,7 @@ def mean_interval(estimate: MeanEstimate, confidence: float = 0.95) -> tuple[flo
     how much others may differ.
     """
     check_confidence(confidence)
-    if estimate.num_groups < 2 or not estimate.standard_error > ALIKE * abs(estimate.mean):
+    if estimate.num_groups < 2 or not estimate.standard_error > _ALIKE * abs(estimate.mean):
         return math.nan, math.nan
     margin = estimate.standard_error * stats.t.ppf((1 + confidence) / 2, estimate.num_groups - 1)
     return estimate.mean - margin, estimate.mean + margin

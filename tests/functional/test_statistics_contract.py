@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from hf_coverage.decode.best_of_n_result import BestOfNResult
 from hf_coverage.evaluate_modules.coverage.coverage import Coverage
 from hf_coverage.evaluate_modules.coverage_comparison.coverage_comparison import CoverageComparison
-from hf_coverage.functional import bounds, coverage, gradients, paired, row_steps, statistics
+from hf_coverage.functional import bounds, gradients, paired, row_steps, statistics
+from hf_coverage.functional.coverage_profile import (
+    coverage,
+    coverage_interval,
+    log_ratios,
+    reached,
+    smallest_n,
+    stopped_kl,
+)
 from hf_coverage.functional.coverage_watch import WatchState, update_watch
 from hf_coverage.functional.objectives import distillation_weights
 from hf_coverage.functional.predictiveness import rank_correlations
@@ -80,10 +88,10 @@ WEIGHTED = {
         rows.a > 1, groups=rows.groups, weights=rows.weights
     ),
     "proportion_interval, no groups": lambda rows: statistics.proportion_interval(rows.a > 1, weights=rows.weights),
-    "coverage": lambda rows: coverage.coverage(rows.a, [1, N, 16], weights=rows.weights),
-    "coverage_interval": lambda rows: coverage.coverage_interval(rows.a, N, groups=rows.groups, weights=rows.weights),
-    "smallest_n": lambda rows: [coverage.smallest_n(rows.a, eps, weights=rows.weights) for eps in (0.0, 0.2, 1.0)],
-    "stopped_kl": lambda rows: coverage.stopped_kl([[value] for value in rows.a], N, weights=rows.weights),
+    "coverage": lambda rows: coverage(rows.a, [1, N, 16], weights=rows.weights),
+    "coverage_interval": lambda rows: coverage_interval(rows.a, N, groups=rows.groups, weights=rows.weights),
+    "smallest_n": lambda rows: [smallest_n(rows.a, eps, weights=rows.weights) for eps in (0.0, 0.2, 1.0)],
+    "stopped_kl": lambda rows: stopped_kl([[value] for value in rows.a], N, weights=rows.weights),
     "squared_hellinger": lambda rows: bounds.squared_hellinger(rows.a, weights=rows.weights),
     "largest_coverage_rate": lambda rows: bounds.largest_coverage_rate(rows.a, weights=rows.weights),
     "best_of_n_regret_floor": lambda rows: bounds.best_of_n_regret_floor(rows.a, N, weights=rows.weights),
@@ -252,7 +260,7 @@ def test_degenerate_rows_have_an_answer(name, data):
 def test_one_group_is_no_certainty(data):
     rows = DEGENERATE[data]
     assert WEIGHTED["coverage_interval"](rows) == WEIGHTED["proportion_interval"](rows) == (0.0, 1.0)
-    assert coverage.coverage_interval(rows.a[:1], N) == (0.0, 1.0)
+    assert coverage_interval(rows.a[:1], N) == (0.0, 1.0)
     assert all(map(math.isnan, WEIGHTED["mean_interval"](rows)))
     test = WEIGHTED["paired_coverage_difference"](rows)
     assert test.difference == pytest.approx(
@@ -315,7 +323,7 @@ def test_intervals_rise_with_every_hit_and_fall_in_n(prompts, seed, weighted, gr
         assert low >= last[0] - 1e-8
         assert high >= last[1] - 1e-8
         last = low, high
-    ends = np.array([coverage.coverage_interval(ratios, n, groups=groups, weights=weights) for n in (1, 95, 97, 99)])
+    ends = np.array([coverage_interval(ratios, n, groups=groups, weights=weights) for n in (1, 95, 97, 99)])
     assert (np.diff(ends, axis=0) <= 1e-8).all()
 
 
@@ -359,14 +367,14 @@ def test_a_ratio_of_exactly_n_is_reached(density, dtype):
     known, half = np.log(np.full(2, density, dtype)), np.float64(0.5)
     for n in LEVELS:
         model = np.log(np.array([density / n, density / (n * 0.9999)], dtype))
-        ratios = coverage.log_ratios(known, model)
+        ratios = log_ratios(known, model)
         profile = CoverageProfile.from_logprobs(model, known)
-        found = [coverage.coverage(ratios, n), profile.cov(n), profile.metrics([n])[f"cov_{n:.12g}"]]
-        found += [coverage.reached(ratios, n).mean(), coverage.coverage(ratios, [n])[0]]
+        found = [coverage(ratios, n), profile.cov(n), profile.metrics([n])[f"cov_{n:.12g}"]]
+        found += [reached(ratios, n).mean(), coverage(ratios, [n])[0]]
         found += [challenge_rates([known, model], n)[0, 1]]
         found += [Coverage()._compute(model.tolist(), known.tolist(), n)[f"cov_{n:.12g}"]]
         assert found == [half] * len(found), n
-        assert n * (1 - 1e-5) < coverage.smallest_n(ratios[:1], 0.5) <= n * (1 + 1e-5)
+        assert n * (1 - 1e-5) < smallest_n(ratios[:1], 0.5) <= n * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
