@@ -22,7 +22,7 @@ from hf_coverage.commands.options import (
     Split,
     TokenizerName,
 )
-from hf_coverage.commands.score_rules import score_rules
+from hf_coverage.commands.score_rules import score_settings
 from hf_coverage.report.provenance import provenance
 from hf_coverage.report.table import Cell, Column, Table
 
@@ -181,7 +181,7 @@ def tune_ttt(
     encoding: dict[str, Any] = {"tokenizer": load_tokenizer_for(model, tokenizer, chosen), "append_eos": append_eos}
     if sizes is None:
         rules = grid(default_sizes(judged, rows, rules, **encoding))
-    scores = score_rules(
+    scores = score_settings(
         judged,
         rows,
         rules,
@@ -232,7 +232,7 @@ def default_sizes(
 def choose(
     scores: Sequence[Sequence[float]], rules: Sequence["TTTConfig"], n: float, reference: "Reference", seed: int
 ) -> "TTTChoice":
-    """The choice among rules, from what `score_rules` returned for them."""
+    """The choice among rules, from what `score_settings` returned for them."""
     from hf_coverage.select.tune_ttt import tune_ttt as choose_rule
 
     return choose_rule(
@@ -251,8 +251,12 @@ def show(choice: "TTTChoice") -> None:
     from hf_coverage.select.ttt_settings import generation_settings
 
     print_table(_search_table(choice))
-    print_table(comparison_table(choice.plain, [choice.adapted], [choice.n]))
+    if choice.adapted is not None:
+        print_table(comparison_table(choice.plain, [choice.adapted], [choice.n]))
     say(choice.sentence)
+    if choice.rule is None:
+        say("Decode plainly.")
+        return
     settings = ", ".join(f"{name}={value!r}" for name, value in generation_settings(choice.rule).items())
     if choice.helps:
         say(f"Decode with model.generate(**inputs, do_sample=True, custom_generate=ttt_generate, {settings})")
@@ -268,9 +272,13 @@ def _search_table(choice: "TTTChoice") -> Table:
     quantity = choice.plain.quantity.replace("Cov_N", f"Cov_{metric_key(choice.n)}")
     columns: list[Column | str] = ["decoding", Column(quantity, "lower"), Column("cross-entropy (nats)", "lower"), ""]
     rows: list[list[Cell]] = []
-    for profile in choice.searched:
-        mark = "chosen" if profile.name == choice.adapted.name else ""
-        rows.append([profile.name, coverage_cell(profile, choice.n), profile.cross_entropy, mark])
+    chosen = "plain" if choice.adapted is None else choice.adapted.name
+    for name, profile in choice.results.items():
+        if profile is None:
+            rows.append([name, None, None, "diverged"])
+        else:
+            mark = "chosen" if name == chosen else ""
+            rows.append([name, coverage_cell(profile, choice.n), profile.cross_entropy, mark])
     caption = (
         f"On the {choice.searched[0].num_groups:,} prompts that choose, with 95 % confidence intervals: the best of "
         "several looks better here than it is."

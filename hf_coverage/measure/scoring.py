@@ -197,7 +197,7 @@ def score_rules(
     share_prefixes: bool = True,
     per_token: bool = False,
     output_dir: str | os.PathLike[str] | None = None,
-    shard_rows: int = 1024,
+    shard_rows: int | None = None,
     progress: bool = True,
 ) -> dict[str, Scores]:
     """Score what several rules of test-time training make of a model, and the model as it is.
@@ -222,7 +222,8 @@ def score_rules(
         per_token: Whether to give `token_logprobs`, one float32 per response token.
         output_dir: Folder of a folder for each rule, and of `plain`, with the `ScoreTable` that `score_responses`
             would write into it. What is there is not scored again, whichever of the two wrote it.
-        shard_rows: Rows per shard of the tables: what an interruption costs.
+        shard_rows: Rows per shard of the tables: what an interruption costs. None: 1024, and 16 where responses are
+            read token by token.
         progress: Whether to show a progress bar, on the main process.
 
     Returns:
@@ -248,7 +249,7 @@ def score_rules(
     """
     if PLAIN in rules:
         raise ValueError(f"`rules` must not have the name {PLAIN!r}, which is that of the model as it is.")
-    if shard_rows < 1:
+    if shard_rows is not None and shard_rows < 1:
         raise ValueError(f"`shard_rows` must be at least 1, got {shard_rows}.")
     configs = {name: TTTConfig.of(rule) for name, rule in rules.items()}
     plain = ScoringOptions(batch_tokens, logits_memory, share_prefixes, per_token)
@@ -262,10 +263,13 @@ def score_rules(
         engines = [ScoringEngine(model, None, options[names[-1]]) for names in readings]
         tables: dict[str, ScoreTable] = {}
         if output_dir is not None:
-            settings: dict[str, Any] = {"shard_rows": shard_rows, "options": {}}
-            run = _describe_run(model, None, tokenizer, encoded, settings)
+            run = _describe_run(model, None, tokenizer, encoded, {"shard_rows": shard_rows, "options": {}})
             for name, own in options.items():
-                metadata = run | {"options": _describe_options(own) | {"append_eos": append_eos}}
+                slow = own.ttt is not None and own.ttt.scope != "head"
+                metadata = run | {
+                    "shard_rows": shard_rows or (16 if slow else 1024),
+                    "options": _describe_options(own) | {"append_eos": append_eos},
+                }
                 tables[name] = on_main_process(partial(ScoreTable.begin, Path(output_dir) / name, metadata))
         for engine, names in zip(engines, readings):
             asked = [options[name].ttt for name in names]
