@@ -28,6 +28,7 @@ from hf_coverage.report.table import Cell, Column, Table
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from numpy.typing import ArrayLike
     from transformers import PreTrainedModel
 
     from hf_coverage.functional.ttt_config import TTTConfig
@@ -230,7 +231,7 @@ def default_sizes(
 
 
 def choose(
-    scores: Sequence[Sequence[float]], rules: Sequence["TTTConfig"], n: float, reference: "Reference", seed: int
+    scores: Sequence["ArrayLike"], rules: Sequence["TTTConfig"], n: float, reference: "Reference", seed: int
 ) -> "TTTChoice":
     """The choice among rules, from what `score_settings` returned for them."""
     from hf_coverage.select.tune_ttt import tune_ttt as choose_rule

@@ -105,7 +105,7 @@ def test_rules_of_one_kind_share_the_logits_as_far_as_there_is_memory():
 
     none, one, four = logits_of(), logits_of("lr 0.1"), logits_of(*rules)
     assert none < one == four
-    # Of each batch of one line, the longest of 11 tokens, memory for the logits of one or two positions.
+    # Lines of up to 11 tokens, and memory for the logits of two of them: a line alone is a batch.
     assert logits_of(*rules, logits_memory=110) > logits_of("lr 0.1", logits_memory=110)
 
 
