@@ -26,12 +26,17 @@ if TYPE_CHECKING:
     from hf_coverage.optim.normalized import NormalizedGradient
     from hf_coverage.optim.objectives import CoverageLoss, log_linear_n
     from hf_coverage.optim.sgd import NormalizedSGD
+    from hf_coverage.optim.token_level import token_level_sgd
     from hf_coverage.optim.trainer import SequenceLossMixin, normalized_optimizer
+    from hf_coverage.report.card import write_model_card
+    from hf_coverage.report.html import write_html_report
     from hf_coverage.select.callback import TournamentCallback
     from hf_coverage.select.predictiveness import PredictivenessResult, predictiveness
     from hf_coverage.select.result import TournamentResult
     from hf_coverage.select.tournament import tournament
     from hf_coverage.select.ttt_choice import TTTChoice
+    from hf_coverage.select.ttt_settings import ttt_grid
+    from hf_coverage.select.ttt_step_size import measure_step_size
     from hf_coverage.select.tune_ttt import tune_ttt
     from hf_coverage.ttt.generate import ttt_generate
     from hf_coverage.ttt.mixin import TestTimeTrainingMixin
@@ -68,6 +73,7 @@ _HOMES = {
     "layer_groups": "optim.groups",
     "log_linear_n": "optim.objectives",
     "measure_inherent_variance": "measure.inherent_variance",
+    "measure_step_size": "select.ttt_step_size",
     "normalized_optimizer": "optim.trainer",
     "predictiveness": "select.predictiveness",
     "response_features": "decode.exploration",
@@ -78,10 +84,14 @@ _HOMES = {
     "select_diverse": "decode.exploration",
     "single_answer_corpus": "measure.builders",
     "teacher_scored_corpus": "measure.builders",
+    "token_level_sgd": "optim.token_level",
     "tournament": "select.tournament",
     "ttt_generate": "ttt.generate",
+    "ttt_grid": "select.ttt_settings",
     "tune_ttt": "select.tune_ttt",
     "windows_corpus": "measure.builders",
+    "write_html_report": "report.html",
+    "write_model_card": "report.card",
 }
 
 __all__ = [
@@ -115,6 +125,7 @@ __all__ = [
     "layer_groups",
     "log_linear_n",
     "measure_inherent_variance",
+    "measure_step_size",
     "normalized_optimizer",
     "predictiveness",
     "response_features",
@@ -125,10 +136,14 @@ __all__ = [
     "select_diverse",
     "single_answer_corpus",
     "teacher_scored_corpus",
+    "token_level_sgd",
     "tournament",
     "ttt_generate",
+    "ttt_grid",
     "tune_ttt",
     "windows_corpus",
+    "write_html_report",
+    "write_model_card",
 ]
 
 

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 from hf_coverage import __version__
 from hf_coverage.commands import best_of_n, compare, profile, report, sample, score, suggest, tournament, tune_ttt
 from hf_coverage.commands.console import print_error
+from hf_coverage.commands.options import command_line
 
 __all__ = ["app"]
 
@@ -106,4 +107,4 @@ for _command, _examples in (
     (suggest.suggest, suggest.EXAMPLES),
     (tune_ttt.tune_ttt, tune_ttt.EXAMPLES),
 ):
-    app.command(help=_help(_command), epilog=_examples)(_command)
+    app.command(help=_help(_command), epilog=_examples)(command_line(_command))

@@ -1,19 +1,26 @@
 """Drawings of arrays. Knows no models, and no files but the one it writes.
 
 Figures are matplotlib `Figure` objects made without pyplot, so nothing is shown and no global state is touched.
-Colours are the Okabe-Ito palette, which colour-blind readers can tell apart.
+matplotlib itself is imported by the first drawing. Colours are the Okabe-Ito palette, which colour-blind readers can
+tell apart.
 """
 
+from __future__ import annotations
+
+import io
 from collections.abc import Sequence
 from os import PathLike
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import ArrayLike
+
+from hf_coverage.inference.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = [
     "COLORS",
@@ -43,6 +50,8 @@ class ProfileCurve(NamedTuple):
 
 def new_axes(columns: int = 1, *, width: float = 6.4, height: float = 4.2) -> tuple[Figure, list[Axes]]:
     """A white figure with `columns` axes side by side, a light grid and no box around them."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width * columns, height), dpi=120, layout="constrained", facecolor="white")
     axes = [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
     for ax in axes:
@@ -55,7 +64,10 @@ def new_axes(columns: int = 1, *, width: float = 6.4, height: float = 4.2) -> tu
 def save_figure(figure: Figure, path: str | PathLike[str] | None) -> Figure:
     """Write the figure where a path is given, in the format of its suffix, and return it."""
     if path is not None:
-        figure.savefig(path, metadata={"Software": None} if str(path).lower().endswith(".png") else None)
+        target, content = Path(path), io.BytesIO()
+        kind = target.suffix.lstrip(".") or figure.canvas.get_default_filetype()
+        figure.savefig(content, format=kind, metadata={"Software": None} if kind.lower() == "png" else None)
+        write_atomically(target if target.suffix else target.with_suffix(f".{kind}"), content.getvalue())
     return figure
 
 
@@ -138,6 +150,8 @@ def plot_training_curves(
     References:
         arXiv 2510.15020, Figure 1 (left).
     """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     if not 1 <= len(coverage) < len(COLORS):
         raise ValueError(f"`coverage` must hold 1 to {len(COLORS) - 1} curves, but holds {len(coverage)}.")
     figure, axes = new_axes(2, width=5.2)
@@ -261,6 +275,8 @@ def plot_challenges(
     References:
         arXiv 2510.15020, Eq. (28) and (29).
     """
+    from matplotlib.patches import Rectangle
+
     matrix = np.asarray(challenges, dtype=float)
     if matrix.shape != (len(names), len(names)):
         raise ValueError(f"`challenges` must have shape {(len(names), len(names))}, but has {matrix.shape}.")

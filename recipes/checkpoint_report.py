@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table as RichTable
 
 from hf_coverage import CoverageProfile
 from hf_coverage.functional.bounds import exact_pass_at_n
 from hf_coverage.functional.checks import metric_key
+from hf_coverage.inference.files import write_atomically
 from hf_coverage.plots import plot_training_curves
 from hf_coverage.report.card import write_model_card
 from hf_coverage.report.html import Picture, write_html_report
 from hf_coverage.report.provenance import provenance
 from hf_coverage.report.results import coverage_results, write_results
-from hf_coverage.report.table import Cell, Column, Interval, Table, format_cell, format_number, title
+from hf_coverage.report.table import Cell, Column, Interval, Table
 from hf_coverage.select.predictiveness import PredictivenessResult, predictiveness
+from recipes.profiles import read_profiles
+from recipes.tables import show
 
-__all__ = ["pass_at_n", "report_checkpoints", "show"]
+__all__ = ["pass_at_n", "report_checkpoints"]
 
 
 def report_checkpoints(
@@ -47,9 +47,8 @@ def report_checkpoints(
         corpus: The reference corpus, in words.
         corpus_fingerprint: Hash of the corpus's token ids.
     """
-    files = sorted((output / "profiles").glob("step-*.json"), key=lambda file: int(file.stem.removeprefix("step-")))
-    profiles = [CoverageProfile.from_json(file) for file in files]
-    steps = [int(file.stem.removeprefix("step-")) for file in files]
+    found = read_profiles(output / "profiles")
+    steps, profiles = list(found), list(found.values())
     kl = [profile.kl for profile in profiles]
     coverage = {value: [profile.cov(value) for profile in profiles] for value in n}
     passes = {value: [pass_at_n(profile, value) for profile in profiles] for value in pass_at}
@@ -58,9 +57,9 @@ def report_checkpoints(
     predictive = predictiveness(profiles, pass_at, n)
     guides = _guides(predictive)
     text = "\n\n".join(shown.to_markdown() for shown in (table, guides))
-    (output / "table.md").write_text(text + "\n", encoding="utf-8")
+    write_atomically(output / "table.md", f"{text}\n")
     summary = _findings(steps, kl, coverage, passes)
-    command = shlex.join(["accelerate", "launch", *sys.argv])
+    command = shlex.join(["accelerate", "launch", "-m", "recipes.pretrain", *sys.argv[1:]])
     origin = provenance(command, seed=settings["run"].get("seed", 0))
     page = write_html_report(
         output / "report.html",
@@ -186,26 +185,3 @@ def _notable(profiles: Sequence[CoverageProfile], coverage: Mapping[float, Seque
     """The first profile, the one with the least coverage at the largest N, and the last."""
     least = int(np.argmin(coverage[max(coverage)]))
     return [profiles[index] for index in sorted({0, least, len(profiles) - 1})]
-
-
-def show(tables: Sequence[Table], lines: Sequence[str]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console.width = 140
-    for table in tables:
-        shown = RichTable(title=table.caption, box=SIMPLE)
-        for column in table.headers:
-            shown.add_column(title(column), justify="right")
-        for cells in table.rows:
-            shown.add_row(*map(_stacked, cells))
-        console.print(shown)
-    for line in lines:
-        console.print(line, highlight=False)
-
-
-def _stacked(cell: Cell) -> str:
-    """A cell in which the interval stands below its value."""
-    if isinstance(cell, Interval):
-        value, low, high = map(format_number, cell)
-        return f"{value}\n[{low}, {high}]"
-    return format_cell(cell)

@@ -1,6 +1,6 @@
 """KL grows with the length of the response, coverage does not: graph search at several horizons and seeds.
 
-    python recipes/horizon.py --config recipes/graph_search/horizon_small.yaml
+    python -m recipes.horizon --config recipes/graph_search/horizon_small.yaml
 
 The configuration has a section for each dataclass below, one for the model and those of the `TrainingArguments`. Any
 value can be given on the command line too, as `--section.name value`, and those of `RunArguments` without a section.
@@ -22,9 +22,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from checkpoint_report import show
-from pretrain import KeepProfiles, ModelArguments, new_model, rows_seen, step_of, train
-from settings import parse_section, read_settings, refuse_other_settings
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
@@ -32,8 +29,11 @@ from hf_coverage import CoverageCallback, CoverageProfile
 from hf_coverage.functional.checks import FloatArray, metric_key
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Cell, Interval, Table
-from hf_coverage.tasks.graph_dataset import GraphSearchDataset, collate_rows
-from hf_coverage.tasks.graph_search import GraphSearch
+from hf_coverage.tasks.graph_search import GraphSearch, GraphSearchDataset, collate_rows
+from recipes.pretrain import KeepProfiles, ModelArguments, new_model, rows_seen, train
+from recipes.profiles import read_profiles
+from recipes.settings import parse_section, read_settings, refuse_other_settings
+from recipes.tables import show, write_tables
 
 
 @dataclass
@@ -142,11 +142,11 @@ def read_horizon(
     task: GraphSearch, folders: list[Path], task_args: TaskArguments, measure: MeasureArguments
 ) -> Measured:
     """Read the profiles of all seeds."""
-    files = [sorted((folder / "profiles").glob("step-*.json"), key=step_of) for folder in folders]
-    profiles = [[CoverageProfile.from_json(file) for file in of_seed] for of_seed in files]
+    found = [read_profiles(folder / "profiles") for folder in folders]
+    profiles = [list(of_seed.values()) for of_seed in found]
     return Measured(
         task.num_layers,
-        [step_of(file) for file in files[0]],
+        list(found[0]),
         np.array([[profile.kl for profile in of_seed] for of_seed in profiles]),
         {n: np.array([[profile.cov(n) for profile in of_seed] for of_seed in profiles]) for n in measure.n},
         coin_profile(task, task_args.weights, measure.rows),
@@ -163,7 +163,7 @@ def coin_profile(task: GraphSearch, weights: list[float], num_rows: int) -> Cove
 def report(output: Path, results: list[Measured], measure: MeasureArguments) -> None:
     """Write `table.md` and `figure_2.png`, and print the table."""
     table = horizon_table(results, measure.n)
-    (output / "table.md").write_text(f"{table.caption}\n\n{table.to_markdown()}\n", encoding="utf-8")
+    write_tables(output / "table.md", [table])
     draw(results, measure.n[0], output / "figure_2.png")
     show([table], [f"Written: {output / 'table.md'} and {output / 'figure_2.png'}"])
 

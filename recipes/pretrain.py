@@ -1,11 +1,11 @@
 """Pre-train and fine-tune a small GPT-2 on graph search, with its coverage reported beside the loss.
 
-    accelerate launch recipes/pretrain.py --config recipes/graph_search/small.yaml
+    accelerate launch -m recipes.pretrain --config recipes/graph_search/small.yaml
 
 The configuration has a section for each dataclass below and one for the `TrainingArguments` of each phase. Any value
 can be given on the command line too, as `--section.name value`; those of `RunArguments` need no section:
 
-    accelerate launch recipes/pretrain.py --config ... --seed 1 --output_dir runs/x --finetune.max_steps 600
+    accelerate launch -m recipes.pretrain --config ... --seed 1 --output_dir runs/x --finetune.max_steps 600
 
 A run that was stopped goes on from its last checkpoint when the same command is given again.
 
@@ -19,20 +19,20 @@ References:
 
 import json
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from checkpoint_report import report_checkpoints
-from settings import Settings, parse_section, read_settings, refuse_other_settings
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from hf_coverage import CoverageCallback
 from hf_coverage.measure.corpus import encode_corpus, reference_kind
-from hf_coverage.tasks.graph_dataset import GraphSearchDataset, collate_rows
-from hf_coverage.tasks.graph_search import GraphSearch
+from hf_coverage.tasks.graph_search import GraphSearch, GraphSearchDataset, collate_rows
+from recipes.checkpoint_report import report_checkpoints
+from recipes.profiles import step_of, write_profile
+from recipes.settings import Settings, parse_section, read_settings, refuse_other_settings
 
 
 @dataclass
@@ -81,9 +81,7 @@ class KeepProfiles(TrainerCallback):
     def on_evaluate(self, args, state, control, **kwargs):
         """Write the profile that the evaluation has just left behind."""
         if state.is_world_process_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            profile = replace(self.coverage.profile, name=f"step {state.global_step}")
-            profile.to_json(self.folder / f"step-{state.global_step}.json")
+            write_profile(self.coverage.profile, self.folder, state.global_step)
 
 
 def main() -> None:
@@ -101,18 +99,7 @@ def main() -> None:
     if reference_kind(corpus) != "single_answer":
         raise ValueError("`finetune_weights` must mix classes 1 and 2 only: Pass@N needs one right answer a prompt.")
 
-    torch.manual_seed(run.seed)
-    trainer = Trainer(
-        model=new_model(task, model_args),
-        args=pretrain_args,
-        data_collator=collate_rows,
-        train_dataset=GraphSearchDataset(
-            task, task_args.pretrain_weights, task_args.pretrain_rows, seed=(run.seed, 0)
-        ),
-        processing_class=task.tokenizer(),
-    )
-    pretrained = train(trainer)
-
+    pretrained = pretrain(task, task_args, model_args, pretrain_args, seed=run.seed)
     coverage = CoverageCallback(corpus, n=measure.n)
     trainer = Trainer(
         model=GPT2LMHeadModel.from_pretrained(pretrained),
@@ -184,6 +171,21 @@ def new_model(task: GraphSearch, args: ModelArguments) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
+def pretrain(
+    task: GraphSearch, task_args: TaskArguments, model_args: ModelArguments, args: TrainingArguments, *, seed: int
+) -> Path:
+    """Train a new model on all classes, and return its last checkpoint."""
+    torch.manual_seed(seed)
+    trainer = Trainer(
+        model=new_model(task, model_args),
+        args=args,
+        data_collator=collate_rows,
+        train_dataset=GraphSearchDataset(task, task_args.pretrain_weights, task_args.pretrain_rows, seed=(seed, 0)),
+        processing_class=task.tokenizer(),
+    )
+    return train(trainer)
+
+
 def rows_seen(args: TrainingArguments) -> int:
     """Count the rows that a phase reads."""
     return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -211,11 +213,6 @@ def last_checkpoint(folder: Path) -> Path | None:
             continue
         return checkpoint
     return None
-
-
-def step_of(path: Path) -> int:
-    """Read the step that a checkpoint or a profile is named by."""
-    return int(path.stem.rsplit("-", 1)[1])
 
 
 SECTIONS = {

@@ -1,10 +1,10 @@
-"""A run of `pretrain.py` over several seeds, and in each the tournament's checkpoint against cross-entropy's.
+"""A run of `recipes.pretrain` over several seeds, and in each the tournament's checkpoint against cross-entropy's.
 
-    python recipes/seeds.py --config recipes/graph_search/small.yaml --output_dir runs/seeds --seeds 0 1 2 3 4
+    python -m recipes.seeds --config recipes/graph_search/small.yaml --output_dir runs/seeds --seeds 0 1 2 3 4
 
-Each seed is a run of `pretrain.py`, into `<output_dir>/seed-<seed>`, and a `hf-coverage tournament` over its
-checkpoints, the one before the fine-tuning included. All other arguments go to `pretrain.py`. What was stopped goes on
-where it was when the same command is given again, and what is there already is only read.
+Each seed is a run of `recipes.pretrain`, into `<output_dir>/seed-<seed>`, and a `hf-coverage tournament` over its
+checkpoints, the one before the fine-tuning included. All other arguments go to `recipes.pretrain`. What was stopped
+goes on where it was when the same command is given again, and what is there already is only read.
 
 Checkpoints are chosen on one corpus, by cross-entropy as by the tournament; KL, Cov_N and Pass@N of what was chosen
 are measured on another one. The rule for the tournament's N is fixed before anything is run: N is the number of
@@ -20,18 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from checkpoint_report import pass_at_n, show
 from matplotlib.axes import Axes
-from pretrain import SECTIONS, MeasureArguments, TaskArguments, last_checkpoint, new_task, step_of
-from settings import Settings, parse_section, read_settings, refuse_other_settings
 
-from hf_coverage import CoverageProfile
 from hf_coverage.functional.checks import FloatArray, metric_key
 from hf_coverage.functional.predictiveness import RankCorrelations
-from hf_coverage.functional.statistics import clustered_mean, mean_interval
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Cell, Column, Interval, Table
 from hf_coverage.select.predictiveness import predictiveness
+from recipes.checkpoint_report import pass_at_n
+from recipes.pretrain import SECTIONS, MeasureArguments, TaskArguments, last_checkpoint, new_task
+from recipes.profiles import read_profiles, step_of
+from recipes.remember import remember_corpus
+from recipes.settings import Settings, parse_section, read_settings, refuse_other_settings
+from recipes.tables import interval_of, show, write_tables
 
 LEVELS = (2, 3, 4, 5.7, 8, 12, 16)
 """The N at which tournaments are held, whatever is drawn."""
@@ -76,24 +77,23 @@ def main() -> None:
     for seed in args.seeds:
         folder = args.output_dir / f"seed-{seed}"
         if not any(folder.glob("results_*.json")):  # written last
-            here = Path(__file__).parent
-            call(here / "pretrain.py", *rest, "--seed", seed, "--output_dir", folder)
+            call("recipes.pretrain", *rest, "--seed", seed, "--output_dir", folder)
         result = hold_tournament(folder, selection, {*LEVELS, *measure.pass_at})
         runs.append(read_run(folder, seed, measure, result))
     report(args.output_dir, runs)
 
 
-def call(*words: object) -> None:
-    """Run Python on something, and fail where it fails."""
-    subprocess.run([sys.executable, *map(str, words)], check=True)
+def call(module: str, *words: object) -> None:
+    """Run a module, and fail where it fails."""
+    subprocess.run([sys.executable, "-m", module, *map(str, words)], check=True)
 
 
 def selection_corpus(folder: Path, settings: Settings, rows: int) -> Path:
     """Write the corpus to choose on: of the same distribution as the one to measure on, and of another seed."""
     task_args = parse_section(TaskArguments, settings["task"])
     corpus_seed = parse_section(MeasureArguments, settings["measure"]).corpus_seed
-    corpus = new_task(task_args).corpus(rows, task_args.finetune_weights, seed=(corpus_seed, 3))
-    corpus.save_to_disk(folder)
+    task, weights = new_task(task_args), task_args.finetune_weights
+    remember_corpus(folder, lambda: task.corpus(rows, weights, seed=(corpus_seed, 3)))
     return folder
 
 
@@ -102,7 +102,7 @@ def hold_tournament(folder: Path, selection: Path, levels: set[float]) -> dict[s
     checkpoints = sorted((folder / "finetune").glob("checkpoint-*"), key=step_of)
     sweep = ",".join(map(repr, sorted(levels)))
     options = ("--data", selection, "--sweep", sweep, "--output-dir", folder / "tournament")
-    call("-m", "hf_coverage", "tournament", last_checkpoint(folder / "pretrain"), *checkpoints, *options)
+    call("hf_coverage", "tournament", last_checkpoint(folder / "pretrain"), *checkpoints, *options)
     result: dict[str, Any] = json.loads((folder / "tournament" / "tournament.json").read_text(encoding="utf-8"))
     suggested = result["suggested_n"]
     if suggested is None or suggested in levels:
@@ -112,9 +112,8 @@ def hold_tournament(folder: Path, selection: Path, levels: set[float]) -> dict[s
 
 def read_run(folder: Path, seed: int, measure: MeasureArguments, result: dict[str, Any]) -> SeedRun:
     """Read what a seed has left behind."""
-    files = sorted((folder / "profiles").glob("step-*.json"), key=step_of)
-    profiles = [CoverageProfile.from_json(file) for file in files]
-    steps = [step_of(file) for file in files]
+    found = read_profiles(folder / "profiles")
+    steps, profiles = list(found), list(found.values())
     candidates = [0, *(int(name.rpartition("-")[2]) for name in result["names"][1:])]
     if steps != candidates:
         raise ValueError(f"{folder} measured the steps {steps} but kept the checkpoints {candidates}: keep the same.")
@@ -133,8 +132,7 @@ def report(output: Path, runs: list[SeedRun]) -> None:
     """Write `table.md`, `seeds.png` and `choice.png`, and print the tables."""
     rules = [SAMPLES, CROSS_ENTROPY, *(f"tournament, N = {metric_key(n)}" for n in LEVELS), SUGGESTED]
     tables = [curve_table(runs), guide_table(runs), choice_table(runs, rules), gain_table(runs, rules)]
-    text = "\n\n".join(f"{table.caption}\n\n{table.to_markdown()}" for table in tables)
-    (output / "table.md").write_text(text + "\n", encoding="utf-8")
+    write_tables(output / "table.md", tables)
     draw_curves(runs, output / "seeds.png")
     draw_choices(runs, rules, output / "choice.png")
     show(tables, [f"Written: {output / 'table.md'}, {output / 'seeds.png'} and {output / 'choice.png'}"])
@@ -251,8 +249,7 @@ def _mean(values: FloatArray) -> Interval | float:
     """Mean over seeds with its interval; without one where there is one seed."""
     if len(values) == 1:
         return float(values[0])
-    estimate = clustered_mean(values)
-    return Interval(estimate.mean, *mean_interval(estimate))
+    return interval_of(values)
 
 
 def _course(run: SeedRun, curve: FloatArray, sign: int) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from hf_coverage.inference.files import write_atomically
+
 __all__ = ["Settings", "parse_section", "read_settings", "refuse_other_settings"]
 
 Settings = dict[str, dict[str, Any]]
@@ -45,7 +47,7 @@ def parse_section(kind: type, section: Mapping[str, Any]) -> Any:
     return HfArgumentParser(kind).parse_args_into_dataclasses(flags, look_for_args_file=False)[0]
 
 
-def refuse_other_settings(output: Path, settings: Settings) -> None:
+def refuse_other_settings(output: Path, settings: Mapping[str, Any]) -> None:
     """Keep a run's settings in its folder, and refuse to go on there with others.
 
     Args:
@@ -56,7 +58,8 @@ def refuse_other_settings(output: Path, settings: Settings) -> None:
         ValueError: when the folder holds a run with other settings.
     """
     file, text = output / "settings.json", json.dumps(settings, indent=2, sort_keys=True)
-    if file.exists() and file.read_text(encoding="utf-8") != text:
+    if not file.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, text)
+    elif json.loads(file.read_text(encoding="utf-8")) != json.loads(text):
         raise ValueError(f"{output} holds a run with other settings (see {file}): choose another `--output_dir`.")
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")

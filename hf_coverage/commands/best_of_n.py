@@ -1,25 +1,18 @@
 """`hf-coverage best-of-n`: what k samples of a model achieve, judged by a verifier."""
 
+import json
 import re
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hf_coverage.commands.console import is_main_process, print_table, say
-from hf_coverage.commands.inputs import leave_job, load_model, load_tokenizer, model_name, read_dataset
-from hf_coverage.commands.options import (
-    ConfigFile,
-    Device,
-    Dtype,
-    DtypeName,
-    GgufFile,
-    Revision,
-    Split,
-    TokenizerName,
-    parse_n,
-)
+from hf_coverage.commands.inputs import leave_job, read_dataset
+from hf_coverage.commands.options import BatchSize, Seed, Split, TopK, TopP, output_folder, parse_n
 from hf_coverage.commands.score_folder import read_measured
+from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer, model_name
 from hf_coverage.report.provenance import running_command
 from hf_coverage.report.table import Cell, Column, Interval, Table
 
@@ -49,14 +42,12 @@ def best_of_n(
         str,
         typer.Option(
             help="`exact-match`, `math-verify`, `reasoning-gym:TASK`, `reward-model:MODEL`, or your own callable, as "
-            "`module:function` or `file.py:function`, called like TRL's reward functions."
+            "`module:function` or `file.py:function`, called like TRL's reward functions. Its process is no sandbox."
         ),
     ] = "exact-match",
     output_dir: Annotated[
         Path | None,
-        typer.Option(
-            "--output-dir", "-o", help="Folder for samples, judgements, plot and JSON.", show_default="best_of_n"
-        ),
+        output_folder("Folder for samples, judgements, plot and JSON.", show_default="best_of_n"),
     ] = None,
     k: Annotated[int, typer.Option("--k", "-k", help="Responses for each prompt: the largest N.")] = 16,
     n: Annotated[
@@ -66,12 +57,10 @@ def best_of_n(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a response.")] = 256,
     temperature: Annotated[float, typer.Option(help="Temperature; 1 is the model itself.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Keep the likeliest tokens, renormalised.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Keep the likeliest tokens up to this mass, renormalised.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Responses sampled at once.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    batch_size: BatchSize = 16,
+    seed: Seed = 0,
     threshold: Annotated[
         float | None,
         typer.Option(help="Least reward that solves a prompt; by default 1, and none for a reward model."),
@@ -88,26 +77,27 @@ def best_of_n(
     limit: Annotated[int | None, typer.Option(help="Use that many rows of the data, from its start.")] = None,
     shard_rows: Annotated[int, typer.Option(help="Responses between two writes: what an interruption costs.")] = 256,
     split: Split = None,
-    tokenizer: TokenizerName = None,
-    revision: Revision = None,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = DtypeName.auto,
-    device: Device = None,
-    config: ConfigFile = None,
+    *,
+    loading: ModelOptions,
 ) -> None:
     """Measure what Best-of-N achieves: sample k responses to each prompt, judge them, report every N up to k.
 
     Pass@N is the share of prompts that at least one of N responses solves; higher is better. Both it and the reward of
     the best of N are unbiased, with 95 % intervals over prompts. Run the command again to go on after an interruption.
 
-    Writes best_of_n-VERIFIER.json, best_of_n-VERIFIER.png and the results as JSON.
+    A verifier runs in a process of its own, which is killed where it hangs, and which is no sandbox: it may do what
+    you may. Where it executes code that a model wrote, run the command in a container without network (`docker run
+    --network none`), or let the verifier send the code to a service for it, such as E2B. `unshare -rn` takes away the
+    network alone.
+
+    Writes best_of_n-VERIFIER.json, best_of_n-VERIFIER.png and the results as JSON; another verifier of the same name
+    gets -2 behind it. If no response could be judged, nothing of these is written and the exit code is 1.
     """
     from hf_coverage.decode.verifiers import named_verifier
 
-    rows = read_dataset(data, split)
-    rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+    rows = read_dataset(data, split, limit=limit)
     column = answer_column or ("answer" if "answer" in rows.column_names else "completion")
-    chosen = named_verifier(verifier, column=column, device=device)
+    chosen = named_verifier(verifier, column=column, device=loading.device)
     if threshold is None and not verifier.startswith("reward-model:"):
         threshold = 1.0
     judging = {"threshold": threshold, "timeout": timeout, "batch_size": batch_size}
@@ -125,11 +115,9 @@ def best_of_n(
             "top_k": top_k,
         }
         sampling |= {"top_p": top_p, "seed": seed, "shard_rows": shard_rows, "output_dir": folder}
-        loading = {"revision": revision, "gguf_file": gguf_file}
-        words = load_tokenizer(tokenizer) if tokenizer else load_tokenizer(model, **loading)
-        weights = load_model(model, dtype=dtype.value, device=device, **loading)
-        result = _evaluate(weights, words, rows, chosen, judging | sampling | {"name": model_name(model, gguf_file)})
-    leave_job(device)
+        words, weights = load_tokenizer(model, loading), load_model(model, loading)
+        result = _evaluate(weights, words, rows, chosen, judging | sampling | {"name": model_name(model, loading)})
+    leave_job(loading.device)
     if is_main_process():
         _report(result, result.levels() if n is None else _levels(n, result.k), measured, folder)
 
@@ -160,11 +148,12 @@ def _levels(n: list[str], k: int) -> list[int]:
 def _report(result: "BestOfNResult", levels: list[int], profile: "CoverageProfile | None", folder: Path) -> None:
     from hf_coverage.report.results import write_results
 
+    _require_judged(result)
     folder.mkdir(parents=True, exist_ok=True)
     prediction = None if profile is None else result.predict(profile)
     print_table(_table(result, levels, prediction))
     say(result.sentence, *_examples(result))
-    name = f"best_of_n-{re.sub(r'[^0-9A-Za-z_-]', '_', result.verifier)}"
+    name = _name(result, folder)
     result.to_json(folder / f"{name}.json")
     result.plot(folder / f"{name}.png", profile=profile)
     metrics = {f"{key},none": value for key, value in result.metrics(levels).items()}
@@ -173,6 +162,33 @@ def _report(result: "BestOfNResult", levels: list[int], profile: "CoverageProfil
     content |= {"config": facts | result.settings, "n-samples": {result.name: {"original": result.num_prompts}}}
     path = write_results(folder, content)
     say(f"Plot in {folder / name}.png, all rewards in {folder / name}.json, metrics in {path}.")
+
+
+def _require_judged(result: "BestOfNResult") -> None:
+    if not result.failed.all():
+        return
+    error, times = next(iter(result.errors.items()))
+    message = result.examples[error]["message"]
+    raise RuntimeError(
+        f"`verifier` {result.verifier} judged none of {result.failed.size:,} responses; most often, {times:,} times, "
+        f"it {error}{f' ({message})' if message else ''}. Mend it and run the same command again."
+    )
+
+
+def _name(result: "BestOfNResult", folder: Path) -> str:
+    """A name for files of a result that no file of another has: other samples, or another verifier of that name."""
+    stem = f"best_of_n-{re.sub(r'[^0-9A-Za-z_-]', '_', result.verifier)}"[:100]
+    names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
+    return next(name for name in names if _is_free(folder / f"{name}.json", result.settings["judged"]))
+
+
+def _is_free(path: Path, judged: str | None) -> bool:
+    if not path.exists():
+        return True
+    try:
+        return judged is not None and judged == json.loads(path.read_text(encoding="utf-8"))["settings"]["judged"]
+    except (ValueError, KeyError, TypeError):  # damaged, or of a time before the name
+        return False
 
 
 def _table(result: "BestOfNResult", levels: list[int], prediction: "Prediction | None") -> Table:

@@ -6,21 +6,10 @@ from typing import Annotated, Any
 import typer
 
 from hf_coverage.commands.console import is_main_process, print_table, say
-from hf_coverage.commands.options import (
-    AppendEos,
-    ConfigFile,
-    CorpusName,
-    Device,
-    Dtype,
-    DtypeName,
-    Levels,
-    Sources,
-    Split,
-    TokenizerName,
-    parse_n,
-)
+from hf_coverage.commands.options import CorpusName, CorpusOptions, Levels, Sources, output_folder, parse_n
 from hf_coverage.commands.profile import collect, plot, result_config
 from hf_coverage.commands.score_folder import Measured, check_same_rows
+from hf_coverage.inference.loading import ModelOptions
 
 __all__ = ["EXAMPLES", "compare"]
 
@@ -35,17 +24,12 @@ hf-coverage compare gpt2 distilgpt2 --corpus corpus --output-dir comparison
 
 def compare(
     sources: Sources,
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the plot and the JSON.")] = Path(
-        "coverage"
-    ),
+    output_dir: Annotated[Path, output_folder("Folder for the plot and the JSON.")] = Path("coverage"),
     n: Levels = None,
     corpus: CorpusName = None,
-    split: Split = None,
-    tokenizer: TokenizerName = None,
-    dtype: Dtype = DtypeName.auto,
-    device: Device = None,
-    append_eos: AppendEos = False,
-    config: ConfigFile = None,
+    *,
+    reading: CorpusOptions,
+    loading: ModelOptions,
 ) -> None:
     """Compare models with the first one on the same rows: does coverage differ by more than chance?
 
@@ -57,10 +41,7 @@ def compare(
 
     if len(sources) < 2:
         raise typer.BadParameter("needs at least two models: the first is what the others are compared with.")
-    loading = {"dtype": dtype.value, "device": device, "gguf_file": None, "revision": None}
-    measured = collect(
-        sources, output_dir, corpus, split=split, tokenizer=tokenizer, append_eos=append_eos, loading=loading
-    )
+    measured = collect(sources, output_dir, corpus, reading, loading)
     check_same_rows(measured)
     levels = parse_n(n)
     baseline, *others = profiles = [one.profile for one in measured]
@@ -76,15 +57,13 @@ def compare(
 
 def comparisons(measured: list[Measured], n: tuple[float, ...]) -> dict[str, Any]:
     """Paired differences to the first model under the names of the results."""
-    from hf_coverage.functional.checks import metric_key
     from hf_coverage.report.summary import paired_differences
 
     baseline = measured[0].profile
-    prefix = "cov_upper_" if baseline.is_upper_bound else "cov_"
     return {
         other.profile.name: {"baseline": baseline.name}
         | {
-            f"{prefix}{metric_key(level)},none": difference._asdict()
+            f"{baseline.key(level)},none": difference._asdict()
             for level, difference in zip(n, paired_differences(baseline, other.profile, n))
         }
         for other in measured[1:]

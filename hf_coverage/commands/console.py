@@ -6,8 +6,7 @@ import sys
 from rich.console import Console
 from rich.text import Text
 
-from hf_coverage.report.table import Table
-from hf_coverage.report.terminal import rich_table
+from hf_coverage.report.table import Table, rich_table
 
 __all__ = ["is_main_process", "print_error", "print_table", "say"]
 

@@ -1,4 +1,4 @@
-"""Corpora, models and tokenizers by the names that stand on a command line."""
+"""Corpora by the names that stand on a command line, and what the processes of a job do together."""
 
 import json
 import os
@@ -6,22 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_coverage.commands.console import is_main_process
+from hf_coverage.commands.options import CorpusOptions
+from hf_coverage.inference.loading import join_job
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "ORIGIN",
     "check_origin",
     "decided_by_main_process",
     "leave_job",
-    "load_model",
-    "load_tokenizer",
-    "load_tokenizer_for",
-    "model_name",
+    "read_corpus",
     "read_dataset",
     "read_origin",
     "write_origin",
@@ -33,13 +29,16 @@ ORIGIN = "origin.json"
 _READERS = {".jsonl": "from_json", ".json": "from_json", ".parquet": "from_parquet", ".csv": "from_csv"}
 
 
-def read_dataset(source: str, split: str | None = None, *, document: bool = False) -> "Dataset":
+def read_dataset(
+    source: str, split: str | None = None, *, document: bool = False, limit: int | None = None
+) -> "Dataset":
     """A data set from a folder that `save_to_disk` wrote, from a file, or from the Hub.
 
     Args:
         source: Folder, `.jsonl`, `.json`, `.parquet`, `.csv` or `.txt` file, or Hub id.
         split: Which split, where there are several.
         document: Whether a text file is one document; otherwise each of its lines is a row.
+        limit: How many rows to read at the most, from the start.
 
     Raises:
         ValueError: If the file's format is unknown or its content unreadable, or `split` is needed or unknown.
@@ -66,7 +65,12 @@ def read_dataset(source: str, split: str | None = None, *, document: bool = Fals
         if split not in found and not (split is None and len(found) == 1):
             raise ValueError(f"`split` must be one of {', '.join(found)} for {source}, but is {split!r}.")
         found = found[split or next(iter(found))]
-    return found
+    return found if limit is None else found.select(range(min(limit, len(found))))
+
+
+def read_corpus(source: str, reading: CorpusOptions) -> "tuple[Dataset, dict[str, Any]]":
+    """A reference corpus, and what `write_origin` left beside it; see `read_dataset` and `check_origin`."""
+    return read_dataset(source, reading.split), check_origin(source, append_eos=reading.append_eos)
 
 
 def read_origin(source: str) -> dict[str, Any]:
@@ -92,71 +96,23 @@ def check_origin(source: str, *, append_eos: bool) -> dict[str, Any]:
 
 def write_origin(folder: Path, facts: dict[str, Any]) -> None:
     """Write down what made a corpus, beside it."""
-    (folder / ORIGIN).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    from hf_coverage.inference.files import write_atomically
 
-
-def load_model(
-    name: str, *, dtype: str = "auto", device: str | None = None, revision: str | None, gguf_file: str | None
-) -> "PreTrainedModel":
-    """A causal language model, on its device and in evaluation mode."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    state = _job(device)
-    if not is_main_process():
-        logging.disable_progress_bar()
-    chosen = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen, revision=revision, gguf_file=gguf_file)
-    return model.to(device or state.device).eval()
-
-
-def load_tokenizer(
-    name: str, *, revision: str | None = None, gguf_file: str | None = None
-) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a folder or Hub id."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name, revision=revision, gguf_file=gguf_file)
-
-
-def load_tokenizer_for(model: str, tokenizer: str | None, loading: dict[str, Any]) -> "PreTrainedTokenizerBase":
-    """The tokenizer that is named, or else the model's own, loaded as the model is."""
-    if tokenizer is not None:
-        return load_tokenizer(tokenizer)
-    return load_tokenizer(model, revision=loading["revision"], gguf_file=loading["gguf_file"])
-
-
-def model_name(name: str, gguf_file: str | None = None) -> str:
-    """What a model is called in tables: its Hub id, its folder's or its GGUF file's name."""
-    if gguf_file is not None:
-        return Path(gguf_file).stem
-    return Path(name).resolve().name if Path(name).exists() else name
+    write_atomically(folder / ORIGIN, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def decided_by_main_process(question: Callable[[], bool], device: str | None = None) -> bool:
     """The main process's answer, on every process: files may change between two processes' looks at them."""
-    answer = [question() if is_main_process() else False]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate.utils import broadcast_object_list
+    from hf_coverage.inference.processes import on_main_process
 
-        _job(device)
-        broadcast_object_list(answer)
-    return answer[0]
+    join_job(device)
+    return on_main_process(question)
 
 
 def leave_job(device: str | None = None) -> None:
     """End what the processes of a job do together: those that are done may exit while the main process goes on."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _job(device).destroy_process_group()
-
-
-def _job(device: str | None) -> "PartialState":
-    """The processes of the job, on the accelerator unless there is none or the CPU is asked for."""
-    import torch
-    from accelerate import PartialState
-
-    return PartialState(cpu=device == "cpu" or (device is None and not torch.accelerator.is_available()))
+        join_job(device).destroy_process_group()
 
 
 def _existing(path: Path) -> str:

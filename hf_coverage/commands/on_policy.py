@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_coverage.commands.console import is_main_process, say
-from hf_coverage.commands.inputs import decided_by_main_process, load_model, load_tokenizer, read_dataset
+from hf_coverage.commands.inputs import decided_by_main_process, read_dataset
+from hf_coverage.commands.made_of import checkpoint_facts, folder_names, made_otherwise, write_made_of
+from hf_coverage.commands.options import CorpusOptions
+from hf_coverage.commands.score_folder import is_score_folder
+from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,8 +49,9 @@ def offset_arguments(
     folder: Path,
     data: str | None,
     generations: Generations,
-    loading: dict[str, Any],
-    options: dict[str, Any],
+    reading: CorpusOptions,
+    loading: ModelOptions,
+    **scoring: Any,
 ) -> dict[str, Any]:
     """Let each checkpoint write responses, and score them under all; every process of a job calls it.
 
@@ -57,8 +63,9 @@ def offset_arguments(
         folder: where responses and scores go.
         data: the corpus whose prompts are continued.
         generations: how they are continued.
-        loading: how models are loaded, see `load_model`.
-        options: how data are read and scored, see `score_checkpoints`.
+        reading: how the corpus is read.
+        loading: how models are loaded.
+        scoring: how responses are scored, see `score_responses`.
 
     Returns:
         `on_policy` and `on_policy_groups` of `hf_coverage.tournament`; nothing on other processes than the main one.
@@ -66,25 +73,22 @@ def offset_arguments(
     from datasets import load_from_disk
 
     from hf_coverage.measure.score_table import ScoreTable
-    from hf_coverage.select.checkpoints import checkpoint_signature, distinct_names
 
-    scored = next((source for source in sources if (Path(source) / "metadata.json").is_file()), None)
+    scored = next((source for source in sources if is_score_folder(source)), None)
     if scored is not None or data is None:
         what = "`--data` is not given" if scored is None else f"{scored} is a score folder"
         raise ValueError(f"`--on-policy` continues prompts of the data with every candidate's model, but {what}.")
-    tokenizer = _common_tokenizer(sources, options["tokenizer"])
-    prompts, length = _prompts(data, tokenizer, generations, options)
-    keys = [key.replace("/", "__") for key in distinct_names(sources, parts=2)]
-    models = [
-        {"model": str(Path(s).absolute()), "files": checkpoint_signature(s), "loading": loading} for s in sources
-    ]
+    tokenizer = _common_tokenizer(sources, loading)
+    prompts, length = _prompts(data, tokenizer, generations, reading)
+    keys = folder_names(sources)
+    models = [checkpoint_facts(source) | {"loading": loading.key()} for source in sources]
     asked = asdict(generations) | {"max_new_tokens": length}
     asked["prompts"] = blake2b(json.dumps(prompts).encode(), digest_size=16).hexdigest()
     for source, key, model in zip(sources, keys, models):
         _generate(source, folder / key, model | asked, prompts, tokenizer, loading)
     for source, key, model in zip(sources, keys, models):
         others = [folder / other for other in keys if other != key]
-        _score(source, others, key, model | asked, tokenizer, loading, options)
+        _score(source, others, key, model | asked, tokenizer, loading, **scoring)
     if not is_main_process():
         return {}
     written = {name: load_from_disk(folder / key) for name, key in zip(names, keys)}
@@ -101,13 +105,13 @@ def offset_arguments(
     return {"on_policy": logprobs, "on_policy_groups": {b: rows["prompt"][:] for b, rows in written.items()}}
 
 
-def _common_tokenizer(sources: Sequence[str], chosen: str | None) -> "PreTrainedTokenizerBase | None":
+def _common_tokenizer(sources: Sequence[str], loading: ModelOptions) -> "PreTrainedTokenizerBase | None":
     """The tokenizer of all candidates: one's token ids have to be the other's."""
     from hf_coverage.inference.fingerprint import tokenizer_fingerprint
 
-    if chosen is not None:
-        return load_tokenizer(chosen)
-    first, *others = [load_tokenizer(source) for source in sources]
+    if loading.tokenizer is not None:
+        return load_tokenizer(sources[0], loading)
+    first, *others = [load_tokenizer(source, loading) for source in sources]
     for source, other in zip(sources[1:], others):
         if tokenizer_fingerprint(other) != tokenizer_fingerprint(first):
             raise ValueError(
@@ -118,12 +122,12 @@ def _common_tokenizer(sources: Sequence[str], chosen: str | None) -> "PreTrained
 
 
 def _prompts(
-    data: str, tokenizer: "PreTrainedTokenizerBase | None", generations: Generations, options: dict[str, Any]
+    data: str, tokenizer: "PreTrainedTokenizerBase | None", generations: Generations, reading: CorpusOptions
 ) -> tuple[list[list[int]], int]:
     """Token ids of the prompts to continue, and how many tokens a response may have."""
     from hf_coverage.measure.corpus import encode_corpus
 
-    encoded = encode_corpus(read_dataset(data, options["split"]), tokenizer, append_eos=options["append_eos"])
+    encoded = encode_corpus(read_dataset(data, reading.split), tokenizer, append_eos=reading.append_eos)
     rows = np.arange(len(encoded))
     if generations.number is not None and generations.number < len(rows):
         rows = np.sort(np.random.default_rng(generations.seed).choice(rows, generations.number, replace=False))
@@ -136,17 +140,18 @@ def _generate(
     made_of: dict[str, Any],
     prompts: list[list[int]],
     tokenizer: "PreTrainedTokenizerBase | None",
-    loading: dict[str, Any],
+    loading: ModelOptions,
 ) -> None:
     """Write one response to each prompt into a folder, unless they are there."""
     from accelerate import PartialState
 
+    from hf_coverage.inference.files import written_whole
     from hf_coverage.measure.builders import sample_corpus
 
-    if decided_by_main_process(lambda: _is_kept(folder, made_of), loading["device"]):
+    if decided_by_main_process(partial(_is_kept, folder, made_of), loading.device):
         return
     responses = sample_corpus(
-        load_model(source, **loading),
+        load_model(source, loading),
         tokenizer,
         prompts,
         k=1,
@@ -156,11 +161,9 @@ def _generate(
         progress=is_main_process(),
     )
     if is_main_process():
-        # In one step: what a killed run leaves behind does not pass for generations.
-        unfinished = folder.with_name(f".{folder.name}.part")
-        responses.save_to_disk(unfinished)
-        _keep(unfinished, made_of)
-        unfinished.replace(folder)
+        with written_whole(folder) as part:  # what a killed run leaves behind does not pass for generations
+            responses.save_to_disk(part)
+            write_made_of(part / _KEPT, made_of)
     PartialState().wait_for_everyone()
     say(f"{source}: {len(responses):,} responses of its own in {folder}.")
 
@@ -171,8 +174,8 @@ def _score(
     key: str,
     made_of: dict[str, Any],
     tokenizer: "PreTrainedTokenizerBase | None",
-    loading: dict[str, Any],
-    options: dict[str, Any],
+    loading: ModelOptions,
+    **scoring: Any,
 ) -> None:
     """Score the others' responses under a candidate into `other / "scores" / key`, those that are not scored yet."""
     from accelerate import PartialState
@@ -183,41 +186,31 @@ def _score(
     missing = [
         other
         for other in others
-        # B023: the question is asked before the loop goes on
-        if not decided_by_main_process(lambda: _is_kept(other / "scores" / key, made_of), loading["device"])  # noqa: B023
+        if not decided_by_main_process(partial(_is_kept, other / "scores" / key, made_of), loading.device)
     ]
     if not missing:
         return
-    model = load_model(source, **loading)
+    model = load_model(source, loading)
     for other in missing:
         score_responses(
             model,
             tokenizer,
             load_from_disk(other),
             output_dir=other / "scores" / key,
-            batch_tokens=options["batch_tokens"],
-            shard_rows=options["shard_rows"],
             progress=is_main_process(),
+            **scoring,
         )
         if is_main_process():
-            _keep(other / "scores" / key, made_of)
+            write_made_of(other / "scores" / key / _KEPT, made_of)
         PartialState().wait_for_everyone()
     say(f"{source}: scored the responses of {len(missing)} other candidates.")
 
 
-def _keep(folder: Path, made_of: dict[str, Any]) -> None:
-    (folder / _KEPT).write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
-
-
 def _is_kept(folder: Path, made_of: dict[str, Any]) -> bool:
     """Whether a folder is finished, and was made of the very same; otherwise the user has to decide."""
-    record = folder / _KEPT
-    if not record.is_file():
-        return False
-    before = json.loads(record.read_text(encoding="utf-8"))
-    changed = sorted(name for name in before | made_of if before.get(name) != made_of.get(name))
+    changed = made_otherwise(folder / _KEPT, made_of)
     if changed:
         raise ValueError(
             f"{folder} was made otherwise ({', '.join(changed)} changed): choose another `--output-dir`, or remove it."
         )
-    return True
+    return changed is not None

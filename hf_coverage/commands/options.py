@@ -1,30 +1,35 @@
-"""Options that several commands share, and `--config`, which gives any of them from a file."""
+"""Options that several commands share, how dataclasses become options, and `--config`, which gives any from a file."""
 
-from enum import Enum
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 import yaml
 
 from hf_coverage.functional.checks import check_n
+from hf_coverage.inference.loading import ModelOptions, changed_settings
 
 __all__ = [
     "DEFAULT_N",
     "AppendEos",
+    "BatchSize",
     "BatchTokens",
     "ConfigFile",
     "CorpusName",
-    "Device",
-    "Dtype",
-    "DtypeName",
-    "GgufFile",
+    "CorpusOptions",
     "Levels",
     "Regret",
-    "Revision",
+    "Seed",
     "Sources",
     "Split",
-    "TokenizerName",
+    "TopK",
+    "TopP",
+    "command_line",
+    "output_folder",
     "parse_n",
     "read_config",
 ]
@@ -32,16 +37,7 @@ __all__ = [
 DEFAULT_N = "2,4,8,16"
 """The N that are reported unless others are asked for."""
 
-_LOADING = "Loading the model"
-
-
-class DtypeName(str, Enum):
-    """Number formats that a model's weights can be loaded in; `auto` takes the checkpoint's own."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+_PANELS = {ModelOptions: "Loading the model"}
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -86,6 +82,11 @@ def _n_values(values: list[str] | None) -> Any:
     return list(map(str, parse_n(values)))
 
 
+def output_folder(text: str, *, show_default: bool | str = True) -> Any:
+    """Describe the folder that a command writes to, as the annotation of its `output_dir`."""
+    return typer.Option("--output-dir", "-o", help=text, show_default=show_default)
+
+
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
@@ -116,28 +117,75 @@ CorpusName = Annotated[
     str | None, typer.Option("--corpus", help="Reference corpus to score models on first: folder, file or Hub id.")
 ]
 Split = Annotated[str | None, typer.Option(help="Split of a data set that has several.")]
-TokenizerName = Annotated[
-    str | None,
-    typer.Option("--tokenizer", help="Folder or Hub id, if not the model's own.", rich_help_panel=_LOADING),
-]
-GgufFile = Annotated[
-    str | None, typer.Option(help="GGUF file in the model's folder to load instead.", rich_help_panel=_LOADING)
-]
-Revision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.", rich_help_panel=_LOADING)
-]
-Dtype = Annotated[
-    DtypeName,
-    typer.Option(help="Number format of the weights; `auto` is the checkpoint's own.", rich_help_panel=_LOADING),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        help="Such as `cuda:1` or `cpu`; by default an accelerator if there is one.", rich_help_panel=_LOADING
-    ),
-]
 AppendEos = Annotated[
     bool,
     typer.Option("--append-eos", help="End every text response with the EOS token; the same for corpus and models."),
 ]
 BatchTokens = Annotated[int, typer.Option(help="Tokens computed in one forward pass.")]
+BatchSize = Annotated[int, typer.Option(help="Responses sampled at once.")]
+TopK = Annotated[int | None, typer.Option(help="Keep the likeliest tokens, renormalised.")]
+TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this mass, renormalised.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+@dataclass(frozen=True)
+class CorpusOptions:
+    """How a reference corpus is read.
+
+    Attributes:
+        split: of a data set that has several.
+        append_eos: whether the end-of-sequence token is part of every response.
+        group_by: column whose equal values make rows dependent; None for `document`, or else `prompt`.
+    """
+
+    split: Split = None
+    append_eos: AppendEos = False
+    group_by: Annotated[
+        str | None,
+        typer.Option(help="Column whose equal values make rows dependent; by default `document`, or else `prompt`."),
+    ] = None
+
+    def key(self) -> dict[str, Any]:
+        """What decides which rows are read, as it is written down beside their scores."""
+        return changed_settings(self, "split", "append_eos", "group_by")
+
+
+def command_line(command: Callable[..., None]) -> Callable[..., None]:
+    """A command as typer takes it: each dataclass that it takes becomes an option for every field; and `--config`.
+
+    Args:
+        command: a function of options and arguments in typer's annotations, and of dataclasses. A field's annotation
+            is typer's too, or its help stands in its metadata, as transformers' `HfArgumentParser` has it.
+
+    Returns:
+        A function of the options alone, which makes the dataclasses of them and calls the command.
+    """
+    parameters = inspect.signature(command, eval_str=True).parameters
+    groups: dict[str, Any] = {name: p.annotation for name, p in parameters.items() if is_dataclass(p.annotation)}
+
+    def run(*, config: ConfigFile = None, **values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{one.name: values.pop(one.name) for one in fields(group)})
+        command(**values)
+
+    flat: list[inspect.Parameter] = []
+    for name, one in parameters.items():
+        flat += _field_options(groups[name]) if name in groups else [one.replace(kind=one.KEYWORD_ONLY)]
+    flat.append(inspect.signature(run).parameters["config"])
+    spread: Any = wraps(command)(run)
+    spread.__signature__ = inspect.Signature(flat)
+    return spread
+
+
+def _field_options(group: Any) -> list[inspect.Parameter]:
+    found, annotations = [], get_type_hints(group, include_extras=True)
+    for one in fields(group):
+        annotation = annotations[one.name]
+        if "help" in one.metadata:
+            option = typer.Option(help=one.metadata["help"], rich_help_panel=_PANELS.get(group))
+            annotation = Annotated[annotation, option]
+        default = inspect.Parameter.empty if one.default is MISSING else one.default
+        found.append(
+            inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
+    return found

@@ -7,24 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_coverage.commands.console import is_main_process, print_table, say
-from hf_coverage.commands.inputs import leave_job, model_name
-from hf_coverage.commands.options import (
-    AppendEos,
-    ConfigFile,
-    CorpusName,
-    Device,
-    Dtype,
-    DtypeName,
-    GgufFile,
-    Levels,
-    Regret,
-    Sources,
-    Split,
-    TokenizerName,
-    parse_n,
-)
+from hf_coverage.commands.inputs import leave_job
+from hf_coverage.commands.options import CorpusName, CorpusOptions, Levels, Regret, Sources, output_folder, parse_n
 from hf_coverage.commands.score import score_into
-from hf_coverage.commands.score_folder import Measured, read_measured
+from hf_coverage.commands.score_folder import Measured, is_score_folder, read_measured
+from hf_coverage.inference.loading import ModelOptions, model_name
 from hf_coverage.report.provenance import running_command
 
 if TYPE_CHECKING:
@@ -47,22 +34,16 @@ Numbers to read elsewhere are in results_DATE.json, in the shape of lm-evaluatio
 
 def profile(
     sources: Sources,
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the plot and the JSON.")] = Path(
-        "coverage"
-    ),
+    output_dir: Annotated[Path, output_folder("Folder for the plot and the JSON.")] = Path("coverage"),
     n: Levels = None,
     regret: Regret = 0.1,
     log_samples: Annotated[
         bool, typer.Option("--log-samples", help="Also write every row's log ratio as JSON.")
     ] = False,
     corpus: CorpusName = None,
-    split: Split = None,
-    tokenizer: TokenizerName = None,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = DtypeName.auto,
-    device: Device = None,
-    append_eos: AppendEos = False,
-    config: ConfigFile = None,
+    *,
+    reading: CorpusOptions,
+    loading: ModelOptions,
 ) -> None:
     """Show the coverage profile of models: which share of good responses is out of the reach of N samples.
 
@@ -71,10 +52,7 @@ def profile(
     from hf_coverage.report.results import coverage_results, write_results, write_samples
     from hf_coverage.report.summary import profile_table, summarize_profiles
 
-    loading = {"dtype": dtype.value, "device": device, "gguf_file": gguf_file, "revision": None}
-    measured = collect(
-        sources, output_dir, corpus, split=split, tokenizer=tokenizer, append_eos=append_eos, loading=loading
-    )
+    measured = collect(sources, output_dir, corpus, reading, loading)
     levels = parse_n(n)
     profiles = [one.profile for one in measured]
     if not is_main_process():
@@ -89,12 +67,7 @@ def profile(
 
 
 def collect(
-    sources: Sequence[str],
-    output_dir: Path,
-    corpus: str | None,
-    *,
-    loading: dict[str, Any],
-    **scoring: Any,
+    sources: Sequence[str], output_dir: Path, corpus: str | None, reading: CorpusOptions, loading: ModelOptions
 ) -> list[Measured]:
     """Profiles of score folders, and of models that are scored first, into `output_dir/scores`.
 
@@ -102,20 +75,19 @@ def collect(
         sources: score folders or scored data sets; models, where `corpus` is given.
         output_dir: where models' scores go.
         corpus: the corpus to score models on.
-        loading: how models are loaded, see `load_model`.
-        scoring: how they are scored, see `score_into`.
+        reading: how it is read.
+        loading: how models are loaded.
     """
-    folders = []
+    measured = []
     for source in sources:
-        if corpus is None or (Path(source) / "metadata.json").is_file():
-            folders.append(source)
+        if corpus is None or is_score_folder(source):
+            measured.append(read_measured(source, reading.group_by))
             continue
-        name = model_name(source, loading["gguf_file"])
+        name = model_name(source, loading)
         folder = output_dir / "scores" / name.replace("/", "__")
-        score_into(folder, source, corpus, name=name, loading=loading, **scoring)
-        folders.append(str(folder))
-    measured = [read_measured(folder) for folder in folders]
-    leave_job(loading["device"])
+        score_into(folder, source, corpus, name=name, reading=reading, loading=loading)
+        measured.append(read_measured(str(folder)))
+    leave_job(loading.device)
     return measured
 
 
@@ -129,10 +101,12 @@ def draw(profiles: "Sequence[CoverageProfile]") -> "list[Figure]":
 
 def plot(profiles: "Sequence[CoverageProfile]", output_dir: Path) -> str:
     """Draw profiles into `profile.png`, and `profile-2.png`, ..., where there are many; the files' names."""
+    from hf_coverage.plots import save_figure
+
     paths = []
     for number, figure in enumerate(draw(profiles), start=1):
         paths.append(output_dir / (f"profile-{number}.png" if number > 1 else "profile.png"))
-        figure.savefig(paths[-1], metadata={"Software": None})
+        save_figure(figure, paths[-1])
     return ", ".join(map(str, paths))
 
 

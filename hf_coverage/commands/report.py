@@ -8,23 +8,10 @@ import numpy as np
 import typer
 
 from hf_coverage.commands.console import is_main_process, say
-from hf_coverage.commands.options import (
-    AppendEos,
-    ConfigFile,
-    CorpusName,
-    Device,
-    Dtype,
-    DtypeName,
-    GgufFile,
-    Levels,
-    Regret,
-    Sources,
-    Split,
-    TokenizerName,
-    parse_n,
-)
+from hf_coverage.commands.options import CorpusName, CorpusOptions, Levels, Regret, Sources, output_folder, parse_n
 from hf_coverage.commands.profile import collect, draw, result_config
 from hf_coverage.commands.score_folder import Measured
+from hf_coverage.inference.loading import ModelOptions
 
 __all__ = ["EXAMPLES", "report"]
 
@@ -39,9 +26,7 @@ hf-coverage report scores/tuned --card --license apache-2.0 --base-model org/bas
 
 def report(
     sources: Sources,
-    output_dir: Annotated[
-        Path, typer.Option("--output-dir", "-o", help="Folder for the page, cards and JSON.")
-    ] = Path("coverage"),
+    output_dir: Annotated[Path, output_folder("Folder for the page, cards and JSON.")] = Path("coverage"),
     title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
     card: Annotated[
         bool, typer.Option("--card", help="Also write a model card for each model, in `cards/MODEL`.")
@@ -53,13 +38,9 @@ def report(
     n: Levels = None,
     regret: Regret = 0.1,
     corpus: CorpusName = None,
-    split: Split = None,
-    tokenizer: TokenizerName = None,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = DtypeName.auto,
-    device: Device = None,
-    append_eos: AppendEos = False,
-    config: ConfigFile = None,
+    *,
+    reading: CorpusOptions,
+    loading: ModelOptions,
 ) -> None:
     """Write a report: one HTML file that needs nothing else, the results as JSON, and model cards on request.
 
@@ -67,10 +48,7 @@ def report(
     """
     from hf_coverage.report.results import coverage_results, write_results
 
-    loading = {"dtype": dtype.value, "device": device, "gguf_file": gguf_file, "revision": None}
-    measured = collect(
-        sources, output_dir, corpus, split=split, tokenizer=tokenizer, append_eos=append_eos, loading=loading
-    )
+    measured = collect(sources, output_dir, corpus, reading, loading)
     if not is_main_process():
         return
     levels = parse_n(n)

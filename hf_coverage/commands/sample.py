@@ -7,18 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_coverage.commands.console import is_main_process, say
-from hf_coverage.commands.inputs import load_model, load_tokenizer, read_dataset, write_origin
-from hf_coverage.commands.options import (
-    AppendEos,
-    ConfigFile,
-    Device,
-    Dtype,
-    DtypeName,
-    GgufFile,
-    Revision,
-    Split,
-    TokenizerName,
-)
+from hf_coverage.commands.inputs import read_dataset, write_origin
+from hf_coverage.commands.options import AppendEos, BatchSize, Seed, Split, TopK, TopP, output_folder
+from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer
 from hf_coverage.report.provenance import running_command, versions
 
 if TYPE_CHECKING:
@@ -53,7 +44,7 @@ class Source(str, Enum):
 
 def sample(
     source: Annotated[str, typer.Argument(help="Prompts, texts or pairs: folder, .jsonl, .parquet, .txt, or Hub id.")],
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the corpus; new or empty.")],
+    output_dir: Annotated[Path, output_folder("Folder for the corpus; new or empty.")],
     kind: Annotated[
         Source,
         typer.Option(
@@ -69,36 +60,28 @@ def sample(
     k: Annotated[int, typer.Option("--k", help="Responses for each prompt.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a response.")] = 64,
     temperature: Annotated[float, typer.Option(help="Temperature; 1 is the teacher itself.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Keep the likeliest tokens, renormalised.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Keep the likeliest tokens up to this mass, renormalised.")
-    ] = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a window's prompt.")] = 192,
     response_tokens: Annotated[int, typer.Option(help="Tokens of a window's response.")] = 32,
     stride: Annotated[int | None, typer.Option(help="Tokens between windows; by default the response's.")] = None,
     max_windows: Annotated[int | None, typer.Option(help="Keep that many windows, chosen at random.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Responses sampled at once.")] = 16,
+    seed: Seed = 0,
+    batch_size: BatchSize = 16,
     split: Split = None,
-    tokenizer: TokenizerName = None,
-    revision: Revision = None,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = DtypeName.auto,
-    device: Device = None,
+    *,
+    loading: ModelOptions,
     append_eos: AppendEos = False,
-    config: ConfigFile = None,
 ) -> None:
     """Make a reference corpus, the rows that models are judged on.
 
     With a teacher every response comes with log D(y|x), its log-probability under the very distribution that it was
     sampled from, so that Cov_N itself can be measured. Plain text has none, and gives an upper bound only.
     """
-    _check_choice(kind, teacher, tokenizer, output_dir)
-    rows = read_dataset(source, split, document=kind is Source.texts)
-    rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
-    loading = {"revision": revision, "gguf_file": gguf_file}
-    words = load_tokenizer(tokenizer) if tokenizer else load_tokenizer(str(teacher), **loading)
-    model = None if teacher is None else load_model(teacher, dtype=dtype.value, device=device, **loading)
+    _check_choice(kind, teacher, loading.tokenizer, output_dir)
+    rows = read_dataset(source, split, document=kind is Source.texts, limit=limit)
+    words = load_tokenizer(str(teacher), loading)
+    model = None if teacher is None else load_model(teacher, loading)
     settings: dict[str, Any] = {"seed": seed}
     if kind is Source.prompts:
         settings |= {"k": k, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
@@ -110,11 +93,15 @@ def sample(
         settings = {"append_eos": append_eos}
     corpus = _build(kind, rows, column, words, model, settings)
     if is_main_process():
-        corpus.save_to_disk(output_dir)
+        from hf_coverage.inference.files import written_whole
+
         asked = {"command": running_command(), "source": source, "from": kind.value, "teacher": teacher}
         # windows and samples are token ids, which contain their end already: nothing is appended when they are scored
         final = {"append_eos": append_eos and kind is Source.pairs}
-        write_origin(output_dir, asked | settings | final | {"versions": versions()})
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(output_dir) as part:
+            corpus.save_to_disk(part)
+            write_origin(part, asked | settings | final | {"versions": versions()})
     _report(corpus, output_dir)
 
 

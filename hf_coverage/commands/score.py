@@ -6,19 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from hf_coverage.commands.console import is_main_process, say
-from hf_coverage.commands.inputs import check_origin, load_model, load_tokenizer_for, model_name, read_dataset
-from hf_coverage.commands.options import (
-    AppendEos,
-    BatchTokens,
-    ConfigFile,
-    Device,
-    Dtype,
-    DtypeName,
-    GgufFile,
-    Revision,
-    Split,
-    TokenizerName,
-)
+from hf_coverage.commands.inputs import read_corpus
+from hf_coverage.commands.options import BatchTokens, CorpusOptions, output_folder
+from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer, model_name
 from hf_coverage.report.provenance import running_command
 
 __all__ = ["EXAMPLES", "score", "score_into"]
@@ -37,26 +27,17 @@ torchrun --nproc_per_node 2 -m hf_coverage score gpt2 corpus --output-dir scores
 def score(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
     corpus: Annotated[str, typer.Argument(help="Reference corpus: folder of `save_to_disk`, file, or Hub id.")],
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Score folder to write, or to go on with.")],
+    output_dir: Annotated[Path, output_folder("Score folder to write, or to go on with.")],
     name: Annotated[str | None, typer.Option(help="What the model is called in tables.")] = None,
-    split: Split = None,
-    tokenizer: TokenizerName = None,
-    revision: Revision = None,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = DtypeName.auto,
-    device: Device = None,
-    append_eos: AppendEos = False,
-    group_by: Annotated[
-        str | None,
-        typer.Option(help="Column whose equal values make rows dependent; by default `document`, or else `prompt`."),
-    ] = None,
+    *,
+    reading: CorpusOptions,
+    loading: ModelOptions,
     batch_tokens: BatchTokens = 4096,
     share_prefixes: Annotated[bool, typer.Option(help="Run the prompt of several responses once.")] = True,
     shard_rows: Annotated[
         int, typer.Option(help="Rows per file of the score folder: what an interruption costs.")
     ] = 1024,
     per_token: Annotated[bool, typer.Option("--per-token", help="Keep every token's log-probability.")] = False,
-    config: ConfigFile = None,
 ) -> None:
     """Score a corpus: the log-probability that a model gives to each response.
 
@@ -67,12 +48,9 @@ def score(
         output_dir,
         model,
         corpus,
-        name=name or model_name(model, gguf_file),
-        loading={"dtype": dtype.value, "device": device, "revision": revision, "gguf_file": gguf_file},
-        tokenizer=tokenizer,
-        split=split,
-        group_by=group_by,
-        append_eos=append_eos,
+        name=name or model_name(model, loading),
+        reading=reading,
+        loading=loading,
         batch_tokens=batch_tokens,
         share_prefixes=share_prefixes,
         shard_rows=shard_rows,
@@ -87,27 +65,33 @@ def score_into(
     corpus: str,
     *,
     name: str,
-    loading: dict[str, Any],
-    tokenizer: str | None = None,
-    split: str | None = None,
-    group_by: str | None = None,
-    append_eos: bool = False,
+    reading: CorpusOptions,
+    loading: ModelOptions,
     **options: Any,
 ) -> None:
-    """Score a model on a corpus into a score folder; every process of a job calls it."""
+    """Score a model on a corpus into a score folder; every process of a job calls it.
+
+    Args:
+        folder: the score folder.
+        model: the model's folder or Hub id.
+        corpus: the corpus's folder, file or Hub id.
+        name: what to call the model.
+        reading: how the corpus is read.
+        loading: how the model is loaded.
+        options: see `score_responses`.
+    """
     from accelerate import PartialState
 
     from hf_coverage.measure.reference import read_reference, write_reference
     from hf_coverage.measure.scoring import score_responses
 
-    rows = read_dataset(corpus, split)
-    origin = check_origin(corpus, append_eos=append_eos)
-    reference = read_reference(rows, group_by)
+    rows, origin = read_corpus(corpus, reading)
+    reference = read_reference(rows, reading.group_by)
     scored = score_responses(
-        load_model(model, **loading),
-        load_tokenizer_for(model, tokenizer, loading),
+        load_model(model, loading),
+        load_tokenizer(model, loading),
         rows,
-        append_eos=append_eos,
+        append_eos=reading.append_eos,
         output_dir=folder,
         progress=is_main_process(),
         **options,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hf_coverage.measure.profile import CoverageProfile
     from hf_coverage.measure.reference import Reference
 
-__all__ = ["Measured", "check_same_rows", "read_measured"]
+__all__ = ["Measured", "check_same_rows", "is_score_folder", "read_measured"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class Measured:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+def is_score_folder(source: str) -> bool:
+    """Whether `hf-coverage score` wrote a folder."""
+    return (Path(source) / "metadata.json").is_file()
+
+
 def read_measured(source: str, group_by: str | None = None) -> Measured:
     """A model's profile from a score folder, or from a data set with the column `logprob` or `answer_logprob`.
 
@@ -33,9 +38,15 @@ def read_measured(source: str, group_by: str | None = None) -> Measured:
         group_by: For a data set: the column whose equal values make rows dependent.
 
     Raises:
-        ValueError: If the table is not complete, a file of it is missing, or there are no scores.
+        ValueError: If the table is not complete, a file of it is missing, there are no scores, or `group_by` is given
+            for a score folder, which knows its groups.
     """
-    if (Path(source) / "metadata.json").is_file():
+    if is_score_folder(source):
+        if group_by is not None:
+            raise ValueError(
+                f"`--group-by` is chosen when a model is scored, and {source} has scores and groups already: leave it "
+                "out, or give it to `hf-coverage score`."
+            )
         return _read_folder(Path(source))
     from hf_coverage.commands.inputs import read_dataset
     from hf_coverage.measure.reference import read_reference

@@ -6,20 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_coverage.commands.console import is_main_process, print_table, say
-from hf_coverage.commands.inputs import check_origin, leave_job, load_model, load_tokenizer_for, read_dataset
-from hf_coverage.commands.options import (
-    AppendEos,
-    BatchTokens,
-    ConfigFile,
-    Device,
-    Dtype,
-    DtypeName,
-    GgufFile,
-    Revision,
-    Split,
-    TokenizerName,
-)
+from hf_coverage.commands.inputs import leave_job, read_corpus
+from hf_coverage.commands.options import BatchTokens, CorpusOptions, output_folder
 from hf_coverage.functional.step_sizes import TrainingPlan
+from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer
 from hf_coverage.report.provenance import provenance
 
 if TYPE_CHECKING:
@@ -66,21 +56,12 @@ def suggest(
     seed: Annotated[int, typer.Option(help="Seed of those minibatches.")] = 0,
     output_dir: Annotated[
         Path,
-        typer.Option("--output-dir", "-o", help="Folder for the JSON, and for what an interrupted run goes on with."),
+        output_folder("Folder for the JSON, and for what an interrupted run goes on with."),
     ] = Path("suggest"),
-    split: Split = None,
-    tokenizer: TokenizerName = None,
-    revision: Revision = None,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = DtypeName.auto,
-    device: Device = None,
-    append_eos: AppendEos = False,
-    group_by: Annotated[
-        str | None,
-        typer.Option(help="Column whose equal values make rows dependent; by default `document`, or else `prompt`."),
-    ] = None,
+    *,
+    reading: CorpusOptions,
+    loading: ModelOptions,
     batch_tokens: BatchTokens = 4096,
-    config: ConfigFile = None,
 ) -> None:
     """Suggest step size, lambda and minibatch for training a model for coverage.
 
@@ -93,25 +74,22 @@ def suggest(
     plan = TrainingPlan(n, steps, eps, batch_size)
     if radius is not None and not radius > 0:
         raise typer.BadParameter(f"`--radius` must be positive, but is {radius}: leave it out for the head's norm.")
-    loading: dict[str, Any] = {"dtype": dtype.value, "device": device}
-    rows = read_dataset(data, split)
-    check_origin(data, append_eos=append_eos)
-    chosen: dict[str, Any] = {"revision": revision, "gguf_file": gguf_file}
+    rows, _ = read_corpus(data, reading)
     suggestion = measure(
-        load_model(model, **loading, **chosen),
+        load_model(model, loading),
         rows,
         plan,
         radius=radius,
         num_batches=gradient_norms,
         seed=seed,
-        tokenizer=load_tokenizer_for(model, tokenizer, chosen),
-        teacher=None if teacher is None else load_model(teacher, **loading, revision=None, gguf_file=None),
-        append_eos=append_eos,
-        group_by=group_by,
+        tokenizer=load_tokenizer(model, loading),
+        teacher=None if teacher is None else load_model(teacher, loading.for_another_model()),
+        append_eos=reading.append_eos,
+        group_by=reading.group_by,
         batch_tokens=batch_tokens,
         output_dir=output_dir / "head_statistics",
     )
-    leave_job(device)
+    leave_job(loading.device)
     if is_main_process():
         show(suggestion)
         say(f"All numbers are in {_write(suggestion, output_dir, model=model, data=data, teacher=teacher)}.")
@@ -141,24 +119,18 @@ def measure(
         scoring: see `measure_inherent_variance`.
     """
     from hf_coverage.measure.corpus import encode_corpus
-    from hf_coverage.measure.gradient_norm import gradient_norms
-    from hf_coverage.measure.inherent_variance import (
-        head_norm,
-        is_tied,
-        measure_inherent_variance,
-        require_linear_head,
-    )
+    from hf_coverage.measure.inherent_variance import gradient_norms, measure_inherent_variance, require_linear_head
     from hf_coverage.report.step_sizes import Suggestion
 
     head = require_linear_head(model)
     found = measure_inherent_variance(model, tokenizer, rows, progress=is_main_process(), **scoring)
-    radius = head_norm(head) if radius is None else radius
+    radius = head.norm if radius is None else radius
     size = min(plan.batch_size or _MINIBATCH, len(rows))
     norms: list[float] = []
     if num_batches:
         encoded = encode_corpus(rows, tokenizer, append_eos=scoring.get("append_eos", False))
         norms = gradient_norms(model, encoded, batch_size=size, num_batches=num_batches, seed=seed).tolist()
-    return Suggestion(found, radius, plan, is_tied(model, head), norms, size if norms else 0)
+    return Suggestion(found, radius, plan, bool(head.shared_with), norms, size if norms else 0)
 
 
 def show(suggestion: "Suggestion") -> None:

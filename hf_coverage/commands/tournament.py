@@ -1,8 +1,8 @@
 """`hf-coverage tournament`: which of several checkpoints covers best."""
 
-import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -11,21 +11,13 @@ import typer
 
 from hf_coverage.commands.console import is_main_process, print_table, say
 from hf_coverage.commands.inputs import decided_by_main_process, leave_job, read_dataset
+from hf_coverage.commands.made_of import checkpoint_facts, folder_names, made_otherwise, write_made_of
 from hf_coverage.commands.on_policy import Generations, offset_arguments
-from hf_coverage.commands.options import (
-    AppendEos,
-    BatchTokens,
-    ConfigFile,
-    Device,
-    Dtype,
-    DtypeName,
-    Split,
-    TokenizerName,
-    parse_n,
-)
+from hf_coverage.commands.options import BatchTokens, CorpusOptions, output_folder, parse_n
 from hf_coverage.commands.score import score_into
-from hf_coverage.commands.score_folder import Measured, check_same_rows, read_measured
+from hf_coverage.commands.score_folder import Measured, check_same_rows, is_score_folder, read_measured
 from hf_coverage.functional.checks import metric_key
+from hf_coverage.inference.loading import ModelOptions
 from hf_coverage.report.table import Cell, Column, Table
 
 if TYPE_CHECKING:
@@ -79,9 +71,7 @@ def tournament(
     sweep: Annotated[
         list[str] | None, typer.Option(help="More N to report, comma-separated, in the same pass.")
     ] = None,
-    output_dir: Annotated[
-        Path, typer.Option("--output-dir", "-o", help="Folder for scores, the heat map and the JSON.")
-    ] = Path("tournament"),
+    output_dir: Annotated[Path, output_folder("Folder for scores, the heat map and the JSON.")] = Path("tournament"),
     link: Annotated[Path | None, typer.Option(help="Symbolic link to make to the winner's folder.")] = None,
     bootstrap: Annotated[int, typer.Option(min=0, help="How often to draw the prompts anew for win rates.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
@@ -117,18 +107,11 @@ def tournament(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Responses written at once.", rich_help_panel=_OFFSET)] = 16,
-    split: Split = None,
-    tokenizer: TokenizerName = None,
-    dtype: Dtype = DtypeName.auto,
-    device: Device = None,
-    append_eos: AppendEos = False,
-    group_by: Annotated[
-        str | None,
-        typer.Option(help="Column whose equal values make rows dependent; by default `document`, or else `prompt`."),
-    ] = None,
+    *,
+    reading: CorpusOptions,
+    loading: ModelOptions,
     batch_tokens: BatchTokens = 4096,
     shard_rows: Annotated[int, typer.Option(help="Rows per file of the scores: what an interruption costs.")] = 1024,
-    config: ConfigFile = None,
 ) -> None:
     """Choose the checkpoint with the best coverage, by a tournament that needs no density of the data.
 
@@ -148,16 +131,15 @@ def tournament(
         raise typer.BadParameter(f"`--gamma` must be positive, but is {gamma}.")
     sources = [candidate.rstrip("/") for candidate in candidates]
     names = distinct_names(sources)
-    loading = {"dtype": dtype.value, "device": device, "revision": None, "gguf_file": None}
-    options: dict[str, Any] = {"split": split, "tokenizer": tokenizer, "append_eos": append_eos}
-    options |= {"group_by": group_by, "batch_tokens": batch_tokens, "shard_rows": shard_rows}
+    scoring = {"batch_tokens": batch_tokens, "shard_rows": shard_rows}
     offset: dict[str, Any] = {}
     if on_policy:
         asked = Generations(generations, max_new_tokens, batch_size, seed)
-        offset = offset_arguments(sources, names, output_dir / "on_policy", data, asked, loading, options)
+        folder = output_dir / "on_policy"
+        offset = offset_arguments(sources, names, folder, data, asked, reading, loading, **scoring)
         offset["gamma"] = gamma
-    folders = score_checkpoints(sources, names, output_dir / "scores", data, loading, options)
-    leave_job(device)
+    folders = score_checkpoints(sources, names, output_dir / "scores", data, reading, loading, **scoring)
+    leave_job(loading.device)
     if not is_main_process():
         return
     measured = _read(dict(zip(names, folders)), n)
@@ -174,8 +156,9 @@ def score_checkpoints(
     names: Sequence[str],
     scores: Path,
     data: str | None,
-    loading: dict[str, Any],
-    options: dict[str, Any],
+    reading: CorpusOptions,
+    loading: ModelOptions,
+    **scoring: Any,
 ) -> list[Path]:
     """Score those checkpoints whose scores are not there; every process of a job calls it.
 
@@ -184,42 +167,40 @@ def score_checkpoints(
         names: what to call them.
         scores: where their scores go.
         data: the corpus.
-        loading: how models are loaded, see `load_model`.
-        options: how they are scored, see `score_into`.
+        reading: how it is read.
+        loading: how models are loaded.
+        scoring: how they are scored, see `score_responses`.
 
     Returns:
         The score folder of each.
     """
     from hf_coverage.measure.reference import read_reference
-    from hf_coverage.select.checkpoints import checkpoint_signature, distinct_names
 
-    # By two parts of the path at least: the checkpoints of another run can join later under the same names.
-    keys = [key.replace("/", "__") for key in distinct_names(sources, parts=2)]
-    done = [(Path(source) / "metadata.json").is_file() for source in sources]
-    folders = [Path(source) if scored else scores / key for source, scored, key in zip(sources, done, keys)]
+    done = [is_score_folder(source) for source in sources]
+    own = [scores / folder for folder in folder_names(sources)]
+    folders = [Path(source) if scored else folder for source, scored, folder in zip(sources, done, own)]
     if all(done):
         return folders
     if data is None:
         raise ValueError(f"{sources[done.index(False)]} is no score folder: give the corpus to score it on, `--data`.")
-    reference = read_reference(read_dataset(data, options["split"]), options["group_by"])
+    reference = read_reference(read_dataset(data, reading.split), reading.group_by)
     corpus = blake2b(b"".join(part.tobytes() for part in (reference.rows, reference.groups)), digest_size=16)
     corpus.update(b"" if reference.logprob is None else reference.logprob.tobytes())
-    facts = {"corpus": corpus.hexdigest(), "loading": loading, "options": options}
+    options = {"split": reading.split, "tokenizer": loading.tokenizer} | reading.key() | scoring
+    facts = {"corpus": corpus.hexdigest(), "loading": loading.key(), "options": options}
     for source, name, folder, scored in zip(sources, names, folders, done):
-        made_of = facts | {"model": str(Path(source).absolute()), "files": checkpoint_signature(source)}
-        # B023: the question is asked before the loop goes on
-        if scored or decided_by_main_process(lambda: _is_kept(folder, made_of), loading["device"]):  # noqa: B023
+        made_of = facts | checkpoint_facts(source)
+        if scored or decided_by_main_process(partial(_is_kept, folder, made_of), loading.device):
             continue
-        score_into(folder, source, data, name=name, loading=loading, **options)
+        score_into(folder, source, data, name=name, reading=reading, loading=loading, **scoring)
         if is_main_process():
-            (folder / _KEPT).write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
+            write_made_of(folder / _KEPT, made_of)
     return folders
 
 
 def _is_kept(folder: Path, made_of: dict[str, Any]) -> bool:
     """Whether a folder holds the finished scores of this very checkpoint on this very corpus."""
-    record = folder / _KEPT
-    return bool(made_of["files"]) and record.is_file() and json.loads(record.read_text(encoding="utf-8")) == made_of
+    return bool(made_of["files"]) and made_otherwise(folder / _KEPT, made_of) == []
 
 
 def _read(folders: dict[str, Path], n: float) -> dict[str, _Contender]:

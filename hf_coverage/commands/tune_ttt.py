@@ -9,20 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_coverage.commands.console import is_main_process, print_table, say
-from hf_coverage.commands.inputs import check_origin, leave_job, load_model, load_tokenizer_for, read_dataset
-from hf_coverage.commands.options import (
-    AppendEos,
-    BatchTokens,
-    ConfigFile,
-    Device,
-    Dtype,
-    DtypeName,
-    GgufFile,
-    Revision,
-    Split,
-    TokenizerName,
-)
+from hf_coverage.commands.inputs import leave_job, read_corpus
+from hf_coverage.commands.options import BatchTokens, CorpusOptions, output_folder
 from hf_coverage.commands.score_rules import score_settings
+from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer
 from hf_coverage.report.provenance import provenance
 from hf_coverage.report.table import Cell, Column, Table
 
@@ -118,20 +108,12 @@ def tune_ttt(
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps on each token.", rich_help_panel=_RULE)] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the two halves.")] = 0,
-    output_dir: Annotated[
-        Path, typer.Option("--output-dir", "-o", help="Folder for the scores of every setting, and the JSON.")
-    ] = Path("tune_ttt"),
-    split: Split = None,
-    tokenizer: TokenizerName = None,
-    revision: Revision = None,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = DtypeName.auto,
-    device: Device = None,
-    append_eos: AppendEos = False,
-    group_by: Annotated[
-        str | None,
-        typer.Option(help="Column whose equal values make rows dependent; by default `document`, or else `prompt`."),
-    ] = None,
+    output_dir: Annotated[Path, output_folder("Folder for the scores of every setting, and the JSON.")] = Path(
+        "tune_ttt"
+    ),
+    *,
+    reading: CorpusOptions,
+    loading: ModelOptions,
     batch_tokens: BatchTokens = 4096,
     shard_rows: Annotated[
         int | None,
@@ -139,7 +121,6 @@ def tune_ttt(
             help="Rows per file of the scores: what an interruption costs.", show_default="1024; 16 where slow"
         ),
     ] = None,
-    config: ConfigFile = None,
 ) -> None:
     """Choose the step size of test-time training by coverage, and tell whether it covers more than plain decoding.
 
@@ -168,18 +149,16 @@ def tune_ttt(
     sizes = None if lr is None else _numbers(lr, "--lr")
     rules = grid({scope: sizes or [1.0] for scope in scopes})
     check_rules(rules, n)
-    rows = read_dataset(data, split)
-    origin = check_origin(data, append_eos=append_eos)
-    reference = read_reference(rows, group_by)
+    rows, origin = read_corpus(data, reading)
+    reference = read_reference(rows, reading.group_by)
     if reference.kind == "answer":
         raise ValueError(
             f"{data} has scored answers, whose reasoning would have to be sampled under every setting: give prompts "
             "and whole responses."
         )
     split_groups(reference.groups, seed)  # refuses too few groups before hours of scoring
-    chosen: dict[str, Any] = {"revision": revision, "gguf_file": gguf_file}
-    judged = load_model(model, dtype=dtype.value, device=device, **chosen)
-    encoding: dict[str, Any] = {"tokenizer": load_tokenizer_for(model, tokenizer, chosen), "append_eos": append_eos}
+    judged = load_model(model, loading)
+    encoding: dict[str, Any] = {"tokenizer": load_tokenizer(model, loading), "append_eos": reading.append_eos}
     if sizes is None:
         rules = grid(default_sizes(judged, rows, rules, **encoding))
     scores = score_settings(
@@ -193,7 +172,7 @@ def tune_ttt(
         shard_rows=shard_rows,
         **encoding,
     )
-    leave_job(device)
+    leave_job(loading.device)
     if is_main_process():
         choice = choose(scores, rules, n, reference, seed)
         show(choice)
@@ -267,11 +246,10 @@ def show(choice: "TTTChoice") -> None:
 
 
 def _search_table(choice: "TTTChoice") -> Table:
-    from hf_coverage.functional.checks import metric_key
     from hf_coverage.report.summary import coverage_cell
 
-    quantity = choice.plain.quantity.replace("Cov_N", f"Cov_{metric_key(choice.n)}")
-    columns: list[Column | str] = ["decoding", Column(quantity, "lower"), Column("cross-entropy (nats)", "lower"), ""]
+    columns: list[Column | str] = ["decoding", Column(choice.plain.label(choice.n), "lower")]
+    columns += [Column("cross-entropy (nats)", "lower"), ""]
     rows: list[list[Cell]] = []
     chosen = "plain" if choice.adapted is None else choice.adapted.name
     for name, profile in choice.results.items():

@@ -17,7 +17,6 @@ from hf_coverage.decode.best_of_n_result import BestOfNResult
 from hf_coverage.decode.prompt_table import PromptTable, digest
 from hf_coverage.decode.sample_verdicts import Judging, Rows
 from hf_coverage.decode.shards import JsonShards, read_metadata
-from hf_coverage.decode.verifier_calls import Verdict
 from hf_coverage.inference.fingerprint import config_fingerprint, tokenizer_fingerprint, weight_fingerprint
 from hf_coverage.inference.forward import unwrap
 from hf_coverage.inference.processes import on_main_process
@@ -128,8 +127,7 @@ def evaluate_best_of_n(
     if output_dir is not None:
         shards = on_main_process(partial(JsonShards, output_dir, "samples", facts))
     samples = _sampled(sampler, prompts, tokenizer, facts, shards)
-    verdicts = judging.verdicts(samples, table, output_dir)
-    return _collect(verdicts, table, facts, verifier=judging.name, threshold=threshold, progress=progress)
+    return _collect(samples, table, facts, judging, output_dir, threshold=threshold, progress=progress)
 
 
 def judge_best_of_n(
@@ -163,26 +161,29 @@ def judge_best_of_n(
         raise ValueError(f"{output_dir} holds samples for other prompts than those of `corpus`.")
     judging = Judging.prepare(verifier, table, timeout, batch_size)
     shards = on_main_process(partial(JsonShards, output_dir, "samples", facts))
-    verdicts = judging.verdicts(_kept(shards, facts, table), table, output_dir)
-    return _collect(verdicts, table, facts, verifier=judging.name, threshold=threshold, progress=progress)
+    samples = _kept(shards, facts, table)
+    return _collect(samples, table, facts, judging, output_dir, threshold=threshold, progress=progress)
 
 
 def _collect(
-    shards: Iterable[tuple[Rows, list[Verdict]]],
+    shards: Iterable[Rows],
     table: PromptTable,
     facts: dict[str, Any],
+    judging: Judging,
+    output_dir: str | PathLike[str] | None,
     *,
-    verifier: str,
     threshold: float | None,
     progress: bool,
 ) -> BestOfNResult:
     """The result of samples and their verdicts, shard by shard."""
+    decisive = {name: value for name, value in facts.items() if name != "about"}
+    of_samples = digest({name: value for name, value in decisive.items() if name != "rows_per_shard"})
     rewards = np.full((len(table), facts["k"]), np.nan)
     failed = np.zeros(rewards.shape, dtype=bool)
     failures: dict[tuple[int, int], tuple[str, dict[str, Any]]] = {}
     hidden = not (progress and PartialState().is_main_process)
     with tqdm(total=rewards.size, desc="Best-of-N", unit="response", disable=hidden) as bar:
-        for samples, verdicts in shards:
+        for samples, verdicts in judging.verdicts(shards, table, digest(decisive), output_dir):
             for sample, verdict in zip(samples, verdicts):
                 place = sample["prompt"], sample["sample"]
                 if verdict.reward is None:
@@ -196,7 +197,7 @@ def _collect(
     rewards[failed] = min(0.0, float(np.min(rewards[~failed], initial=0.0)))
     return BestOfNResult(
         name=facts["about"]["model"],
-        verifier=verifier,
+        verifier=judging.name,
         rewards=rewards,
         failed=failed,
         rows=table.rows,
@@ -204,7 +205,9 @@ def _collect(
         errors=errors,
         examples=examples,
         threshold=threshold,
-        settings=facts["sampling"] | {name: facts[name] for name in ("k", "seed", "batch_size")},
+        settings=facts["sampling"]
+        | {name: facts[name] for name in ("k", "seed", "batch_size")}
+        | {"judged": None if judging.fingerprint is None else f"{of_samples} {judging.fingerprint}"},
     )
 
 

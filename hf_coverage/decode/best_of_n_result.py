@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from hf_coverage.functional.best_of_n import best_of_n_reward, pass_at_n
 from hf_coverage.functional.bounds import exact_pass_at_n, least_regret_bound
 from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.statistics import MeanEstimate, bounded_mean_interval, clustered_mean, mean_interval
+from hf_coverage.inference.files import refuse_constant, write_atomically
 from hf_coverage.plots import BestOfNCurve, plot_best_of_n
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from hf_coverage.measure.profile import CoverageProfile
 
 __all__ = ["BestOfNResult", "Estimate", "Prediction"]
@@ -66,7 +69,8 @@ class BestOfNResult:
         errors: how many responses could not be judged, by what went wrong.
         examples: one response for each of these errors: its row, sample, text, and the error's message.
         threshold: least reward that solves a prompt; None where rewards do not say that.
-        settings: how the responses were sampled.
+        settings: how the responses were sampled; `judged` names samples and verifier by all that decides the
+            rewards, and is None where not all of it can be told.
 
     Example:
         >>> result = BestOfNResult.from_rewards([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
@@ -121,13 +125,15 @@ class BestOfNResult:
 
     def interval(self, n: int, confidence: float = 0.95) -> tuple[float, float]:
         """Confidence interval of Pass@N, over prompts."""
-        return bounded_mean_interval(self._pass_estimate(n), confidence)
+        return bounded_mean_interval(self._passes[:, self._column(n)], confidence=confidence)
 
     def best_of(self, n: int, confidence: float = 0.95) -> Estimate:
         """Expected reward of the best of N responses, unbiased, with its confidence interval over prompts."""
-        estimate = clustered_mean(self._best[:, self._column(n)])
-        bounded = self.rewards.min() >= 0 and self.rewards.max() <= 1
-        return Estimate(estimate.mean, *(bounded_mean_interval if bounded else mean_interval)(estimate, confidence))
+        rewards = self._best[:, self._column(n)]
+        estimate = clustered_mean(rewards)
+        if self.rewards.min() >= 0 and self.rewards.max() <= 1:
+            return Estimate(estimate.mean, *bounded_mean_interval(rewards, confidence=confidence))
+        return Estimate(estimate.mean, *mean_interval(estimate, confidence))
 
     def metrics(self, n: Iterable[int] | None = None) -> dict[str, float]:
         """Flat metrics under the names of lm-evaluation-harness, each with its `_stderr`.
@@ -238,7 +244,7 @@ class BestOfNResult:
         facts = {"format": _FORMAT} | {one.name: getattr(self, one.name) for one in fields(self)}
         text = json.dumps(facts | {"sentence": self.sentence}, default=lambda array: array.tolist(), allow_nan=False)
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_atomically(path, text + "\n")
         return text
 
     @classmethod
@@ -250,14 +256,42 @@ class BestOfNResult:
         """
         text = source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text()
         try:
-            facts = json.loads(text)
-            if facts["format"] != _FORMAT:
+            facts = json.loads(text, parse_constant=refuse_constant)
+            if facts["format"] != _FORMAT or facts["format"] is True:
                 raise ValueError(f"format {facts['format']} is not {_FORMAT}")
             values = {one.name: facts[one.name] for one in fields(cls)}
-        except (KeyError, TypeError, ValueError) as error:
+            types = {"rewards": np.float64, "failed": np.bool_, "rows": np.int64, "prompts": np.uint64}
+            result = cls(**values | {name: np.asarray(values[name], dtype=kind) for name, kind in types.items()})
+            for what, holds in result._facts(values):
+                if not holds:
+                    raise ValueError(f"its {what} do not agree with the rest")
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"`source` is not a result written by `to_json`: {error!r}.") from error
-        types = {"rewards": np.float64, "failed": np.bool_, "rows": np.int64, "prompts": np.uint64}
-        return cls(**values | {name: np.asarray(values[name], dtype=kind) for name, kind in types.items()})
+        return result
+
+    def _facts(self, read: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+        """What must hold of each field, of which JSON had `read`."""
+        best_of_n_reward(self.rewards)  # refuses what is no table of rewards
+        size = self.num_prompts
+        yield (
+            "failed",
+            self.failed.shape == self.rewards.shape and all(type(one) is bool for one in chain(*read["failed"])),
+        )
+        for what, column in (("rows", self.rows), ("prompts", self.prompts)):
+            yield what, column.shape == (size,) and all(type(one) is int for one in read[what])
+            yield what, np.unique(column).size == size
+        yield "rows", bool((self.rows >= 0).all())
+        yield "errors", sum(self.errors.values()) == self.failed.sum() and all(n > 0 for n in self.errors.values())
+        yield (
+            "examples",
+            set(self.examples) <= set(self.errors) and all(isinstance(one, dict) for one in self.examples.values()),
+        )
+        yield (
+            "threshold",
+            self.threshold is None or (type(self.threshold) in (int, float) and math.isfinite(self.threshold)),
+        )
+        yield "names", isinstance(self.name, str) and isinstance(self.verifier, str)
+        yield "settings", isinstance(self.settings, dict)
 
     @cached_property
     def _passes(self) -> FloatArray:

@@ -23,9 +23,11 @@ from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.exploration import elliptical_bonus, elliptical_selection, sparse_projection
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.forward import HeadForward, HeadOutput, inference
-from hf_coverage.inference.forward_batches import Batch, Limits, Step, build_step, plan_batches
+from hf_coverage.inference.forward_batches import Batch, Limits, Step, build_step, passes_missed, plan_batches
 from hf_coverage.inference.prefix_cache import continue_lines
+from hf_coverage.inference.processes import map_over_processes
 from hf_coverage.inference.sampler import require_room
+from hf_coverage.inference.self_check import Reading
 from hf_coverage.measure.corpus import encode_corpus, encode_prompts
 
 if TYPE_CHECKING:
@@ -248,19 +250,20 @@ def _features(
         probe = forward.probe()
         _check_rows(forward.model, encoded, probe.logits.shape[-1])
         limits = Limits(batch_tokens, positions=sys.maxsize)
-        batches = plan_batches(read, range(len(read)), limits, share_prefixes=probe.repeatable)
-        state = PartialState()
-        # Every process has to take part in every pass of a sharded model.
-        mine = batches if forward.sharded else batches[state.process_index :: state.num_processes]
-        parts = []
-        hidden = not (progress and state.is_main_process)
-        with tqdm(
-            total=sum(len(batch.rows) for batch in mine), desc="Reading", unit="response", disable=hidden
-        ) as bar:
-            for batch in mine:
-                parts.append((batch.rows, _mean_states(forward, read, batch).numpy()))
-                bar.update(len(batch.rows))
-    means = dict(chain.from_iterable(zip(rows, values) for rows, values in gather_object(parts)))
+        reading = Reading.SHARED if probe.repeatable else Reading.PADDED
+        batches = plan_batches(read, range(len(read)), limits, reading=reading)
+        hidden = not (progress and PartialState().is_main_process)
+        with tqdm(total=len(read), desc="Reading", unit="response", disable=hidden) as bar:
+
+            def keep_pace(together: Sequence[Batch], own: Batch | None) -> None:
+                for _ in range(passes_missed(together, own) if forward.sharded else 0):
+                    forward.run_along()
+                bar.update(sum(len(batch.rows) for batch in together))
+
+            found = map_over_processes(
+                lambda batch: _mean_states(forward, read, batch).numpy(), batches, after_round=keep_pace
+            )
+    means = dict(chain.from_iterable(zip(batch.rows, values) for batch, values in zip(batches, found)))
     features = np.stack([means[index] for index in inverse])
     bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
     if bad.size:

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from hf_coverage.decode.prompt_table import PromptTable
 from hf_coverage.decode.verifier_runner import needed_arguments
 from hf_coverage.functional.checks import IntArray
+from hf_coverage.functional.logprobs import log_softmax
 from hf_coverage.functional.prefix_tree import Prefix
 from hf_coverage.inference.forward import HeadForward, inference
 from hf_coverage.inference.prefix_cache import is_repeatable
@@ -122,7 +123,7 @@ class PrefixModel(_Asked[NextTokens]):
         scores = self._reader.logits(prefixes).float()
         for processor in self._processors:
             scores = processor(torch.empty(0), scores)
-        logprobs = scores.log_softmax(dim=-1).cpu().numpy()
+        logprobs = log_softmax(scores).cpu().numpy()
         everything = np.arange(logprobs.shape[1])
         possible = [everything if (row > -np.inf).all() else np.flatnonzero(row > -np.inf) for row in logprobs]
         return [NextTokens(tokens, row[tokens]) for tokens, row in zip(possible, logprobs)]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hf_coverage.functional.statistics import group_codes
 from hf_coverage.measure.corpus import encode_prompts
-from hf_coverage.measure.corpus_columns import check_values, read_column, require_columns, require_dataset
+from hf_coverage.measure.corpus_columns import read_prompts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,19 +56,16 @@ class PromptTable:
             >>> table.rows.tolist(), table.columns, table.varying
             ([0, 1], {'answer': [1, 2]}, ('completion',))
         """
-        require_dataset(corpus)
-        require_columns(corpus, ("prompt",))
-        prompts = read_column(corpus, "prompt")
-        kind = check_values(prompts, "prompt")
+        kind, prompts = read_prompts(corpus)
         codes = group_codes(prompts)
         _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
         first_of_row = first[inverse]
         rows = np.sort(first)
-        columns, varying = {}, []
+        columns, varying, plain = {}, [], corpus.with_format(None)
         for name in corpus.column_names:
             if name == "prompt":
                 continue
-            values = read_column(corpus, name)
+            values = plain[name][:]
             if all(value == values[first] for value, first in zip(values, first_of_row.tolist())):
                 columns[name] = [values[row] for row in rows.tolist()]
             else:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import json
+import logging
+import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -14,18 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from hf_coverage.decode.prompt_table import PromptTable, digest
-from hf_coverage.decode.shards import JsonShards
+from hf_coverage.decode.shards import JsonShards, read_metadata
 from hf_coverage.decode.verifier_calls import Verdict
+from hf_coverage.decode.verifier_key import verifier_key
 from hf_coverage.decode.verifier_runner import JudgeRows, needed_arguments, open_judge, runs_in_worker
 from hf_coverage.decode.verifiers import ExactMatch, Verifier
-from hf_coverage.inference.processes import on_main_process
+from hf_coverage.inference.processes import on_main_process, split_over_processes
 
 __all__ = ["Judging", "Rows", "verifier_name"]
 
 Rows = list[dict[str, Any]]
+
+logger = logging.getLogger(__name__)
+
+_MOST_CHARACTERS = 100  # of a name, in the name of a folder
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,15 @@ class Judging:
         names: names of the arguments that it gets.
         timeout: seconds for one response; None: no limit.
         batch_size: responses of one call, where it runs in this process.
-        fingerprint: changes with the verifier, its settings and what it reads of the corpus.
+        fingerprint: changes with the verifier, its settings and what it reads of the corpus; None where not all that
+            decides its verdicts can be told, which are then not kept.
     """
 
     verifier: Callable[..., Any]
     names: list[str]
     timeout: float | None
     batch_size: int
-    fingerprint: str
+    fingerprint: str | None
 
     @property
     def name(self) -> str:
@@ -60,26 +65,64 @@ class Judging:
         names = needed_arguments(chosen, table.available, table.varying)
         columns = {name: table.columns[name] for name in names if name in table.columns}
         if runs_in_worker(chosen, timeout):
-            _require_json(columns)
-        made_of = [verifier_name(chosen), _source(chosen), _settings(chosen), timeout, columns]
-        return cls(chosen, names, timeout, batch_size, digest(made_of))
+            _require_sendable(columns)
+        key = _key(chosen)
+        made_of = None if key is None else digest([verifier_name(chosen), *key, timeout, columns])
+        judging = cls(chosen, names, timeout, batch_size, made_of)
+        on_main_process(partial(judging.require_right, table))
+        return judging
+
+    def require_right(self, table: PromptTable) -> None:
+        """Refuse a corpus with answers that the verifier does not find right as responses.
+
+        Raises:
+            ValueError: if there is one.
+        """
+        verifier = self.verifier
+        if not isinstance(verifier, Verifier):
+            return
+        columns = {name: values for name, values in table.columns.items() if name in verifier.columns}
+        responses = verifier.right_responses(**columns)
+        samples = [{"prompt": row, "text": text, "ids": []} for row, text in enumerate(responses)]
+        rows = [table.arguments(sample, self.names) for sample in samples]
+        if not rows:
+            return
+        with open_judge(verifier, timeout=self.timeout, batch_size=self.batch_size) as judge_rows:
+            verdicts = judge_rows(rows)
+        wrong = [row for row, verdict in enumerate(verdicts) if verdict.reward != 1]
+        if wrong:
+            row, verdict = wrong[0], verdicts[wrong[0]]
+            why = f"gets {verdict.reward:g}" if verdict.reward is not None else f"{verdict.error} ({verdict.message})"
+            raise ValueError(
+                f"`corpus` has {len(wrong):,} answers that {self.name} does not find right themselves, so that no "
+                f"response could be: rows {', '.join(str(table.rows[row]) for row in wrong[:10])}"
+                f"{', ...' if len(wrong) > 10 else ''}. That of row {table.rows[row]}, {responses[row]!r}, {why}. "
+                "Write these answers in another way, or drop the rows."
+            )
 
     def verdicts(
-        self, samples: Iterable[Rows], table: PromptTable, output_dir: str | PathLike[str] | None
+        self, samples: Iterable[Rows], table: PromptTable, sampled: str, output_dir: str | PathLike[str] | None
     ) -> Iterator[tuple[Rows, list[Verdict]]]:
-        """Judge shard after shard of samples as they come; verdicts that `output_dir` keeps are read."""
+        """Judge shard after shard of samples as they come; verdicts that `output_dir` keeps are read.
+
+        A shard of which nothing could be judged is judged again: what was missing then may be there now.
+
+        Args:
+            samples: the shards.
+            table: the prompts.
+            sampled: changes with the samples.
+            output_dir: folder of samples and verdicts.
+        """
         shards = None
-        if output_dir is not None:
-            folder = (
-                Path(output_dir) / "judgements" / f"{re.sub(r'[^0-9A-Za-z_.-]', '_', self.name)}-{self.fingerprint}"
-            )
-            facts = {"verifier": self.fingerprint, "about": {"name": self.name, "timeout": self.timeout}}
-            shards = on_main_process(partial(JsonShards, folder, "verdicts", facts))
+        if output_dir is not None and self.fingerprint is not None:
+            shards = on_main_process(partial(self._shards, Path(output_dir), sampled))
         with ExitStack() as stack:
             judge_rows: JudgeRows | None = None
             for index, shard in enumerate(samples):
                 kept = None if shards is None else on_main_process(partial(shards.read, index))
-                if kept is not None:
+                if shards is not None and kept is not None and any(row["reward"] is not None for row in kept):
+                    if list(map(_place, kept)) != list(map(_place, shard)):
+                        raise ValueError(f"{shards.folder} holds verdicts on other samples than there are; remove it.")
                     yield shard, [Verdict(row["reward"], row["error"], row["message"]) for row in kept]
                     continue
                 if judge_rows is None:
@@ -88,18 +131,23 @@ class Judging:
                     )
                 verdicts = self._judge_shard(judge_rows, shard, table)
                 if shards is not None:
-                    places = [{"prompt": sample["prompt"], "sample": sample["sample"]} for sample in shard]
-                    rows = [place | verdict._asdict() for place, verdict in zip(places, verdicts)]
+                    rows = [_place(sample) | verdict._asdict() for sample, verdict in zip(shard, verdicts)]
                     on_main_process(partial(shards.write, index, rows))
                 yield shard, verdicts
 
+    def _shards(self, output_dir: Path, sampled: str) -> JsonShards:
+        name = re.sub(r"[^0-9A-Za-z_.-]", "_", self.name)[:_MOST_CHARACTERS]
+        folder = output_dir / "judgements" / f"{name}-{self.fingerprint}"
+        facts: dict[str, Any] = {"verifier": self.fingerprint, "samples": sampled}
+        if (folder / "metadata.json").is_file() and "samples" not in read_metadata(folder):
+            del facts["samples"]  # written before they were named; they stand where they stood
+        return JsonShards(folder, "verdicts", facts | {"about": {"name": self.name, "timeout": self.timeout}})
+
     def _judge_shard(self, judge_rows: JudgeRows, shard: Rows, table: PromptTable) -> list[Verdict]:
         """Verdicts of a shard on every process, each of which judges its part."""
-        state = PartialState()
-        mine = range(state.process_index, len(shard), state.num_processes)
-        verdicts = judge_rows([table.arguments(shard[row], self.names) for row in mine])
-        by_row = dict(gather_object(list(zip(mine, verdicts))))
-        return [by_row[row] for row in range(len(shard))]
+        return split_over_processes(
+            lambda samples: judge_rows([table.arguments(sample, self.names) for sample in samples]), shard
+        )
 
 
 def verifier_name(verifier: Callable[..., Any]) -> str:
@@ -115,28 +163,28 @@ def verifier_name(verifier: Callable[..., Any]) -> str:
     return "verifier" if name == "<lambda>" else name
 
 
-def _require_json(columns: dict[str, list[Any]]) -> None:
+def _place(row: dict[str, Any]) -> dict[str, int]:
+    return {"prompt": row["prompt"], "sample": row["sample"]}
+
+
+def _key(verifier: Callable[..., Any]) -> list[Any] | None:
+    try:
+        return verifier_key(verifier)
+    except TypeError as error:
+        if PartialState().is_main_process:
+            logger.warning(
+                f"Verdicts of the verifier {verifier_name(verifier)} are not kept: whether it is the same the next "
+                f"time cannot be known ({error})."
+            )
+        return None
+
+
+def _require_sendable(columns: dict[str, list[Any]]) -> None:
     for name, values in columns.items():
         try:
-            json.dumps(values)
-        except TypeError as error:
+            pickle.dumps(values)
+        except Exception as error:  # whatever the methods of what a column holds raise
             raise TypeError(
                 f"Column `{name}` of the corpus cannot be sent to the verifier's process ({error}): make it text, "
                 "drop it, or give `timeout=None`."
             ) from error
-
-
-def _source(verifier: Callable[..., Any]) -> str:
-    """The source code that a verifier is made of, which tells when it was changed; none where there is none."""
-    try:
-        return inspect.getsource(verifier if inspect.isroutine(verifier) else type(verifier))
-    except (OSError, TypeError):
-        return ""
-
-
-def _settings(verifier: Callable[..., Any]) -> Any:
-    """What an instance was made with, without the addresses of what it holds."""
-    if inspect.isroutine(verifier):
-        return None
-    plain = (str, int, float, bool, type(None), list, tuple, dict)
-    return {name: value for name, value in vars(verifier).items() if isinstance(value, plain)}

@@ -6,13 +6,14 @@ import base64
 import inspect
 import json
 import os
+import pickle
 import queue
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ JudgeRows = Callable[[Sequence[dict[str, Any]]], list[Verdict]]
 """Judges responses, each given as its arguments by name."""
 
 _START_SECONDS = 600.0
+_LAST_WORDS_SECONDS = 1.0
 _PACKAGES = Path(__file__).parents[2]
 # A verifier is no process of the job, even if it imports what looks for one.
 _JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -45,7 +47,7 @@ def needed_arguments(verifier: Callable[..., Any], available: Sequence[str], var
     if isinstance(verifier, Verifier):
         required, taken = {"completions", *verifier.columns}, set(available)
     elif callable(verifier):
-        parameters = inspect.signature(verifier).parameters.values()
+        parameters = _parameters(verifier)
         required = {
             p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         }
@@ -64,6 +66,19 @@ def needed_arguments(verifier: Callable[..., Any], available: Sequence[str], var
             "has one row a prompt."
         )
     return [name for name in available if name in taken]
+
+
+def _parameters(verifier: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        parameters = list(inspect.signature(verifier).parameters.values())
+    except ValueError as error:  # some functions that are written in C
+        raise TypeError(
+            f"`verifier` {verifier!r} does not say which arguments it takes; wrap it in a function."
+        ) from error
+    unnamed = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+    if unnamed:
+        raise TypeError(f"`verifier` {verifier!r} takes `{unnamed[0]}` by position, and is called by names only.")
+    return parameters
 
 
 def runs_in_worker(verifier: Callable[..., Any], timeout: float | None) -> bool:
@@ -126,18 +141,22 @@ def _pickled(verifier: Callable[..., Any]) -> str:
 
 
 class _Worker:
-    """A verifier in a process of its own, which is killed and started again where it hangs."""
+    """A verifier in a process of its own, which is killed and started again where it hangs.
+
+    Nothing here waits for longer than it says, whatever the verifier leaves behind: two threads write to the process
+    and read from it, and a third sees it end.
+    """
 
     def __init__(self, verifier: str, timeout: float) -> None:
         self._verifier = verifier
         self._timeout = timeout
-        self._process: subprocess.Popen[str] | None = None
-        self._replies: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._reader: threading.Thread | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._replies: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
     def judge(self, row: dict[str, Any]) -> Verdict:
         """Judge one response."""
-        request = json.dumps({name: [value] for name, value in row.items()})
+        request = pickle.dumps({name: [value] for name, value in row.items()})
         if self._process is None:
             self.start()
         try:
@@ -157,17 +176,18 @@ class _Worker:
             [sys.executable, "-m", "hf_coverage.decode.verifier_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            encoding="utf-8",
             env=environment,
             cwd=_PACKAGES,  # where the package is found, and nothing of the user's hides a standard module
             start_new_session=True,  # so that what it starts is killed with it
         )
-        self._process, self._replies = process, queue.SimpleQueue()
-        self._reader = threading.Thread(target=_forward, args=(process, self._replies), daemon=True)
-        self._reader.start()
+        self._process, self._requests, self._replies = process, queue.SimpleQueue(), queue.SimpleQueue()
+        threading.Thread(target=_send, args=(process, self._requests), daemon=True).start()
+        reader = threading.Thread(target=_receive, args=(process, self._replies), daemon=True)
+        reader.start()
+        threading.Thread(target=_see_it_end, args=(process, reader, self._replies), daemon=True).start()
         place = {"folder": os.getcwd(), "path": [path or os.getcwd() for path in sys.path]}
         try:
-            reply = self._ask(json.dumps(place | {"verifier": self._verifier}), _START_SECONDS)
+            reply = self._ask(json.dumps(place | {"verifier": self._verifier}).encode(), _START_SECONDS)
             problem = "its process ended" if reply is None else json.loads(reply).get("failed")
         except queue.Empty:
             problem = f"it took more than {_START_SECONDS:g} seconds"
@@ -178,38 +198,49 @@ class _Worker:
                 "imported, or give `timeout=None` to run it in this process."
             )
 
-    def _ask(self, request: str, seconds: float) -> str | None:
+    def _ask(self, request: bytes, seconds: float) -> bytes | None:
         """The worker's reply; None where its process has ended."""
-        if self._process is None or self._process.stdin is None:
-            raise RuntimeError("The worker process is not running.")
-        try:
-            self._process.stdin.write(request + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return None
+        self._requests.put(base64.b64encode(request) + b"\n")
         return self._replies.get(timeout=seconds)
 
     def stop(self) -> int | None:
         """Kill the process with all that it started; its exit code."""
         process, self._process = self._process, None
-        if process is None or process.stdin is None or process.stdout is None:
+        if process is None:
             return None
-        ended = process.poll()
-        if ended is None:
-            if os.name == "posix":
-                os.killpg(process.pid, signal.SIGKILL)
-            else:
-                process.kill()
-        code = process.wait()
-        if self._reader is not None:
-            self._reader.join()
-        process.stdout.close()
-        with suppress(BrokenPipeError):  # what was still to be written has no reader
-            process.stdin.close()
-        return code
+        self._requests.put(None)
+        if process.poll() is None:
+            _end_group(process)
+        return process.wait()
 
 
-def _forward(process: subprocess.Popen[str], replies: queue.SimpleQueue[str | None]) -> None:
-    for line in process.stdout or ():
-        replies.put(line)
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process, and what it started that did not leave its group."""
+    if os.name == "posix":
+        with suppress(ProcessLookupError):  # nothing of it is left
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+
+
+def _see_it_end(
+    process: subprocess.Popen[bytes], reader: threading.Thread, replies: queue.SimpleQueue[bytes | None]
+) -> None:
+    """Say when a process has ended, after its last reply, and end what it started."""
+    process.wait()
+    _end_group(process)
+    reader.join(_LAST_WORDS_SECONDS)  # what left the group may hold the pipe open for as long as it lives
     replies.put(None)
+
+
+def _send(process: subprocess.Popen[bytes], requests: queue.SimpleQueue[bytes | None]) -> None:
+    with suppress(BrokenPipeError), process.stdin or nullcontext() as stream:  # it has ended, and is seen to have
+        while stream is not None and (request := requests.get()) is not None:
+            stream.write(request)
+            stream.flush()
+
+
+def _receive(process: subprocess.Popen[bytes], replies: queue.SimpleQueue[bytes | None]) -> None:
+    with process.stdout or nullcontext() as stream:
+        for line in stream or ():
+            replies.put(line)

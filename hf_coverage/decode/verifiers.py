@@ -16,15 +16,18 @@ import functools
 import importlib
 import inspect
 import json
-import logging
+import math
 import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hf_coverage import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,6 +62,20 @@ class Verifier(ABC):
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float]:
         """One reward a response."""
 
+    def right_responses(self, **columns: Sequence[Any]) -> list[str]:
+        """Text that has to get 1, one for each row of these columns: it is judged before anything is sampled.
+
+        Where an answer of the corpus is not right by itself, no response can be. None are known by default.
+        """
+        return []
+
+    def key(self) -> list[Any]:
+        """What decides the verdicts of a verifier of this package, JSON-serialisable; others are hashed as they are.
+
+        Here the class's source and its settings: a change elsewhere that changes verdicts has to change the class.
+        """
+        return [inspect.getsource(type(self)), vars(self)]
+
 
 class ExactMatch(Verifier):
     """1 where a response is the right answer, whitespace around both aside; token ids are compared as they are.
@@ -84,13 +101,17 @@ class ExactMatch(Verifier):
 
 
 class MathVerify(Verifier):
-    r"""1 where `math-verify` finds a response mathematically equal to the answer: 1/2 is 0.5 and \frac{1}{2}.
+    r"""1 where a response's final answer is mathematically equal to the corpus's: 1/2 is 0.5 and \frac{1}{2}.
 
-    Its own time limits are off, since its signals only work in a main thread and do not stop a loop in C: run it with
-    a `timeout`, which does.
+    Answers are read whole or not at all (see `mathematics`), and `math-verify` compares them. An answer of the corpus
+    that cannot be read, or is not equal to itself, is refused before anything is sampled.
+
+    There is no time limit within: run it with a `timeout`, since the library's own signals only work in a main thread
+    and do not stop a loop in C.
 
     Args:
-        column: the column that holds the answer, as LaTeX or as a plain expression.
+        column: the column that holds the answer: LaTeX, a plain expression or a number, alone, in `\boxed{}`, or
+            behind `####`.
 
     Raises:
         ImportError: if `math-verify` is not installed.
@@ -100,13 +121,12 @@ class MathVerify(Verifier):
 
     def __init__(self, column: str = "answer") -> None:
         try:
-            import math_verify
+            importlib.import_module("math_verify")
+            from hf_coverage.decode import mathematics
         except ImportError as error:
             raise ImportError("`MathVerify` needs math-verify: `pip install math-verify`.") from error
         self.columns = (column,)
-        self._library = math_verify
-        for name in ("parser", "grader"):  # they warn that there is no time limit, which `timeout` is
-            logging.getLogger(f"math_verify.{name}").setLevel(logging.ERROR)
+        self._mathematics = mathematics
 
     def __reduce__(self) -> Any:
         return type(self), self.columns
@@ -119,14 +139,22 @@ class MathVerify(Verifier):
         """
         return [self._compare(*pair) for pair in zip(completions, columns[self.columns[0]])]
 
-    def _compare(self, completion: Any, answer: str) -> float:
-        gold = self._library.parse(answer, parsing_timeout=None) or self._library.parse(
-            f"${answer}$", parsing_timeout=None
-        )
-        if not gold:
-            raise ValueError(f"the answer {answer!r} of the corpus cannot be parsed by math-verify")
-        target = self._library.parse(completion_text(completion), parsing_timeout=None)
-        return float(self._library.verify(gold, target, timeout_seconds=None))
+    def right_responses(self, **columns: Sequence[Any]) -> list[str]:
+        """The answers themselves."""
+        return [rf"\boxed{{{self._mathematics.gold_answer(str(answer))}}}" for answer in columns[self.columns[0]]]
+
+    def key(self) -> list[Any]:
+        """How answers are read, and the versions of what compares them."""
+        used = _versions("math-verify", "latex2sympy2-extended", "sympy")
+        return [inspect.getsource(self._mathematics), self.columns, used]
+
+    def _compare(self, completion: Any, answer: Any) -> float:
+        gold = self._mathematics.gold_answer(str(answer))
+        known = isinstance(answer, str) or (isinstance(answer, (int, float)) and math.isfinite(answer))
+        if not (known and self._mathematics.readings(gold)):
+            raise ValueError(f"the answer {answer!r} of the corpus cannot be read as mathematics")
+        given = self._mathematics.final_answers(completion_text(completion))
+        return float(any(self._mathematics.answers_agree(gold, piece) for piece in given))
 
 
 class ReasoningGym(Verifier):
@@ -143,7 +171,9 @@ class ReasoningGym(Verifier):
         config: the task's own settings, where scoring depends on them.
 
     The corpus needs the columns `answer` and `metadata` of the task's entries; `metadata` may be JSON text, which
-    keeps what a table cannot hold: `json.dumps(entry["metadata"])`.
+    keeps what a table cannot hold: `json.dumps(entry["metadata"])`. Tuples and integer keys, which neither keeps, are
+    made again where an entry of the task itself has them. A corpus whose own answers are not right by the task is
+    refused before anything is sampled.
 
     Raises:
         ImportError: if `reasoning-gym` is not installed.
@@ -161,6 +191,7 @@ class ReasoningGym(Verifier):
         self._made_of = task, tag, config
         self._tag = tag
         self._dataset = reasoning_gym.create_dataset(task, size=1, seed=0, **config)
+        self._example = self._dataset[0]
         # What the installed version does, and not a list of what some version did.
         scorer = inspect.getsource(type(self._dataset).score_answer)
         self._evaluates = re.search(r"\b(eval|exec|parse_expr|sympify)\(", scorer) is not None
@@ -172,10 +203,26 @@ class ReasoningGym(Verifier):
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float]:
         """The task's score a response."""
         entries = [
-            {"answer": right, "metadata": json.loads(facts) if isinstance(facts, str) else facts}
+            {"answer": right, "metadata": self._metadata(facts)}
             for right, facts in zip(columns["answer"], columns["metadata"])
         ]
         return [float(self._score(given, entry)) for given, entry in zip(completions, entries)]
+
+    def right_responses(self, **columns: Sequence[Any]) -> list[str]:
+        """The tasks' own answers; none where the task has none, or does not give its own 1."""
+        own = self._example["answer"]
+        if not isinstance(own, str) or self._dataset.score_answer(own, self._example) != 1:
+            return []
+        before, after = ("", "") if self._tag is None else (f"<{self._tag}>", f"</{self._tag}>")
+        return [f"{before}{answer}{after}" for answer in columns["answer"]]
+
+    def key(self) -> list[Any]:
+        """Task, tag, the task's settings, and the version of the package that scores."""
+        return [*self._made_of, _versions("reasoning-gym")]
+
+    def _metadata(self, facts: Any) -> Any:
+        facts = json.loads(facts) if isinstance(facts, str) else facts
+        return _with_types_of(self._example["metadata"], facts)
 
     def _score(self, completion: Any, entry: dict[str, Any]) -> float:
         text: str | None = completion_text(completion).strip()
@@ -239,6 +286,13 @@ class RewardModel(Verifier):
         with torch.inference_mode():
             return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
 
+    def key(self) -> list[Any]:
+        """Fingerprints of the model and its tokenizer, and the version of what runs them."""
+        from hf_coverage.inference.fingerprint import config_fingerprint, tokenizer_fingerprint, weight_fingerprint
+
+        model = [weight_fingerprint(self.model), config_fingerprint(self.model), str(self.model.dtype)]
+        return [*model, tokenizer_fingerprint(self.tokenizer), _versions("torch", "transformers")]
+
     def _alone(self, prompt: Any, completion: Any) -> list[float]:
         return self([completion], prompts=[prompt])
 
@@ -267,10 +321,29 @@ def completion_text(completion: Any) -> str:
     return completion
 
 
+def _with_types_of(example: Any, value: Any) -> Any:
+    """The value with the tuples and the integer keys that an example of its kind has, at every depth."""
+    if isinstance(example, (list, tuple)) and isinstance(value, (list, tuple)):
+        # Entries at one place are alike in a tuple, and all are in a list, whose length may be another.
+        models = example if len(example) == len(value) else [example[0]] * len(value) if example else value
+        return type(example)(_with_types_of(*pair) for pair in zip(models, value))
+    if not (isinstance(example, dict) and isinstance(value, dict) and example):
+        return value
+    if all(isinstance(key, int) for key in example):
+        model = next(iter(example.values()))
+        # A table gives every row the keys of all rows, and None where a row had none.
+        return {int(key): _with_types_of(model, item) for key, item in value.items() if item is not None}
+    return {key: _with_types_of(example[key], item) if key in example else item for key, item in value.items()}
+
+
 def _comparable(completion: Any) -> Any:
     if isinstance(completion, list) and not (completion and isinstance(completion[-1], dict)):
         return completion
     return completion_text(completion).strip()
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    return {"hf-coverage": __version__} | {package: metadata.version(package) for package in packages}
 
 
 def _load_reward_model(name: str, tokenizer: Any, device: str | None) -> tuple[Any, Any]:
@@ -286,7 +359,11 @@ def _load_reward_model(name: str, tokenizer: Any, device: str | None) -> tuple[A
     return model.to(device or accelerator).eval(), tokenizer or AutoTokenizer.from_pretrained(name)
 
 
-_FUNCTIONS = re.compile("a?(sin|cos|tan)h?|cot|sec|csc|exp|log|ln|sqrt|pi")
+# The last line as SymPy writes what has no elementary form.
+_FUNCTIONS = re.compile(
+    "a?(sin|cos|tan)h?|cot|sec|csc|exp|log|ln|sqrt|pi|"
+    "Integral|Derivative|Abs|sign|erfc?|erfi|gamma|lowergamma|uppergamma|Si|Ci|Ei|li|expint"
+)
 _guard = {"on": False}
 
 
@@ -376,21 +453,32 @@ def named_verifier(name: str, *, column: str = "answer", device: str | None = No
     module = _import_file(Path(kind)) if kind.endswith(".py") else _import(kind, Path.cwd())
     verifier = vars(module).get(rest)
     if not callable(verifier):
-        raise ValueError(f"`verifier` {name!r}: {kind} has no callable {rest!r}.")
+        where = getattr(module, "__file__", None) or "built into Python"
+        raise ValueError(f"`verifier` {name!r}: {kind} has no callable {rest!r} ({where}).")
     return verifier
 
 
 def _import_file(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"`verifier`: there is no file {path}.")
+    if "." in path.stem:
+        raise ValueError(f"`verifier`: a module's name has no dots, so {path} cannot be imported; rename the file.")
     module = _import(path.stem, path.resolve().parent)
-    if Path(str(module.__file__)).resolve() != path.resolve():
-        raise ValueError(f"`verifier`: {path.stem} is another module, {module.__file__}; rename the file {path}.")
+    origin = getattr(module, "__file__", None)
+    if origin is None or Path(origin).resolve() != path.resolve():
+        raise ValueError(
+            f"`verifier`: {path.stem} is another module, {origin or 'built into Python'}; rename the file {path}."
+        )
     return module
 
 
 def _import(name: str, folder: Path) -> Any:
+    if not all(name.split(".")):
+        raise ValueError(f"`verifier`: {name!r} is no module's name; give module:function or file.py:function.")
     # The process that judges is given this path too, and imports the module by the same name.
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
-    return importlib.import_module(name)
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:  # whatever a module raises, it is of no use then
+        raise ImportError(f"`verifier`: {name} cannot be imported ({type(error).__name__}: {error}).") from error

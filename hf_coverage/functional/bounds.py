@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hf_coverage.functional.checks import TIE_TOLERANCE, FloatArray, check_log_ratios, check_logprobs, check_n
-from hf_coverage.functional.coverage import coverage, smallest_n
+from hf_coverage.functional.coverage_profile import coverage, smallest_n
 from hf_coverage.functional.statistics import row_weights
 
 __all__ = [
@@ -114,7 +114,7 @@ def coverage_bound_from_stopped_kl(stopped_kl: float, n: float) -> float:
     """Upper bound on Cov_N from the stopped KL at the same N: `2 / (log N - 1) D_seq,N`, and never above 1.
 
     Args:
-        stopped_kl: `E_D[min(log N, sum_h KL_h)]`, nats, as `functional.coverage.stopped_kl` gives it.
+        stopped_kl: `E_D[min(log N, sum_h KL_h)]`, nats, as `functional.stopped_kl` gives it.
         n: a real number above e.
 
     Raises:
@@ -149,7 +149,8 @@ def largest_coverage_rate(log_ratios: ArrayLike, *, weights: ArrayLike | None = 
     weight = row_weights(weights, ratios.size)[order]
     # Cov_N is constant between ratios, so the supremum is reached where log N equals one of them
     tail = np.cumsum(weight) / weight.sum()
-    return float(np.max(np.where(weight > 0, tail * np.maximum(ratios[order], 0.0), 0.0)))
+    counts = weight > 0  # before the product: 0 * inf is neither
+    return float(np.max(tail[counts] * np.maximum(ratios[order][counts], 0.0)))
 
 
 def kl_bound_from_coverage(rate: float, log_max_ratio: float) -> float:
@@ -210,7 +211,7 @@ def best_of_n_regret_bound(coverage_at_m: float, m: float, n: float) -> float:
     References:
         arXiv 2510.15020, Proposition D.6.
     """
-    if coverage_at_m > 0.5:
+    if coverage_at_m > _HALF:
         return 1.0
     return min(1.0, coverage_at_m + math.exp(-check_n(n) / (2 * check_n(m))))
 
@@ -273,7 +274,7 @@ def best_of_n_budget(log_ratios: ArrayLike, regret: float, *, weights: ArrayLike
         return BestOfNBudget(math.inf, math.inf, 1.0, regret, necessary)
     ms = np.exp(log_m)
     values = coverage(ratios, ms, weights=weights)
-    usable = (values <= 0.5 + 1e-12) & (values < regret)  # half of the rows, also where their weights sum up to more
+    usable = (values <= _HALF) & (values < regret)
     if not usable.any():
         return BestOfNBudget(math.inf, math.inf, float(values[-1]), regret, necessary)
     samples = 2 * ms[usable] * np.log(1 / (regret - values[usable]))
@@ -315,6 +316,8 @@ def pass_probabilities(logprobs: ArrayLike, n: float) -> FloatArray:
 
 
 _LOG_MAX = math.log(np.finfo(np.float64).max) - 1
+_HALF = 0.5 + 1e-12
+"""The largest Cov_M that D.6 speaks of: half of the rows, also where their weights sum up to more."""
 
 
 def _at_least_zero(value: float, name: str) -> float:
@@ -346,6 +349,6 @@ def least_regret_bound(log_ratios: ArrayLike, n: float, *, weights: ArrayLike | 
     # Cov_M only falls just above a ratio, so no other M can be the best one; the largest ones would overflow.
     ms = np.exp(np.unique(np.maximum(ratios[ratios < 700.0] + 2 * TIE_TOLERANCE, 0.0)))
     values = coverage(ratios, ms, weights=weights)
-    usable = values <= 0.5
+    usable = values <= _HALF
     bounds = values[usable] + np.exp(-samples / (2 * ms[usable]))
     return float(np.min(bounds, initial=1.0))

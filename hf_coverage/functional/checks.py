@@ -7,11 +7,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
+    "ROUNDING",
+    "TIE_TOLERANCE",
+    "FloatArray",
+    "IntArray",
     "ReferenceKind",
     "check_confidence",
     "check_log_ratios",
     "check_logprobs",
     "check_n",
+    "coverage_key",
     "metric_key",
 ]
 
@@ -21,8 +26,9 @@ IntArray = NDArray[np.int64]
 ReferenceKind = Literal["density", "single_answer", "samples", "answer"]
 """What is known of the reference D: its density, that it has one right answer, samples only, or answer densities."""
 
-TIE_TOLERANCE = 1e-9
-"""A log ratio this close below log N (nats) counts as reached: the rounding of a subtraction must not decide a tie."""
+TIE_TOLERANCE = 2e-6
+"""A log ratio this close below log N (nats) counts as reached: rounding must not decide a tie. It is what the rounding
+of two log-probabilities down to -32 nats comes to in float32, which models compute and tables hold."""
 
 ROUNDING = 1e-6
 """A log-probability this far above 0 (nats) is float32 rounding of probability one; more is an error."""
@@ -89,7 +95,17 @@ def metric_key(n: float) -> str:
     """N as metric names write it: `2`, `5.7`.
 
     Example:
-        >>> f"cov_{metric_key(16)}", f"cov_{metric_key(5.7)}"
-        ('cov_16', 'cov_5.7')
+        >>> metric_key(16), metric_key(5.7)
+        ('16', '5.7')
     """
     return f"{check_n(n):.12g}"
+
+
+def coverage_key(n: float, *, upper_bound: bool = False) -> str:
+    """Name of the metric Cov_N, or of its upper bound where the reference has no density to read.
+
+    Example:
+        >>> coverage_key(16), coverage_key(16, upper_bound=True)
+        ('cov_16', 'cov_upper_16')
+    """
+    return ("cov_upper_" if upper_bound else "cov_") + metric_key(n)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from hf_coverage.functional.logprobs import log_softmax
+
 __all__ = ["TokenRows", "distillation_losses"]
 
 # Elements of a work space over the vocabulary. On a CPU few enough for its caches, but enough rows for the head's
@@ -43,9 +45,7 @@ class TokenRows(NamedTuple):
         """Log-probabilities `(m, V)` of some tokens, of at least float32."""
         values = self.values[rows]
         logits = values if self.weight is None else linear(values, self.weight, self.bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # torch.log_softmax is off by up to 1e-5 on a CPU, mostly to one side, which a long response adds up.
-        return logits - torch.logsumexp(logits, dim=-1, keepdim=True)
+        return log_softmax(logits)
 
 
 def distillation_losses(

@@ -9,9 +9,12 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hf_coverage.functional.checks import TIE_TOLERANCE, FloatArray
+from hf_coverage.functional.checks import FloatArray
 
 __all__ = ["elliptical_bonus", "elliptical_selection", "sparse_projection"]
+
+_TIED = 1e-9
+"""Relative difference of two bonuses that rounding may make."""
 
 
 def elliptical_bonus(features: ArrayLike, seen: ArrayLike | None = None, *, lam: float = 1.0) -> FloatArray:
@@ -87,7 +90,7 @@ def elliptical_selection(features: ArrayLike, k: int | None = None, *, lam: floa
     free = np.ones(len(rows), dtype=bool)
     for _ in range(count):
         bonus = np.where(free, np.square(whitened).sum(axis=1), -1.0)
-        best = int(np.flatnonzero(bonus >= bonus.max() * (1 - TIE_TOLERANCE))[0])
+        best = int(np.flatnonzero(bonus >= bonus.max() * (1 - _TIED))[0])
         chosen.append(best)
         free[best] = False
         whitened -= np.outer(whitened @ whitened[best], _shrinkage(bonus[best]) * whitened[best])

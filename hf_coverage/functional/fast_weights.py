@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_coverage.functional.gradients import stable_norm
 from hf_coverage.functional.ttt_config import StepRule
 
 __all__ = [
@@ -248,7 +249,8 @@ def _single_step(
     state.hidden[:, now], state.errors[:, now] = hidden, error
     squared_gradient = error.square().sum(-1) * (state.hidden[:, now].square().sum(-1) + state.has_bias)
     if rule.lam is not None:
-        norm = squared_gradient.sqrt()
+        feature = stable_norm(state.hidden[:, now], dim=1)
+        norm = stable_norm(error, dim=1) * torch.hypot(feature, torch.full_like(feature, float(state.has_bias)))
         step = (step / (rule.lam + norm)).where(norm > 0, 0.0)
     keep = _decay(state, active)
     state.steps[:, now] = step

@@ -1,7 +1,8 @@
 """Gradients as the theory uses them: normalised by a norm over all of them, by their signs, parameters kept in a ball.
 
 Everything works in place, as clipping does, and never reads a value back to the host. A DTensor counts as the whole
-tensor in a norm, and is changed shard by shard; plain tensors and DTensors of several meshes may be mixed.
+tensor in a norm, and is changed shard by shard; plain tensors and DTensors of several meshes may be mixed. A norm is
+right wherever it can be written down: no square of a number is formed that its dtype cannot hold.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ __all__ = [
     "normalize_",
     "normalize_coordinates_",
     "project_",
+    "stable_norm",
     "tensor_norms",
 ]
 
 
 @torch.no_grad()
 def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Take the Euclidean norm of each tensor, accumulated in float32 at least.
+    """Take the Euclidean norm of each tensor, accumulated in float32 at least, and without overflow or underflow.
 
     Args:
         tensors: Dense tensors of any shapes, dtypes and devices.
@@ -42,8 +44,7 @@ def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
     """
     norms: list[Tensor] = [torch.empty(0)] * len(tensors)
     for rows in _alike(tensors):
-        dtype = torch.float32 if tensors[rows[0]].dtype in (torch.float16, torch.bfloat16) else None
-        found = torch._foreach_norm([local_tensor(tensors[row]) for row in rows], 2, dtype=dtype)
+        found = [stable_norm(local_tensor(tensors[row])) for row in rows]
         first = tensors[rows[0]]
         if isinstance(first, DTensor):
             found = _over_shards(torch.stack(found), first).unbind()
@@ -68,7 +69,33 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
         >>> global_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
         tensor(5.)
     """
-    return torch.linalg.vector_norm(tensor_norms(tensors))
+    return stable_norm(tensor_norms(tensors))
+
+
+@torch.no_grad()
+def stable_norm(tensor: Tensor, dim: int | None = None) -> Tensor:
+    """Take a Euclidean norm without overflow or underflow of the squares, accumulated in float32 at least.
+
+    Args:
+        tensor: Dense, of any shape and floating dtype.
+        dim: What to take it over; None: everything.
+
+    Returns:
+        float64 if the tensor is, otherwise float32; 0 for no numbers.
+
+    Example:
+        >>> stable_norm(torch.tensor([3e30, 4e30])), stable_norm(torch.tensor([3e-30, 4e-30]))
+        (tensor(5.0000e+30), tensor(5.0000e-30))
+    """
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    if not tensor.numel() or tensor.dtype == torch.float16:  # float32 holds the squares of half precision
+        return torch.linalg.vector_norm(tensor, dim=dim, dtype=dtype)
+    largest = torch.linalg.vector_norm(tensor, torch.inf, dim=dim, keepdim=dim is not None, dtype=dtype)
+    # A power of two changes no digit: a norm whose squares were in range keeps its bits.
+    power = largest / (2 * torch.frexp(largest).mantissa)
+    power = torch.where(power.isfinite() & (power > 0), power, 1.0)
+    norm = torch.linalg.vector_norm(tensor / power.to(tensor.dtype), dim=dim, dtype=dtype)
+    return norm * (power if dim is None else power.squeeze(dim))
 
 
 @torch.no_grad()
@@ -186,8 +213,8 @@ def _over_shards(norms: Tensor, example: DTensor) -> Tensor:
             f"{example.placements}. Reduce it first: `tensor.redistribute(placements=...)`."
         )
     placements = [Partial() if placement.is_shard() else Replicate() for placement in example.placements]
-    squares = DTensor.from_local(norms.square(), example.device_mesh, placements, run_check=False)
-    return squares.full_tensor().sqrt()
+    squares = DTensor.from_local(norms.double().square(), example.device_mesh, placements, run_check=False)
+    return squares.full_tensor().sqrt().to(norms.dtype)
 
 
 def _alike(tensors: Sequence[Tensor]) -> Iterator[list[int]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from hf_coverage.functional.fast_weights import Cut, FastWeights, fast_logits, fast_step, new_fast_weights
+from hf_coverage.functional.logprobs import log_softmax
 from hf_coverage.functional.ttt_config import StepRule
 
 __all__ = [
@@ -80,7 +81,7 @@ def follow_tokens(
         chosen = tokens[:, t] if active is None else tokens[:, t].where(active, 0)
         plain = start[:, t % POSITIONS]
         logits = fast_logits(state, hidden[:, t], plain)
-        found = logits.log_softmax(-1).gather(-1, chosen.unsqueeze(-1))[:, 0]
+        found = log_softmax(logits).gather(-1, chosen.unsqueeze(-1))[:, 0]
         logprobs[:, t] = found if active is None else found.where(active, 0.0)
         state = fast_step(state, hidden[:, t], plain, chosen, logits=logits, active=active)
     return state, logprobs

@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "collision_probability",
     "linear_head_logprobs",
+    "log_softmax",
     "logsumexp",
     "sequence_logprobs",
     "token_kl",
@@ -48,6 +49,26 @@ def logsumexp(logits: Tensor) -> Tensor:
     for chunk in _chunks(rows):
         result[chunk] = torch.logsumexp(rows[chunk].float(), dim=-1)
     return result.reshape(logits.shape[:-1])
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Normalise over the vocabulary without a bias: `logits - log sum_v exp(logits_v)`.
+
+    Not `torch.log_softmax`: on a CPU its sum over a large vocabulary of peaked logits is off by up to 3e-5, mostly to
+    one side, which the tokens of a response add up; `torch.logsumexp` sums pairwise.
+
+    Args:
+        logits: Unnormalised log-probabilities `(..., V)` of any floating dtype; `-inf` is legal.
+
+    Returns:
+        Log-probabilities `(..., V)`, of at least float32.
+
+    Example:
+        >>> log_softmax(torch.tensor([0.0, 0.0, float("-inf")]))
+        tensor([-0.6931, -0.6931,    -inf])
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits - torch.logsumexp(logits, dim=-1, keepdim=True)
 
 
 def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
@@ -168,7 +189,7 @@ def token_kl(teacher_logits: Tensor, logits: Tensor) -> Tensor:
     teacher_rows, rows = _vocabulary_rows(teacher_logits, "teacher_logits"), _vocabulary_rows(logits, "logits")
     result = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     for chunk in _chunks(rows, copies=4):
-        log_q, log_p = _log_softmax(teacher_rows[chunk]), _log_softmax(rows[chunk])
+        log_q, log_p = log_softmax(teacher_rows[chunk]), log_softmax(rows[chunk])
         q = log_q.exp()
         # 0 log 0 = 0, and a token without teacher mass costs nothing however little mass the model gives it.
         terms = torch.where(q > 0, q * (log_q - log_p), 0.0)
@@ -199,15 +220,8 @@ def collision_probability(logits: Tensor) -> Tensor:
     rows = _vocabulary_rows(logits, "logits")
     result = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     for chunk in _chunks(rows, copies=2):
-        result[chunk] = _log_softmax(rows[chunk]).mul_(2).exp_().sum(dim=-1)
+        result[chunk] = log_softmax(rows[chunk]).mul_(2).exp_().sum(dim=-1)
     return result.clamp_max_(1.0).reshape(logits.shape[:-1])
-
-
-def _log_softmax(rows: Tensor) -> Tensor:
-    # Not `torch.log_softmax`: on a CPU its sum over a large vocabulary of peaked logits is off by up to 1e-5, mostly
-    # to one side, which a long response adds up; `torch.logsumexp` sums pairwise.
-    rows = rows.float()
-    return rows - torch.logsumexp(rows, dim=-1, keepdim=True)
 
 
 def _vocabulary_rows(logits: Tensor, name: str) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_coverage.functional.checks import ROUNDING, check_n
+from hf_coverage.functional.checks import ROUNDING, TIE_TOLERANCE, check_n
 
 __all__ = ["coverage_loss", "coverage_loss_factor", "distillation_weights"]
 
@@ -26,7 +26,8 @@ def distillation_weights(token_kl: Tensor, mask: Tensor, n: float) -> Tensor:
 
     Args:
         token_kl: `(..., H)` next-token divergences `e_h = KL(D(.|x, y_<h) || p(.|x, y_<h))`, nats, in the order of
-            the response; `inf` is legal, and takes up what is left of A at weight 0.
+            the response; `inf` is legal, and takes up what is left of A at weight 0. Below 0 by more than rounding is
+            no divergence, and makes its weight NaN.
         mask: Boolean `(..., H)`, true at the response's tokens; the values elsewhere are not read.
         n: The N of Cov_N, at least 1. `math.inf` stops nowhere: plain distillation.
 
@@ -54,11 +55,11 @@ def distillation_weights(token_kl: Tensor, mask: Tensor, n: float) -> Tensor:
     if n == math.inf:
         return mask.to(token_kl.dtype)
     budget = math.log(check_n(n))
-    spent = token_kl.double().masked_fill(~mask, 0.0)
+    spent = _divergence(token_kl).masked_fill(~mask, 0.0)
     before = torch.nn.functional.pad(spent.cumsum(-1)[..., :-1], (1, 0))
     # An empty divergence has no ratio: it counts as long as the sum before it does. Nor has one after an infinite one.
     share = ((budget - before) / spent).clamp(0.0, 1.0)
-    share = torch.where(spent == 0, 1.0, share).masked_fill(before > budget, 0.0)
+    share = torch.where(spent == 0, 1.0, share).masked_fill(before > budget + TIE_TOLERANCE, 0.0)
     return share.masked_fill(~mask, 0.0).to(token_kl.dtype)
 
 
@@ -141,6 +142,12 @@ class _CoverageLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (logprobs,) = ctx.saved_tensors
         return -grad * coverage_loss_factor(logprobs, ctx.n), None
+
+
+def _divergence(token_kl: Tensor) -> Tensor:
+    """Float64, and the rounding below 0 taken off; more than rounding becomes NaN, and so is seen."""
+    spent = token_kl.double()
+    return torch.where(spent < -ROUNDING, math.nan, spent.clamp_min(0.0))
 
 
 def _log_probability(logprobs: Tensor) -> Tensor:

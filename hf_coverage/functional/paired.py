@@ -1,5 +1,6 @@
 """Two models on the same rows: differences of coverage and KL, with the uncertainty that pairing takes away."""
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from hf_coverage.functional.checks import FloatArray, check_confidence, check_log_ratios
-from hf_coverage.functional.coverage import reached
+from hf_coverage.functional.coverage_profile import reached
 from hf_coverage.functional.statistics import clustered_mean, group_codes, mean_interval, row_weights
 
 __all__ = ["PairedDifference", "paired_coverage_difference", "paired_kl_difference"]
@@ -48,7 +49,8 @@ def paired_coverage_difference(
         confidence: two-sided level.
 
     Returns:
-        The plain difference of the two coverages, the interval and the p-value.
+        The plain difference of the two coverages, the interval and the p-value. A single group tells nothing of
+        others: (-1, 1) and NaN.
 
     Raises:
         ValueError: if the two describe different numbers of rows.
@@ -70,7 +72,14 @@ def paired_coverage_difference(
     change = hits_a.astype(np.float64) - hits_b
     weight = row_weights(weights, change.size)
     codes = np.arange(change.size, dtype=np.uint64) if groups is None else group_codes(groups)
+    if codes.shape != change.shape:
+        raise ValueError(f"`groups` must have one label a row, {change.size} in all, but has {codes.size}.")
+    difference = float(weight @ change / weight.sum())
+    counts = weight > 0  # a row without weight is none
+    change, codes, weight = change[counts], codes[counts], weight[counts]
     labels, inverse = np.unique(codes, return_inverse=True)
+    if labels.size < 2:
+        return PairedDifference(difference, -1.0, 1.0, math.nan)
     pseudo = weight.mean() * _design_effect(change, codes, weight)
     error = clustered_mean(
         np.append(change, [1.0, -1.0]),
@@ -80,7 +89,6 @@ def paired_coverage_difference(
     freedom = error.num_groups - 1
     margin = error.standard_error * stats.t.ppf((1 + confidence) / 2, freedom)
     p_value = 2 * stats.t.sf(abs(error.mean) / error.standard_error, freedom)
-    difference = float(weight @ change / weight.sum())
     return PairedDifference(difference, max(-1.0, error.mean - margin), min(1.0, error.mean + margin), float(p_value))
 
 
@@ -106,7 +114,8 @@ def paired_kl_difference(
 
     Returns:
         The difference, the interval and the p-value. The difference is infinite where one KL is and NaN where both
-        are; interval and p-value are then NaN, as they are with a single group.
+        are; interval and p-value are then NaN, as they are with a single group, and where all groups differ by the
+        same amount, which says nothing of how much others may differ. Where none differs the p-value is 1.
 
     Raises:
         ValueError: if the two describe different numbers of rows.
@@ -126,8 +135,9 @@ def paired_kl_difference(
         estimate = clustered_mean(a - b, groups=groups, weights=weights)
     low, high = mean_interval(estimate, confidence)
     mean, error = estimate.mean, estimate.standard_error
-    # Where every group differs by the same amount there is nothing random to test.
-    p_value = float(mean == 0) if error == 0 else 2 * float(stats.t.sf(abs(mean) / error, estimate.num_groups - 1))
+    if math.isnan(low):  # no difference anywhere is no evidence of one
+        return PairedDifference(mean, low, high, 1.0 if mean == error == 0 else math.nan)
+    p_value = 2 * float(stats.t.sf(abs(mean) / error, estimate.num_groups - 1))
     return PairedDifference(mean, float(low), float(high), p_value)
 
 

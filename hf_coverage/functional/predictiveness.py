@@ -173,6 +173,8 @@ def _tables(tables: Mapping[str, ArrayLike], name: str, *, infinite: bool) -> di
     if not tables:
         raise ValueError(f"`{name}` must hold at least one table, but is empty.")
     checked = {str(key): np.asarray(table) for key, table in tables.items()}
+    if len(checked) < len(tables):
+        raise ValueError(f"`{name}` must have different names, but {list(tables)} do not all read differently.")
     first = next(iter(checked.values()))
     for key, table in checked.items():
         if table.ndim != 2 or table.size == 0 or table.shape != first.shape:

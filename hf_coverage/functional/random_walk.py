@@ -16,6 +16,7 @@ from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.prefix_tree import PrefixTree, check_values, leaf_law
 
 __all__ = [
+    "Judged",
     "guided_law",
     "guided_probabilities",
     "metropolis_acceptance",

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from hf_coverage.functional.gradients import stable_norm
 from hf_coverage.functional.ttt_config import StepRule
 
 __all__ = ["row_norms", "step_rows_"]
@@ -33,8 +34,8 @@ def row_norms(tensors: Iterable[Tensor]) -> Tensor:
         >>> row_norms([torch.tensor([[3.0], [0.0]]), torch.tensor([[[4.0]], [[1.0]]])])
         tensor([5., 1.])
     """
-    norms = [torch.linalg.vector_norm(tensor.reshape(len(tensor), -1), dim=1) for tensor in tensors]
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), dim=0)
+    norms = [stable_norm(tensor.reshape(len(tensor), -1), dim=1) for tensor in tensors]
+    return stable_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), dim=0)
 
 
 @torch.no_grad()

@@ -1,20 +1,22 @@
 """Means, proportions and their uncertainty when rows may share a prompt.
 
 Several responses to one prompt are not independent draws. Everything here treats a *group* (a prompt) as the unit that
-was sampled: variances are linearised ratio-estimator variances over groups, and proportions get Wilson's interval with
-the effective number of rows that this variance implies (the interval survey statistics recommends for clustered
-samples). With independent, unweighted rows it is Wilson's interval exactly.
+was sampled: variances are linearised ratio-estimator variances over groups, and means of values in [0, 1] get Gaffke's
+interval of the groups' means, which needs no variance: a variance that is estimated from few hits is too small, and
+smallest where the hits are fewest. Independent, unweighted rows get Wilson's interval. Rows of weight 0 are not there:
+neither they nor their groups count.
 """
 
 import hashlib
 import json
 import math
 from collections.abc import Iterable
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 from hf_coverage.functional.checks import FloatArray, check_confidence
 
@@ -27,6 +29,14 @@ __all__ = [
     "proportion_interval",
     "row_weights",
 ]
+
+
+ALIKE = 1e-12
+"""A standard error below this share of the mean is the rounding of one that is 0."""
+
+_DISTINCT = 1024
+"""Most different terms of a sum of exponentials; neighbours among more are taken together."""
+_STEP = 0.1
 
 
 class MeanEstimate(NamedTuple):
@@ -44,10 +54,14 @@ def group_codes(groups: Iterable[Any]) -> NDArray[np.uint64]:
     labels share a code with probability 2^-64.
 
     Args:
-        groups: `(R,)` one label a row: strings, numbers, lists of token ids or lists of chat messages.
+        groups: `(R,)` one label a row: strings, numbers, lists of token ids or lists of chat messages; a number, array
+            or tuple of numpy's is the same label as Python's.
 
     Returns:
         `(R,)` unsigned 64-bit codes.
+
+    Raises:
+        TypeError: if a label is none of these; names the row.
 
     Example:
         >>> codes = group_codes(["a", "b", "a"])
@@ -60,9 +74,15 @@ def group_codes(groups: Iterable[Any]) -> NDArray[np.uint64]:
         groups = groups.tolist()
     codes: dict[str, int] = {}
     rows = []
-    for label in groups:
+    for row, label in enumerate(groups):
         # JSON keeps apart what merely prints alike: 1 and "1", [12] and [1, 2]
-        text = json.dumps(label, sort_keys=True)
+        try:
+            text = json.dumps(label, sort_keys=True, default=_plain)
+        except TypeError as error:
+            raise TypeError(
+                f"`groups` must hold strings, numbers, lists of token ids or lists of messages, but row {row} is "
+                f"{label!r}: {error}."
+            ) from error
         if text not in codes:
             codes[text] = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
         rows.append(codes[text])
@@ -107,12 +127,9 @@ def clustered_mean(
         >>> clustered_mean([1.0, 2.0, 3.0, 6.0]).mean
         3.0
     """
-    rows = np.asarray(values, dtype=np.float64)
-    weight = row_weights(weights, rows.size)
+    rows, weight, inverse, num_groups = _weighing_rows(values, groups, weights)
     total = weight.sum()
-    inverse, num_groups = _group_index(groups, rows.size)
-    with np.errstate(invalid="ignore"):
-        mean = float((weight * rows)[weight > 0].sum() / total)
+    mean = float(weight @ rows / total)
     if num_groups < 2 or not math.isfinite(mean):
         return MeanEstimate(mean, math.nan, num_groups)
     residuals = np.bincount(inverse, weights=weight * (rows - mean), minlength=num_groups)
@@ -121,34 +138,62 @@ def clustered_mean(
 
 
 def mean_interval(estimate: MeanEstimate, confidence: float = 0.95) -> tuple[float, float]:
-    """Two-sided Student-t interval of a mean, with `num_groups - 1` degrees of freedom; NaN where there is none."""
+    """Two-sided Student-t interval of a mean, with `num_groups - 1` degrees of freedom.
+
+    NaN where there is none: with a single group, an infinite mean, or groups that are all alike, which say nothing of
+    how much others may differ.
+    """
     check_confidence(confidence)
-    if estimate.num_groups < 2 or math.isnan(estimate.standard_error):
+    if estimate.num_groups < 2 or not estimate.standard_error > ALIKE * abs(estimate.mean):
         return math.nan, math.nan
     margin = estimate.standard_error * stats.t.ppf((1 + confidence) / 2, estimate.num_groups - 1)
     return estimate.mean - margin, estimate.mean + margin
 
 
-def bounded_mean_interval(estimate: MeanEstimate, confidence: float = 0.95) -> tuple[float, float]:
-    """Two-sided interval within [0, 1] for a mean of values in [0, 1]; of 0s and 1s, one a group, nearly Wilson's.
+def bounded_mean_interval(
+    values: ArrayLike,
+    *,
+    groups: Iterable[Any] | None = None,
+    weights: ArrayLike | None = None,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Two-sided interval within [0, 1] for a mean of values in [0, 1]: Gaffke's, over the means x_g of groups.
 
-    Wilson's interval with as many rows as a proportion of the same mean and standard error has, `mean (1 - mean) /
-    se^2`, or the number of groups where all values are 0 or all are 1, which a Student-t interval would call certain.
-    A single group tells nothing: (0, 1).
+        upper end: the (1 + confidence)/2 quantile of (sum_g w_g E_g x_g + w E) / (sum_g w_g E_g + w E)
+
+    with independent exponential E, w_g the weights of the groups and w their mean: one group more, in which all values
+    are 1. The lower end is that of 1 - x. Both ends rise with every value. Of 0s and 1s, one a group, it is Clopper
+    and Pearson's interval. A single group tells nothing: (0, 1).
+
+    Args:
+        values: `(R,)` in [0, 1].
+        groups: `(R,)` group labels; None takes every row as its own group.
+        weights: `(R,)` non-negative row weights; None weighs rows alike.
+        confidence: two-sided confidence level in (0, 1).
+
+    Raises:
+        ValueError: if a value lies outside [0, 1]; names the row.
 
     Example:
-        >>> low, high = bounded_mean_interval(clustered_mean([1.0] * 20))
+        >>> low, high = bounded_mean_interval([1.0] * 20)
         >>> round(low, 3), high
-        (0.82, 1.0)
+        (0.832, 1.0)
+
+    References:
+        Gaffke (2005), "Three test statistics for a nonparametric one-sided hypothesis on the mean of a nonnegative
+        variable"; Learned-Miller and Thomas (2019), arXiv 1905.06208.
     """
     check_confidence(confidence)
-    if estimate.num_groups < 2:
+    bad = np.flatnonzero(~((np.asarray(values) >= 0) & (np.asarray(values) <= 1 + 1e-12)))
+    if bad.size:
+        raise ValueError(f"`values` must lie in [0, 1], but row {bad[0]} is {np.asarray(values)[bad[0]]}.")
+    rows, weight, inverse, num_groups = _weighing_rows(values, groups, weights)
+    if num_groups < 2:
         return 0.0, 1.0
-    mean = min(1.0, max(0.0, estimate.mean))  # a mean of ones may round to more
-    error = estimate.standard_error
-    effective = mean * (1 - mean) / error**2 if error > 0 else 0.0
-    quantile = float(stats.t.ppf((1 + confidence) / 2, estimate.num_groups - 1))
-    return _wilson(mean, effective or float(estimate.num_groups), quantile)
+    of_group = np.bincount(inverse, weights=weight, minlength=num_groups).astype(np.float64)
+    means = np.clip(np.bincount(inverse, weights=weight * rows, minlength=num_groups) / of_group, 0.0, 1.0)
+    beyond = (1 - confidence) / 2
+    return 1 - _gaffke_end(1 - means, of_group, beyond), _gaffke_end(means, of_group, beyond)
 
 
 def proportion_interval(
@@ -158,10 +203,9 @@ def proportion_interval(
     weights: ArrayLike | None = None,
     confidence: float = 0.95,
 ) -> tuple[float, float]:
-    """Wilson's interval for a proportion, with the effective number of rows where rows share groups or have weights.
+    """Interval for a proportion: Wilson's, or `bounded_mean_interval` where rows share groups or have weights.
 
-    The effective number is `p (1 - p) / se^2` with the standard error of `clustered_mean`, never more than the rows
-    there are; where no row or every row is a hit, it is the number of groups. A single group tells nothing: (0, 1).
+    Both rise with every hit. A single group tells nothing: (0, 1).
 
     Args:
         hits: `(R,)` booleans.
@@ -178,25 +222,16 @@ def proportion_interval(
         (0.0215, 0.1118)
 
     References:
-        Wilson (1927); Franco, Little, Louis and Slud (2019), "Comparative study of confidence intervals for
-        proportions in complex sample surveys".
+        Wilson (1927).
     """
     check_confidence(confidence)
     rows = np.asarray(hits, dtype=bool)
-    if groups is None and weights is None:
-        interval = stats.binomtest(int(rows.sum()), rows.size).proportion_ci(confidence, method="wilson")
-        return float(interval.low), float(interval.high)
-    weight = row_weights(weights, rows.size)
-    inverse, num_groups = _group_index(groups, rows.size)
-    if num_groups < 2:
+    if groups is not None or weights is not None:
+        return bounded_mean_interval(rows, groups=groups, weights=weights, confidence=confidence)
+    if rows.size == 1:
         return 0.0, 1.0
-    # Not through `clustered_mean(groups=groups)`: `groups` may be an iterator, and coding the labels costs most.
-    proportion, error, _ = clustered_mean(rows, groups=inverse.astype(np.uint64), weights=weight)
-    if error > 0:
-        effective = min(proportion * (1 - proportion) / error**2, _kish(weight))
-    else:
-        effective = _kish(np.bincount(inverse, weights=weight).astype(np.float64))
-    return _wilson(proportion, effective, float(stats.t.ppf((1 + confidence) / 2, num_groups - 1)))
+    interval = stats.binomtest(int(rows.sum()), rows.size).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def _group_index(groups: Iterable[Any] | None, num_rows: int) -> tuple[NDArray[np.intp], int]:
@@ -209,16 +244,72 @@ def _group_index(groups: Iterable[Any] | None, num_rows: int) -> tuple[NDArray[n
     return inverse, labels.size
 
 
-def _kish(weight: FloatArray) -> float:
-    """Kish's effective number of equally weighted units."""
-    return float(weight.sum() ** 2 / (weight @ weight))
+def _plain(label: Any) -> Any:
+    """A number or an array of numpy's, or of torch's, as Python has it."""
+    if hasattr(label, "tolist"):
+        return label.tolist()
+    raise TypeError(f"a {type(label).__name__} is no label")
 
 
-def _wilson(proportion: float, size: float, z: float) -> tuple[float, float]:
-    centre = proportion + z * z / (2 * size)
-    margin = z * math.sqrt(proportion * (1 - proportion) / size + z * z / (4 * size * size))
-    scale = 1 + z * z / size
-    # exactly 0 and 1 where nothing or everything was hit: the subtraction would leave its rounding
-    low = (centre - margin) / scale if proportion > 0 else 0.0
-    high = (centre + margin) / scale if proportion < 1 else 1.0
-    return max(0.0, low), min(1.0, high)
+def _weighing_rows(
+    values: ArrayLike, groups: Iterable[Any] | None, weights: ArrayLike | None
+) -> tuple[FloatArray, FloatArray, NDArray[np.intp], int]:
+    """The rows with a positive weight: values, weights, the number of each one's group, and how many groups."""
+    rows = np.asarray(values, dtype=np.float64)
+    if rows.ndim != 1 or not rows.size:
+        raise ValueError(f"`values` must be a non-empty 1-d sequence, one value a row, but has shape {rows.shape}.")
+    weight = row_weights(weights, rows.size)
+    inverse, num_groups = _group_index(groups, rows.size)
+    counts = weight > 0
+    if counts.all():
+        return rows, weight, inverse, num_groups
+    labels, inverse = np.unique(inverse[counts], return_inverse=True)
+    return rows[counts], weight[counts], inverse, labels.size
+
+
+def _gaffke_end(means: FloatArray, weight: FloatArray, beyond: float) -> float:
+    """The upper end, which the random mean of `bounded_mean_interval` lies above with probability `beyond`."""
+    least, extra = float(means.min()), float(weight.mean())
+    if least == 1:
+        return 1.0
+
+    def excess(end: float) -> float:
+        terms = np.append(weight * (means - end), extra * (1 - end))
+        return _exponential_sum_is_positive(terms) - beyond
+
+    return float(optimize.brentq(excess, least, 1.0, xtol=1e-12, rtol=1e-10))
+
+
+def _exponential_sum_is_positive(terms: FloatArray) -> float:
+    """P(sum_i a_i E_i > 0) for independent exponential E, through the saddlepoint of their generating function."""
+    if terms.min() >= 0:
+        return float(terms.max() > 0)
+    if terms.max() <= 1e-14 * float(np.abs(terms).sum()):
+        return 0.0
+    sizes, times = np.unique(terms / terms.max(), return_counts=True)
+    if sizes.size > _DISTINCT:
+        # neighbours in order as well as in size: weights may differ a thousandfold
+        steps = np.linspace(sizes[0], sizes[-1], _DISTINCT // 2)
+        first = np.arange(0, sizes.size, -(-2 * sizes.size // _DISTINCT))
+        first = np.union1d(first, np.searchsorted(sizes, steps))
+        sums, times = np.add.reduceat(sizes * times, first), np.add.reduceat(times, first)
+        sizes = sums / times
+
+    def slope(s: float) -> float:
+        return float(times @ (sizes / (1 - sizes * s))) - 1 / s
+
+    total = float(times @ np.abs(sizes))  # beyond these ends a pole of the slope outweighs all the rest
+    saddle = float(optimize.brentq(slope, 1 / (2 * total + 2), 1 - 1 / (2 * total + 4), xtol=1e-300, rtol=1e-3))
+    width = 1 / math.sqrt(float(times @ (sizes / (1 - sizes * saddle)) ** 2) + 1 / saddle**2)
+    # The line through the saddle does not oscillate, and falls at least as the third power: the trapezium rule in
+    # asinh has errors below 1e-9, twenty points at a time.
+    area = peak = 0.0
+    for start in count(step=20):
+        place = _STEP * np.arange(start, start + 20)
+        line = saddle + 1j * width * np.sinh(place)
+        heights = np.exp(-(times @ np.log1p(-sizes[:, None] * line))) / line * np.cosh(place) * width
+        peak = peak or float(heights.real[0])  # it falls from the saddle on
+        area += float(heights.real.sum()) - (0 if start else peak / 2)
+        if abs(heights[-1]) <= 1e-13 * peak:
+            break
+    return _STEP * area / math.pi

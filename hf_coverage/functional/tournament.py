@@ -93,7 +93,7 @@ def hold_tournament(
         on_policy: M sets of generations, one of each candidate, for the offset tournament.
         gamma: g, the weight of the offset.
         groups: `(R,)` the prompt of each row; None if no prompt repeats.
-        replicates: bootstrap samples; 0 for none.
+        replicates: bootstrap samples; 0 for none. A single prompt has none either.
         seed: of the bootstrap.
         defenders: candidates to score, the others only challenge; None scores all.
 
@@ -121,6 +121,8 @@ def hold_tournament(
         raise ValueError(f"`gamma` must be > 0, but is {gamma}; without `on_policy` there is no offset to weigh.")
     rng = np.random.default_rng(seed)
     layout = row_layout(table[0].size, groups=groups, seed=seed, max_blocks=_BLOCKS if replicates else 1)
+    if layout.num_groups < 2:
+        replicates = 0  # one prompt drawn anew is the same one: it would win every time
     draws = _draw(layout, replicates, rng)
     chosen = range(len(table)) if defenders is None else defenders
     tallies = [Tally(len(table), replicates) for _ in levels]

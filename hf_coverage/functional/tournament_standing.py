@@ -24,12 +24,13 @@ class Standing:
         rates: `(M, M)` C[a, b], how often a challenges b; NaN in the columns of candidates that did not defend.
         offsets: `(M, M)` 2 g O[a, b], what is taken off; zeros in a simple tournament.
         scores: `(M,)` worst challenge of each, lower is better; NaN for candidates that did not defend.
-        mean_challenges: `(M,)` mean challenge of each, over the other candidates.
+        mean_challenges: `(M,)` mean challenge C of each, over the other candidates; no offset is taken off.
         cross_entropies: `(M,)` E[-log p], nats a response.
         ranking: defenders, best first.
         tied: those whose score is the least, in the order of `ranking`.
         decided_by: what broke the tie; None where there was none.
-        win_rates: `(M,)` how often each wins when prompts are drawn anew; None without a bootstrap.
+        win_rates: `(M,)` how often each wins when prompts are drawn anew; None without a bootstrap, or with one
+            prompt, which drawn anew is the same again.
         num_groups: prompts.
     """
 
@@ -69,10 +70,11 @@ class Tally:
             self.offsets[:, b] = offset.value
         challenges = self.rates[:, b] - self.offsets[:, b]
         others = max(1, len(challenges) - 1)
-        self.scores[b], self.means[b] = challenges.max(), challenges.sum() / others
+        # Ties are broken by the challenges themselves: less the offset, their mean says something else.
+        self.scores[b], self.means[b] = challenges.max(), rates.value.sum() / others
         if rates.drawn is not None:
             drawn = rates.drawn if offset is None or offset.drawn is None else rates.drawn - offset.drawn
-            self.drawn_scores[b], self.drawn_means[b] = drawn.max(0), drawn.sum(0) / others
+            self.drawn_scores[b], self.drawn_means[b] = drawn.max(0), rates.drawn.sum(0) / others
 
 
 def _keys(scores: FloatArray, means: FloatArray, entropies: FloatArray) -> tuple[FloatArray, ...]:

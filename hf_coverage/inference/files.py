@@ -5,30 +5,101 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-__all__ = ["read_json", "strict_json", "write_atomically"]
+__all__ = ["read_json", "refuse_constant", "strict_json", "write_atomically", "written_whole"]
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Give `path` its content in one step that survives a crash of the machine."""
+def write_atomically(path: str | PathLike[str], content: bytes | str) -> None:
+    """Give a file its content, text in UTF-8, in one step that survives a crash of the machine.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "note.txt"
+        >>> write_atomically(path, "whole")
+        >>> path.read_text(encoding="utf-8")
+        'whole'
+    """
+    with written_whole(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def written_whole(path: str | PathLike[str]) -> Iterator[Path]:
+    """Let something be written elsewhere, and put it in its place when it is all there.
+
+    For what writes files or folders by their path, such as `Dataset.save_to_disk`; where the content is at hand, see
+    `write_atomically`. If the block raises, nothing is left of it, and what was there before stays. If the process is
+    killed, a hidden `.<name>.part` is left, which the next one writes over.
+
+    Args:
+        path: The file or folder to be; its parent exists. A link is followed, and a device or pipe written to as it
+            is. A folder that is there already must be empty: it stays the one it is, and gets the files one by one.
+
+    Yields:
+        Where to write.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "corpus"
+        >>> with written_whole(path) as part:
+        ...     part.mkdir()
+        ...     print(part.name, path.exists())
+        .corpus.part False
+        >>> path.exists()
+        True
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        yield target
+        return
     # Always the same name: what a killed run left half-written is overwritten by the next one, not left behind.
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    part = (target if target.is_dir() else target.parent) / f".{target.name}.part"
+    _remove(part)
     try:
-        os.fsync(folder)
+        yield part
+        _settle(part, target)
+    except BaseException:
+        _remove(part)
+        raise
+
+
+def _settle(part: Path, target: Path) -> None:
+    """Put what is written in its place, and wait until the disk has it."""
+    for path in (part, *part.rglob("*")):
+        _sync(path)
+    if target.is_dir():  # not replaced: it may be a mounted disk, or where somebody stands
+        for path in sorted(part.iterdir()):
+            path.replace(target / path.name)
+        part.rmdir()
+        _sync(target)
+        return
+    if target.exists():
+        shutil.copymode(target, part)
+    part.replace(target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def strict_json(facts: Mapping[str, Any], path: str | PathLike[str] | None = None) -> str:
@@ -36,7 +107,7 @@ def strict_json(facts: Mapping[str, Any], path: str | PathLike[str] | None = Non
 
     Args:
         facts: what to write.
-        path: file to write it to as well.
+        path: file to write it to as well, whole or not at all.
 
     Example:
         >>> print(strict_json({"kl": float("inf"), "rates": np.array([0.5, np.nan])}))
@@ -50,7 +121,7 @@ def strict_json(facts: Mapping[str, Any], path: str | PathLike[str] | None = Non
     """
     text = json.dumps(_strict(facts), indent=2, ensure_ascii=False, allow_nan=False)
     if path is not None:
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        write_atomically(path, text + "\n")
     return text
 
 
@@ -65,17 +136,23 @@ def read_json(source: str | PathLike[str], *, version: int) -> dict[str, Any]:
         {'format': 1, 'name': 'model'}
     """
     is_text = isinstance(source, str) and source.lstrip().startswith("{")
-    facts = json.loads(str(source) if is_text else Path(source).read_text(encoding="utf-8"))
-    if not isinstance(facts, dict) or facts.get("format") != version:
+    text = str(source) if is_text else Path(source).read_text(encoding="utf-8")
+    facts = json.loads(text, parse_constant=refuse_constant)
+    if not isinstance(facts, dict) or facts.get("format") != version or facts["format"] is True:
         found = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
         raise ValueError(f"format {found} is not {version}")
     return facts
 
 
+def refuse_constant(name: str) -> NoReturn:
+    """What `json` calls at NaN and infinities, which no file of ours has: they are not JSON."""
+    raise ValueError(f"{name} is no JSON")
+
+
 def _strict(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: _strict(item) for name, item in value.items()}
-    if isinstance(value, np.ndarray):
+        return {name.item() if isinstance(name, np.generic) else name: _strict(item) for name, item in value.items()}
+    if isinstance(value, (np.ndarray, np.generic)):
         return _strict(value.tolist())
     if isinstance(value, (list, tuple)):
         return [_strict(item) for item in value]

@@ -25,9 +25,23 @@ from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_coverage.functional.checks import IntArray
-from hf_coverage.inference.prefix_cache import is_repeatable
+from hf_coverage.inference.output_head import OutputHead, find_head, plant_logits
+from hf_coverage.inference.prefix_cache import CACHE, cache_argument, is_repeatable
 
-__all__ = ["HeadForward", "HeadOutput", "Probe", "inference", "is_sharded", "refuse_zero3", "select_before", "unwrap"]
+__all__ = [
+    "HeadForward",
+    "HeadOutput",
+    "Probe",
+    "inference",
+    "input_device",
+    "is_sharded",
+    "refuse_zero3",
+    "select_before",
+    "unwrap",
+]
+
+_ONE = np.zeros((1, 1), dtype=np.int64)
+"""The shortest input: one token, at position 0."""
 
 
 class HeadOutput:
@@ -40,7 +54,7 @@ class HeadOutput:
         head: What gives the logits of the others.
     """
 
-    def __init__(self, hidden: Tensor, cache: Cache | None, logits: Tensor | None, head: nn.Module) -> None:
+    def __init__(self, hidden: Tensor, cache: Cache | None, logits: Tensor | None, head: OutputHead) -> None:
         self.hidden = hidden
         self.cache = cache
         self._first = logits
@@ -51,14 +65,12 @@ class HeadOutput:
         if self._first is not None:
             logits, self._first = self._first, None
             return logits
-        return self._head(self.hidden[chunk].unsqueeze(0))[0]
+        return self._head.module(self.hidden[chunk].unsqueeze(0))[0]
 
     def feature_norm(self, chunk: slice) -> Tensor:
         """Norms of what the head's parameters multiply at a chunk of the positions: h, and the 1 of a bias."""
         norm = self.hidden[chunk].float().norm(dim=-1)
-        if isinstance(self._head, nn.Linear) and self._head.bias is not None:
-            return torch.hypot(norm, torch.ones_like(norm))
-        return norm
+        return norm if self._head.bias is None else torch.hypot(norm, torch.ones_like(norm))
 
 
 @dataclass(frozen=True)
@@ -66,14 +78,17 @@ class Probe:
     """What one token tells about a model.
 
     Args:
-        logits: The logits it gave `(1, V)`.
+        logits: Logits of a pass `(1, V)`, for their shape and dtype; their values mean nothing.
         repeatable: Whether the cache it left can be continued by several responses.
-        plain_head: Whether the model returns what its head gives, untouched, so that the head may be called alone.
+        plain_head: Whether the model returns what its head gives, in its dtype or a wider one, so that the head may
+            be called alone.
+        untouched: Whether it returns the very tensor: then it stays so, whatever parameters beside the head become.
     """
 
     logits: Tensor
     repeatable: bool
     plain_head: bool
+    untouched: bool
 
 
 class HeadForward:
@@ -90,15 +105,9 @@ class HeadForward:
     def __init__(self, model: nn.Module) -> None:
         refuse_zero3()
         self.model = unwrap(model)
-        head = self.model.get_output_embeddings()
-        if head is None:
-            raise ValueError(
-                f"`model` must be a causal language model with output embeddings, got {type(self.model).__name__}; "
-                "load it with `AutoModelForCausalLM.from_pretrained`."
-            )
-        self.head = head
+        self.head = find_head(self.model)
         self.sharded = is_sharded(self.model)
-        self.device = _device(self.model, self.sharded)
+        self.device = input_device(self.model)
         self._takes_use_cache = "use_cache" in inspect.signature(self.model.forward).parameters
 
     def __call__(
@@ -131,45 +140,49 @@ class HeadForward:
         if self._takes_use_cache:
             arguments["use_cache"] = keep_cache or cache is not None
         if cache is not None:
-            arguments["past_key_values"] = cache
+            arguments[cache_argument(self.model.forward)] = cache
         arguments |= {name: value.to(self.device) for name, value in (inputs or {}).items()}
         chosen = torch.from_numpy(positions).to(self.device)
-        with select_before(self.head, chosen, first, ids.shape) as seen:
+        with select_before(self.head.module, chosen, first, ids.shape) as seen:
             outputs = self.model(input_ids=torch.from_numpy(ids).to(self.device), **arguments)
         expected = len(positions[:first])
         if len(seen) != 1 or outputs.logits.shape[:-1] != (1, expected):
             raise RuntimeError(
-                f"Expected {type(self.model).__name__} to call its output head {type(self.head).__name__} once and to "
-                f"return its logits for the {expected} chosen positions, got {len(seen)} calls and logits of "
+                f"Expected {type(self.model).__name__} to call its output head {type(self.head.module).__name__} once "
+                f"and to return its logits for the {expected} chosen positions, got {len(seen)} calls and logits of "
                 f"shape {tuple(outputs.logits.shape)}; this architecture cannot be scored."
             )
-        return HeadOutput(seen[0], outputs.get("past_key_values"), outputs.logits[0], self.head)
+        return HeadOutput(seen[0], outputs.get(CACHE), outputs.logits[0], self.head)
 
     def probe(self) -> Probe:
         """Read one token, to see what the model returns."""
-        returned: list[tuple[int, int]] = []
-        handle = self.head.register_forward_hook(
-            lambda module, args, logits: returned.append((logits.data_ptr(), logits._version))
-        )
-        try:
-            one = np.zeros((1, 1), dtype=np.int64)
-            output = self(one, one[0], keep_cache=True)
-        finally:
-            handle.remove()
-        logits = output.take_logits(slice(None))
-        # The very tensor, and nobody wrote into it. A sharded head has its weights only while the whole model runs.
-        plain = not self.sharded and returned == [(logits.data_ptr(), logits._version)]
-        return Probe(logits, is_repeatable(output.cache), plain)
+        if self.sharded:  # its head has its weights only while the whole model runs
+            output = self(_ONE, _ONE[0], keep_cache=True)
+            logits, plain, untouched = output.take_logits(slice(None)), False, False
+        else:
+            with plant_logits(self.head.module) as planted:
+                output = self(_ONE, _ONE[0], keep_cache=True)
+            logits = output.take_logits(slice(None))
+            plain, untouched = planted.came_through(logits.unsqueeze(0)), planted.untouched(logits)
+        return Probe(logits, is_repeatable(output.cache), plain, untouched)
+
+    def run_along(self) -> None:
+        """Take part in a pass of other processes: those of a sharded model need all of them."""
+        self(_ONE, _ONE[0])
 
 
 @contextmanager
 def inference(*models: nn.Module) -> Iterator[None]:
-    """Run models in evaluation mode without gradients, and give every module its own mode back.
+    """Run models in evaluation mode, without gradients and with named outputs, and give all their settings back.
 
     `no_grad` and not `inference_mode`: buffers and FSDP shards made under the latter cannot be trained on.
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
+    configs = {id(config): config for module, _ in modes if (config := getattr(module, "config", None)) is not None}
+    unnamed = [config for config in configs.values() if getattr(config, "return_dict", True) is False]
     try:
+        for config in unnamed:  # its own modules rely on names when they call each other
+            config.return_dict = True
         for model in models:
             model.eval()
         with torch.no_grad():
@@ -177,6 +190,8 @@ def inference(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        for config in unnamed:
+            config.return_dict = False
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -244,6 +259,14 @@ def select_before(
         handle.remove()
 
 
-def _device(model: nn.Module, sharded: bool) -> torch.device:
-    # Offloaded shards rest on the CPU while the computation runs on the process's own device.
-    return PartialState().device if sharded else next(model.parameters()).device
+def input_device(model: nn.Module) -> torch.device:
+    """Find where a model takes its inputs, wherever its parameters rest between two passes."""
+    if is_sharded(model):  # offloaded shards rest on the CPU while the process's own device computes
+        return PartialState().device
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    # Parameters that accelerate offloads are on the meta device until their module runs.
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    places = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((place for place in places if place is not None), PartialState().device))

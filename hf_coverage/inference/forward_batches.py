@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, groupby, pairwise
 
 import numpy as np
 from torch import nn
@@ -20,8 +20,19 @@ from hf_coverage.functional.checks import IntArray
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.forward import HeadForward, HeadOutput
 from hf_coverage.inference.prefix_cache import continue_lines
+from hf_coverage.inference.self_check import Reading, find_reading, ignores_left_padding
 
-__all__ = ["Batch", "BatchPasses", "Limits", "Step", "build_step", "plan_batches", "predicted_tokens", "tokens_read"]
+__all__ = [
+    "Batch",
+    "BatchPasses",
+    "Limits",
+    "Step",
+    "build_step",
+    "passes_missed",
+    "plan_batches",
+    "predicted_tokens",
+    "tokens_read",
+]
 
 # A shared prefix costs a second, smaller forward pass; below a tenth of the tokens that is not worth it.
 _LEAST_SAVING = 0.1
@@ -90,7 +101,7 @@ class Step:
 
 
 def plan_batches(
-    corpus: EncodedCorpus, rows: Iterable[int], limits: Limits, *, share_prefixes: bool = True
+    corpus: EncodedCorpus, rows: Iterable[int], limits: Limits, *, reading: Reading = Reading.SHARED
 ) -> list[Batch]:
     """Arrange rows into batches: each row once, similar lengths together, equal prompts run once.
 
@@ -98,7 +109,7 @@ def plan_batches(
         corpus: Token ids of all rows.
         rows: The rows to score.
         limits: What one forward pass may hold.
-        share_prefixes: Whether responses of one prompt may continue from its cache.
+        reading: What may be read together.
 
     Returns:
         Batches, longest first within each kind. A function of its arguments alone.
@@ -112,10 +123,10 @@ def plan_batches(
     long: list[int] = []
     for row in rows:
         (short if len(corpus.completions[row]) <= limits.positions else long).append(row)
-    shared, single = _group_by_prompt(corpus, short) if share_prefixes else ([], short)
+    shared, single = _group_by_prompt(corpus, short) if reading is Reading.SHARED else ([], short)
     return [
         *_shared_batches(corpus, shared, limits),
-        *_plain_batches(corpus, single, limits),
+        *_plain_batches(corpus, single, limits, reading),
         *(_segmented_batch(corpus, row, limits) for row in sorted(long, key=lambda row: -tokens_read(corpus, row))),
     ]
 
@@ -128,6 +139,7 @@ def build_step(
     stop: int,
     *,
     context: int,
+    whole: bool = False,
     on_prompt: bool = False,
 ) -> Step:
     """Lay out the forward pass that scores the response tokens predicted at positions `start` to `stop` of each row.
@@ -141,12 +153,15 @@ def build_step(
         start: First predicting position on the axis of `prompt + completion[:-1]`.
         stop: One past the last.
         context: Where the input begins: `start` where the cache holds what comes before, else 0.
+        whole: Whether the input goes on to the end of each row, whose length a model may depend on, and not to `stop`.
         on_prompt: Whether what is predicted begins with the second token of each prompt, see `predicted_tokens`.
 
     Returns:
         The pass, with numpy arrays.
     """
-    lines = [tuple((*corpus.prompts[row], *corpus.completions[row][:-1])[context:stop]) for row in rows]
+    lines = [
+        tuple((*corpus.prompts[row], *corpus.completions[row][:-1])[context : None if whole else stop]) for row in rows
+    ]
     sequences = np.arange(len(rows))
     if context == 0:  # later, equal tokens may follow different prompts
         distinct = {line: index for index, line in enumerate(dict.fromkeys(lines))}
@@ -181,6 +196,19 @@ def tokens_read(corpus: EncodedCorpus, row: int) -> int:
         Tokens of `prompt + completion[:-1]`.
     """
     return len(corpus.prompts[row]) + len(corpus.completions[row]) - 1
+
+
+def passes_missed(together: Sequence[Batch], own: Batch | None) -> int:
+    """Count the passes of a sharded model that other processes make after this one's last, and cannot make alone.
+
+    Args:
+        together: The batches that all processes run at the same time.
+        own: This process's; None where it has none.
+
+    Returns:
+        How many passes it has to take part in, see `run_along`.
+    """
+    return max(batch.num_forwards for batch in together) - (0 if own is None else own.num_forwards)
 
 
 def predicted_tokens(corpus: EncodedCorpus, row: int, *, on_prompt: bool) -> list[int]:
@@ -253,9 +281,15 @@ def _shared_batch(corpus: EncodedCorpus, groups: list[list[int]], limits: Limits
     return Batch(tuple(rows), cuts, waves=tuple(_fill(corpus, onward, limits, cached=prefix)))
 
 
-def _plain_batches(corpus: EncodedCorpus, rows: list[int], limits: Limits) -> list[Batch]:
+def _plain_batches(corpus: EncodedCorpus, rows: list[int], limits: Limits, reading: Reading) -> list[Batch]:
     rows = sorted(rows, key=lambda row: (-tokens_read(corpus, row), row))
-    return [Batch(run, cuts=(tokens_read(corpus, run[0]),)) for run in _fill(corpus, rows, limits, cached=0)]
+    together: Iterable[list[int]] = [rows]
+    if reading is Reading.EQUAL:
+        together = [list(group) for _, group in groupby(rows, key=lambda row: tokens_read(corpus, row))]
+    elif reading is Reading.ALONE:
+        together = [[row] for row in rows]
+    runs = chain.from_iterable(_fill(corpus, group, limits, cached=0) for group in together)
+    return [Batch(run, cuts=(tokens_read(corpus, run[0]),)) for run in runs]
 
 
 def _segmented_batch(corpus: EncodedCorpus, row: int, limits: Limits) -> Batch:
@@ -294,9 +328,6 @@ def _pad(lines: list[tuple[int, ...]]) -> IntArray:
     for index, line in enumerate(lines):
         ids[index, : len(line)] = line
     return ids
-
-
-_DUMMY = np.zeros((1, 1), dtype=np.int64)
 
 
 class BatchPasses:
@@ -342,11 +373,41 @@ class BatchPasses:
         self.sharded = any(forward.sharded for forward in self.forwards)
         # A head that can be called alone takes the positions of one pass in chunks; otherwise the pass is bounded.
         self._limits = Limits(batch_tokens, sys.maxsize if self.plain_head else self.positions)
-        self._cached = all(probe.repeatable for probe in probes)
+        self._repeatable = all(probe.repeatable for probe in probes)
+        self._reading = Reading.ALONE
+
+    def check(self, corpus: EncodedCorpus, fastest: Reading = Reading.SHARED) -> Reading:
+        """Find out how rows may be read, see `find_reading`; to be called before `plan`, on every process.
+
+        Args:
+            corpus: Token ids of all rows.
+            fastest: The fastest way that is wanted.
+
+        Returns:
+            The way.
+
+        Raises:
+            ValueError: If a model is not causal.
+        """
+        self._reading = find_reading(
+            self.forwards,
+            corpus,
+            vocab_size=self.vocab_size,
+            fastest=fastest if self._repeatable else max(fastest, Reading.PADDED),
+            most_positions=self.positions,
+        )
+        return self._reading
+
+    def ignores_left_padding(self, corpus: EncodedCorpus) -> bool:
+        """Tell whether the model may be given padding on the left, see `self_check.ignores_left_padding`."""
+        return ignores_left_padding(
+            self.forwards[0], corpus, vocab_size=self.vocab_size, most_positions=self.positions
+        )
 
     def plan(self, corpus: EncodedCorpus, rows: range, *, share_prefixes: bool) -> list[Batch]:
         """Arrange rows into batches, see `plan_batches`."""
-        return plan_batches(corpus, rows, self._limits, share_prefixes=share_prefixes and self._cached)
+        reading = self._reading if share_prefixes else max(self._reading, Reading.PADDED)
+        return plan_batches(corpus, rows, self._limits, reading=reading)
 
     def run(
         self, corpus: EncodedCorpus, batch: Batch, slots: dict[int, int], *, first: int, on_prompt: bool = False
@@ -366,10 +427,11 @@ class BatchPasses:
 
         def step_of(rows: Sequence[int], start: int, stop: int, context: int) -> Step:
             own = np.array([slots[row] for row in rows])
-            return build_step(corpus, rows, own, start, stop, context=context, on_prompt=on_prompt)
+            return build_step(corpus, rows, own, start, stop, context=context, whole=whole, on_prompt=on_prompt)
 
+        whole = self._reading >= Reading.EQUAL
         begin = step_of(batch.rows, 0, batch.cuts[0], 0)
-        keep = self._cached and len(batch.cuts) > 1
+        keep = self._reading is Reading.SHARED and len(batch.cuts) > 1
         outputs = [forward(begin.ids, begin.positions, first=first, keep_cache=keep) for forward in self.forwards]
         roots = [output.cache for output in outputs]
         yield begin, outputs
@@ -389,5 +451,5 @@ class BatchPasses:
     def run_along(self, num_forwards: int) -> None:
         """Take part in as many passes of other processes: those of a sharded model need all of them."""
         for _ in range(num_forwards):
-            for forward in self.forwards:
-                forward(_DUMMY, _DUMMY[0])
+            for forward in self.forwards:  # in turn, as in `run`
+                forward.run_along()

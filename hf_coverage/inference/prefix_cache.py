@@ -7,16 +7,31 @@ asks for it and lets go of it again, so only one layer's repetition exists at a 
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_coverage.functional.checks import IntArray
 
-__all__ = ["PrefixLayer", "continue_lines", "copied_cache", "detached_cache", "is_repeatable", "new_stale_cache"]
+__all__ = [
+    "CACHE",
+    "PrefixLayer",
+    "cache_argument",
+    "continue_lines",
+    "copied_cache",
+    "detached_cache",
+    "is_repeatable",
+    "new_stale_cache",
+]
+
+_GENERATION = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _GENERATION else "past_key_values"
+"""What the installed transformers calls a key-value cache, in arguments and outputs: `cache` from 5.24 on."""
 
 
 class PrefixLayer(CacheLayerMixin):
@@ -69,13 +84,22 @@ class PrefixLayer(CacheLayerMixin):
         return -1
 
 
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """Name the argument by which a model takes a key-value cache; a checkpoint's own code may keep the old name.
+
+    Args:
+        forward: The model's `forward`, or that of what it is wrapped in, which hands on what it does not name.
+    """
+    return "past_key_values" if "past_key_values" in inspect.signature(forward).parameters else CACHE
+
+
 def is_repeatable(cache: Any) -> bool:
     """Tell whether a cache holds a line of keys and values per sequence, which several responses can continue.
 
     Recurrent states, quantised and offloaded caches do not.
 
     Args:
-        cache: What a model returned as its `past_key_values`.
+        cache: What a model returned as its cache.
 
     Returns:
         Whether `continue_lines` takes it.

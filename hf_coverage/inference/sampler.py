@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +32,19 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from hf_coverage.inference.forward import inference, is_sharded, refuse_zero3, unwrap
-from hf_coverage.inference.prefix_cache import is_repeatable
+from hf_coverage.functional.logprobs import token_logprobs
+from hf_coverage.inference.forward import inference, input_device, is_sharded, refuse_zero3, unwrap
+from hf_coverage.inference.prefix_cache import CACHE, is_repeatable
+from hf_coverage.inference.processes import map_over_processes
+from hf_coverage.inference.self_check import Reading, Readout, agree, rounding
 
 __all__ = ["Sample", "Sampler", "Sampling", "end_token_ids", "own_config", "pad_left", "read_prompts", "require_room"]
+
+
+logger = logging.getLogger(__name__)
+
+Stop = Callable[[list[int]], bool]
+"""Tells from the tokens of a response so far whether it ends here."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,13 @@ class Sample:
     finished: bool
 
 
+class _Drawn(NamedTuple):
+    """A sample, and log p of its tokens `(T,)` under the model itself, before anything is done to its logits."""
+
+    sample: Sample
+    plain: Tensor
+
+
 class Sampler:
     """Draws responses on all processes of a job; the result depends on the seed and the batch size alone.
 
@@ -107,7 +128,7 @@ class Sampler:
     Raises:
         RuntimeError: Under DeepSpeed ZeRO-3.
         TypeError: If the model is wrapped by FSDP1.
-        ValueError: If `batch_size` is not positive.
+        ValueError: If `batch_size` is not positive, or the model is an encoder-decoder.
     """
 
     def __init__(self, model: PreTrainedModel, sampling: Sampling, *, batch_size: int, seed: int) -> None:
@@ -117,20 +138,33 @@ class Sampler:
         self.model: PreTrainedModel = unwrap(model)
         if isinstance(self.model, FullyShardedDataParallel):
             raise TypeError("The model is wrapped by FSDP1, through which `generate` does not run; shard it by FSDP2.")
+        if self.model.config.is_encoder_decoder:
+            raise ValueError(
+                f"`model` {type(self.model).__name__} is an encoder-decoder, whose responses do not go on from their "
+                "prompts; load a decoder with `AutoModelForCausalLM.from_pretrained`."
+            )
         self.sharded = is_sharded(self.model)
         self.sampling = sampling
         self.batch_size = batch_size
         self.seed = seed
+        # How prompts are laid out side by side, and what of it was tried so far. Some recurrent models read padding as
+        # they read any token.
+        self._reading = Reading.EQUAL if self.model._is_stateful and not self.sharded else Reading.SHARED
+        self._tried: set[str] = set()
 
     def draw(
         self,
         prompts: Sequence[list[int]],
         *,
-        stop: Callable[[list[int]], bool] | None = None,
+        stop: Stop | None = None,
         first_batch: int = 0,
         progress: bool = False,
     ) -> list[Sample]:
         """Draw one response to each prompt; prompts that come again in a batch are read once.
+
+        Some responses of the first batch of each kind (with padding, with a prompt that comes again, with the longest
+        prompt) are read again, one by one. Where the model then says something else than it did when it wrote them,
+        prompts stand side by side only where they are equally long, or each is answered alone.
 
         Args:
             prompts: Token ids, never empty; repeat a prompt for several responses.
@@ -141,42 +175,115 @@ class Sampler:
 
         Returns:
             One sample per prompt, in their order, on every process.
+
+        Raises:
+            RuntimeError: If what the model says of its responses is not what it wrote them from, however they are laid
+                out.
         """
         require_room(self.model, prompts, [self.sampling.max_new_tokens] * len(prompts))
-        state = PartialState()
         # Prompts of like length share a batch, which pads little; a stable sort is the same on every process.
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        parts: list[tuple[int, Sample]] = []
-        hidden = not (progress and state.is_main_process)
+        numbered = list(enumerate(batches, first_batch))
+        hidden = not (progress and PartialState().is_main_process)
         with inference(self.model), tqdm(total=len(order), desc="Sampling", unit="response", disable=hidden) as bar:
-            for start in range(0, len(batches), state.num_processes):
-                index = start + state.process_index
-                if index < len(batches):
-                    rows = batches[index]
-                    parts += zip(rows, self._draw_batch([prompts[row] for row in rows], first_batch + index, stop))
-                elif self.sharded:  # the others cannot run the model without this process
-                    self._draw_batch([prompts[order[0]]], first_batch + index, stop)
-                bar.update(sum(map(len, batches[start : start + state.num_processes])))
-        samples = dict(gather_object(parts))
+            known = self._find_reading(numbered, prompts, stop)
+
+            def draw(batch: tuple[int, list[int]]) -> list[Sample]:
+                if batch[0] in known:
+                    return known[batch[0]]
+                return [drawn.sample for drawn in self._draw_batch([prompts[row] for row in batch[1]], batch[0], stop)]
+
+            def keep_pace(together: Sequence[tuple[int, list[int]]], own: tuple[int, list[int]] | None) -> None:
+                idle = own is None or own[0] in known
+                # The others cannot run the model without this process.
+                if self.sharded and idle and any(index not in known for index, _ in together):
+                    self._draw_batch([prompts[order[0]]], 0, stop)
+                bar.update(sum(len(rows) for _, rows in together))
+
+            drawn = map_over_processes(draw, numbered, after_round=keep_pace)
+        samples = dict(zip(chain.from_iterable(batches), chain.from_iterable(drawn)))
         return [samples[row] for row in range(len(prompts))]
 
-    def _draw_batch(
-        self, prompts: list[list[int]], index: int, stop: Callable[[list[int]], bool] | None
-    ) -> list[Sample]:
-        if not self.model._is_stateful or self.sharded:
-            return self._draw_together(prompts, (index,), stop)
-        # Some recurrent models read padding as they read any token, so theirs must be of one length.
-        lengths = sorted({len(prompt) for prompt in prompts})
-        groups = [[prompt for prompt in prompts if len(prompt) == length] for length in lengths]
-        return [s for place, group in enumerate(groups) for s in self._draw_together(group, (index, place), stop)]
+    def _find_reading(
+        self, batches: list[tuple[int, list[int]]], prompts: Sequence[list[int]], stop: Stop | None
+    ) -> dict[int, list[Sample]]:
+        """Settle how prompts are laid out, by reading some responses again; all processes do this, and draw the same.
 
-    def _draw_together(
-        self, prompts: list[list[int]], place: tuple[int, ...], stop: Callable[[list[int]], bool] | None
-    ) -> list[Sample]:
-        device, eos = self.model.device, self.sampling.eos_token_ids
+        Returns:
+            The samples of the batches that were drawn for it.
+        """
+        chosen = dict(batch for kind, batch in _kinds(batches, prompts).items() if kind not in self._tried)
+        self._tried |= _kinds(batches, prompts).keys()
+        found: dict[int, list[Sample]] = {}
+        for reading in Reading if chosen else ():
+            if reading < self._reading:
+                continue
+            self._reading = reading
+            # The passes of a sharded model must be the same in number on all processes: there is one layout.
+            last = reading is Reading.ALONE or self.sharded
+            found, gap = self._try(chosen, prompts, stop, last=last)
+            if gap is None:
+                break
+            if last:
+                raise RuntimeError(
+                    f"`model` {type(self.model).__name__} does not write from the distribution that its passes give: "
+                    f"log p of a response that it wrote differs by {gap:.2g} nats when it reads it again, so no "
+                    "log D(y|x) is known of its samples. It may keep something between passes, or take a cache for "
+                    "something else than what it has read."
+                )
+            logger.debug("Prompts are laid out otherwise (%s): the model's passes differ.", Reading(reading + 1).name)
+        return found
+
+    def _try(
+        self, batches: dict[int, list[int]], prompts: Sequence[list[int]], stop: Stop | None, *, last: bool
+    ) -> tuple[dict[int, list[Sample]], float | None]:
+        """Draw batches and read some responses of each again: the samples, and the largest gap beyond rounding."""
+        found: dict[int, list[Sample]] = {}
+        gaps = []
+        try:
+            for index, rows in batches.items():
+                drawn = self._draw_batch([prompts[row] for row in rows], index, stop)
+                found[index] = [one.sample for one in drawn]
+                for place in sorted({0, len(rows) // 3, 2 * len(rows) // 3, len(rows) - 1}):
+                    again = self._read(prompts[rows[place]], drawn[place].sample.ids)
+                    if not agree(Readout(drawn[place].plain, again.epsilon), again):
+                        gaps.append(float((drawn[place].plain - again.logprobs).abs().sum()))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a layout that the model cannot run is done without, as one that changes numbers
+            if last:
+                raise
+            logger.debug("The model cannot answer prompts laid out so: %s: %s", type(error).__name__, error)
+            gaps.append(math.inf)
+        return found, max(gather_object(gaps), default=None)
+
+    def _read(self, prompt: list[int], response: list[int]) -> Readout:
+        """What the model says of the tokens of a response when it reads them alone."""
+        ids = torch.tensor([[*prompt, *response[:-1]]], device=input_device(self.model))
+        trims = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        keep = {"logits_to_keep": len(response)} if trims else {}
+        logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **keep).logits
+        # From the end: some adapters put tokens of their own before the prompt.
+        logits = logits[0, -len(response) :]
+        values = token_logprobs(logits, torch.tensor(response, device=logits.device))
+        return Readout(values.double().cpu(), rounding(self.model, logits))
+
+    def _draw_batch(self, prompts: list[list[int]], index: int, stop: Stop | None) -> list[_Drawn]:
+        if self._reading < Reading.EQUAL:
+            return self._draw_together(prompts, (index,), stop)
+        if self._reading is Reading.EQUAL:
+            lengths = sorted({len(prompt) for prompt in prompts})
+            groups = [[prompt for prompt in prompts if len(prompt) == length] for length in lengths]
+        else:
+            groups = [[prompt] for prompt in prompts]
+        return [one for place, group in enumerate(groups) for one in self._draw_together(group, (index, place), stop)]
+
+    def _draw_together(self, prompts: list[list[int]], place: tuple[int, ...], stop: Stop | None) -> list[_Drawn]:
+        device, eos = input_device(self.model), self.sampling.eos_token_ids
         ids, mask = pad_left(prompts)
-        recorder, stopper = _DensityRecorder(), _Stopper(ids.shape, stop)
+        processors, stopper = self.sampling.processors(), _Stopper(ids.shape, stop)
+        plain, sampled = _DensityRecorder(), _DensityRecorder()
         config = GenerationConfig(
             do_sample=True,
             temperature=1.0,
@@ -188,28 +295,44 @@ class Sampler:
             use_cache=True,
         )
         # The passes of a sharded model must be the same in number on all processes, whatever their prompts.
-        cache = None if self.sharded else read_prompts(self.model, prompts)
+        share = self._reading is Reading.SHARED and not self.sharded
+        cache = read_prompts(self.model, prompts) if share else None
         with own_config(self.model, config), _seeded(device, (self.seed, *place)):
             sequences = self.model.generate(
                 ids.to(device),
                 attention_mask=mask.to(device),
-                past_key_values=cache,
                 generation_config=config,
-                logits_processor=LogitsProcessorList([*self.sampling.processors(), recorder]),
+                logits_processor=LogitsProcessorList([plain, *processors, sampled] if processors else [plain]),
                 stopping_criteria=None if stop is None else StoppingCriteriaList([stopper]),
                 synced_gpus=self.sharded and PartialState().num_processes > 1,
+                **{CACHE: cache},
             )
-        logprobs = recorder.finish(sequences, start=ids.shape[1]).double().cpu()
+        before = plain.finish(sequences, start=ids.shape[1])
+        logprobs = sampled.finish(sequences, start=ids.shape[1]) if processors else before
         responses = sequences[:, ids.shape[1] :].tolist()
-        samples = []
-        for response, terms, limit in zip(responses, logprobs, stopper.lengths):
+        found = []
+        for response, terms, own, limit in zip(responses, logprobs, before, stopper.lengths):
             length = next((at for at, token in enumerate(response[:limit], 1) if token in eos), limit or len(response))
-            samples.append(Sample(response[:length], float(terms[:length].sum()), response[length - 1] in eos))
-        return samples
+            sample = Sample(response[:length], float(terms[:length].sum()), response[length - 1] in eos)
+            found.append(_Drawn(sample, own[:length]))
+        return found
+
+
+def _kinds(batches: list[tuple[int, list[int]]], prompts: Sequence[list[int]]) -> dict[str, tuple[int, list[int]]]:
+    """The first batch of each kind that a model may go wrong on, and the one with the longest prompt."""
+    kinds: dict[str, tuple[int, list[int]]] = {}
+    for batch in batches:
+        lines = [tuple(prompts[row]) for row in batch[1]]
+        kinds.setdefault("any", batch)
+        if len(set(map(len, lines))) > 1:
+            kinds.setdefault("padded", batch)
+        if len(set(lines)) < len(lines):
+            kinds.setdefault("shared", batch)
+    return kinds | ({"longest": batches[-1]} if batches else {})
 
 
 class _DensityRecorder(LogitsProcessor):
-    """The last processor: notes the log-probability of each token under the very scores it is sampled from."""
+    """Notes the log-probability of each token under the scores that come by; the last processor's are sampled from."""
 
     def __init__(self) -> None:
         self._pending: Tensor | None = None
@@ -217,27 +340,27 @@ class _DensityRecorder(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._settle(input_ids[:, -1])
-        self._pending = scores.float().log_softmax(dim=-1)
+        self._pending = scores
         return scores
 
     def _settle(self, tokens: Tensor) -> None:
         # A step's token is known when the next step begins, so one (B, V) tensor is alive and not one per step.
         if self._pending is not None:
-            self._settled.append(self._pending.gather(1, tokens[:, None]).squeeze(1))
+            self._settled.append(token_logprobs(self._pending, tokens))
 
     def finish(self, sequences: Tensor, *, start: int) -> Tensor:
-        """Log-probabilities (B, T) of the tokens after `start`."""
+        """Log-probabilities (B, T) of the tokens after `start`, float64 on the CPU."""
         steps = sequences.shape[1] - start
         if len(self._settled) < steps:
             self._settle(sequences[:, -1])
         # `generate` may see one step late that all rows have ended, and take that step back.
-        return torch.stack(self._settled[:steps], dim=1)
+        return torch.stack(self._settled[:steps], dim=1).double().cpu()
 
 
 class _Stopper(StoppingCriteria):
     """Ends each response where `stop` says so, and notes its length: a row that has ended goes on being filled."""
 
-    def __init__(self, shape: torch.Size, stop: Callable[[list[int]], bool] | None) -> None:
+    def __init__(self, shape: torch.Size, stop: Stop | None) -> None:
         rows, self._start = shape
         self._stop = stop
         self.lengths: list[int | None] = [None] * rows
@@ -313,7 +436,7 @@ def read_prompts(model: PreTrainedModel, prompts: Sequence[list[int]]) -> Cache 
     with own_config(model, config):
         # By `generate` itself, which knows what each architecture wants; the token that it finds is not needed.
         read = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
-    cache = read.get("past_key_values")
+    cache = read.get(CACHE)
     if not is_repeatable(cache):
         return None
     line_of = {prompt: line for line, prompt in enumerate(distinct)}

@@ -13,9 +13,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_coverage.functional.checks import check_n, metric_key
+from hf_coverage.functional.checks import check_n, coverage_key
+from hf_coverage.functional.coverage_watch import WatchState, Worsening, update_watch
 from hf_coverage.measure.corpus_callback import CorpusCallback
-from hf_coverage.measure.coverage_watch import WatchState, Worsening, update_watch
 from hf_coverage.measure.engine import ScoringOptions
 from hf_coverage.measure.evaluation_callback import CoverageWarning
 from hf_coverage.measure.profile import CoverageProfile
@@ -113,7 +113,7 @@ class CoverageCallback(CorpusCallback):
             known = self._run_corpus.reference_logprobs is not None
         else:
             known = self._corpus is not None and "reference_logprob" in self._corpus.column_names
-        names = [f"cov_{metric_key(n)}" if known else f"cov_upper_{metric_key(n)}" for n in self.n]
+        names = [coverage_key(n, upper_bound=not known) for n in self.n]
         return [*names, "kl", "sequence_cross_entropy"] if known else [*names, "sequence_cross_entropy"]
 
     def compute_metrics(
@@ -181,7 +181,7 @@ def _worsening_message(
     best = worsening.best
     folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{best.step}"
     where = str(folder) if folder.is_dir() else "not saved as a checkpoint"
-    what = f"the upper bound on Cov_{metric_key(n)}" if profile.is_upper_bound else f"Cov_{metric_key(n)}"
+    what = f"the {profile.label(n)}" if profile.is_upper_bound else profile.label(n)
     return (
         f"Coverage is getting worse while cross-entropy improves. From step {best.step} to step {step}, {what} went "
         f"up from {best.coverage:.4g} to {worsening.coverage:.4g} (lower is better) and cross-entropy fell from "

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-__all__ = ["check_values", "read_column", "read_logprobs", "read_pairs", "require_columns", "require_dataset"]
+__all__ = [
+    "check_values",
+    "read_column",
+    "read_logprobs",
+    "read_pairs",
+    "read_prompts",
+    "require_columns",
+    "require_dataset",
+]
 
 # A density can exceed 1 by rounding only: a sum of float32 log-softmax terms of a near-certain response does so.
 _POSITIVE_ROUNDING = 1e-6
@@ -48,6 +56,14 @@ def read_column(corpus: Dataset, column: str) -> list[Any]:
     """The values of a column as plain Python objects."""
     # Without its format: a corpus that somebody set to "torch" would give tensors.
     return corpus.with_format(None)[column][:]
+
+
+def read_prompts(corpus: Dataset) -> tuple[str, list[Any]]:
+    """The kind of the prompts ("text", "chat messages", "token ids" or "empty"), and the checked column."""
+    require_dataset(corpus)
+    require_columns(corpus, ("prompt",))
+    prompts = read_column(corpus, "prompt")
+    return check_values(prompts, "prompt"), prompts
 
 
 def read_pairs(corpus: Dataset) -> tuple[str, list[Any], list[Any]]:

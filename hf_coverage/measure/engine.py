@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -18,9 +17,19 @@ from hf_coverage.functional.logprobs import collision_probability, logsumexp, to
 from hf_coverage.functional.ttt_config import TTTConfig
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.forward import HeadForward, HeadOutput
-from hf_coverage.inference.forward_batches import Batch, BatchPasses, Step, predicted_tokens, tokens_read
+from hf_coverage.inference.forward_batches import (
+    Batch,
+    BatchPasses,
+    Step,
+    passes_missed,
+    predicted_tokens,
+    tokens_read,
+)
+from hf_coverage.inference.output_head import OutputHead
+from hf_coverage.inference.processes import map_over_processes
+from hf_coverage.inference.self_check import Reading
 from hf_coverage.measure.scores import Scores
-from hf_coverage.ttt.adapted_heads import Reading, read_batch, require_adaptable, score_heads
+from hf_coverage.ttt.adapted_heads import HeadReading, read_batch, require_adaptable, score_heads
 from hf_coverage.ttt.adapted_rows import RowScorer
 
 __all__ = ["ScoringEngine", "ScoringOptions", "refuse_nan", "score_plain"]
@@ -33,10 +42,11 @@ class ScoringOptions:
     Args:
         batch_tokens: Token positions computed in one forward pass, padding included; a longer row runs alone.
         logits_memory: Bytes for logits and one float32 copy of them, the teacher's included.
-        share_prefixes: Whether responses of one prompt continue from one run of it where the architecture allows it.
+        share_prefixes: Whether responses of one prompt continue from one run of it where the model allows it.
         per_token: Whether the log-probability of each token is kept.
         head_statistics: Whether the output head's norms and inherent variance are measured.
         ttt: What makes a step after each token; None: nothing.
+        batch_invariant: Whether each row is read in a pass of its own, so that no bit of its score depends on others.
 
     Raises:
         ValueError: If a size is not positive, or `ttt` is combined with `head_statistics` or has no single step size.
@@ -48,6 +58,7 @@ class ScoringOptions:
     per_token: bool = False
     head_statistics: bool = False
     ttt: TTTConfig | None = None
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "logits_memory"):
@@ -76,12 +87,13 @@ class ScoringEngine:
 
     def __init__(self, model: nn.Module, teacher: nn.Module | None, options: ScoringOptions) -> None:
         self.options = options
-        self.state = PartialState()
         if options.ttt is not None and teacher is not None:
             raise ValueError("`teacher` measures a model that stays what it is: leave out it or `ttt`.")
         self._passes = BatchPasses(
             model, teacher, batch_tokens=options.batch_tokens, logits_memory=options.logits_memory
         )
+        self._reading: Reading | None = None
+        self._left_padding = False
         self._rows: RowScorer | None = None
         if options.ttt is not None and options.ttt.scope == "head":
             require_adaptable(self._passes)
@@ -109,7 +121,7 @@ class ScoringEngine:
             Their scores.
 
         Raises:
-            ValueError: If a token id or a row's length does not fit, or the model returns NaN.
+            ValueError: If a token id or a row's length does not fit, a model is not causal, or it returns NaN.
         """
         (scores,) = self.score_rules(corpus, rows, [self.options.ttt], advance)
         refuse_nan(scores, rows, self.options.ttt)
@@ -135,29 +147,37 @@ class ScoringEngine:
             For each rule the scores of the rows, NaN where it has led the model there.
 
         Raises:
-            ValueError: If a token id or a row's length does not fit.
+            ValueError: If a token id or a row's length does not fit, or a model is not causal.
         """
         self.check(corpus, rows)
+        if self._reading is None:
+            self._find_reading(corpus)
         batches = self._plan(corpus, rows)
-        world, rank = self.state.num_processes, self.state.process_index
-        parts = []
-        for start in range(0, len(batches), world):
-            together = batches[start : start + world]
-            if rank < len(together):
-                parts.append((together[rank].rows, self._score_batch(corpus, together[rank], rules)))
-            if self._passes.sharded:  # every process has to take part in every forward pass of the others
-                done = together[rank].num_forwards if rank < len(together) else 0
-                self._passes.run_along(max(batch.num_forwards for batch in together) - done)
+
+        def keep_pace(together: Sequence[Batch], own: Batch | None) -> None:
+            if self._passes.sharded:
+                self._passes.run_along(passes_missed(together, own))
             advance(sum(tokens_read(corpus, row) for batch in together for row in batch.rows))
-        gathered = gather_object(parts)
+
+        score_batch = partial(self._score_batch, corpus, rules=rules)
+        found = map_over_processes(score_batch, batches, after_round=keep_pace)
         return [
-            _assemble([(own, values[index]) for own, values in gathered], corpus, rows, self.options)
-            for index in range(len(rules))
+            _assemble([(batch.rows, values) for batch, values in zip(batches, own)], corpus, rows, self.options)
+            for own in zip(*found)
         ]
+
+    def _find_reading(self, corpus: EncodedCorpus) -> None:
+        """Find out, once, what of the corpus the model may read together."""
+        self.check(corpus, range(len(corpus)))  # its longest row is among what is read
+        fastest = Reading.ALONE if self.options.batch_invariant else Reading.SHARED
+        self._reading = self._passes.check(corpus, fastest)
+        if self._rows is not None and self._reading < Reading.EQUAL:
+            self._left_padding = self._passes.ignores_left_padding(corpus)
 
     def _plan(self, corpus: EncodedCorpus, rows: range) -> list[Batch]:
         if self._rows is not None:
-            return self._rows.plan(corpus, rows)
+            alone = self._reading is Reading.ALONE
+            return self._rows.plan(corpus, rows, together=not alone, padding=self._left_padding)
         return self._passes.plan(corpus, rows, share_prefixes=self.options.share_prefixes)
 
     def _score_batch(
@@ -186,7 +206,7 @@ def _assemble(
     rows: range,
     options: ScoringOptions,
 ) -> Scores:
-    """Put the batches of all processes into the order of the rows, and sum up each row."""
+    """Put the rows of all batches into their order, and sum up each row."""
     tokens: dict[str, list[Any]] = {name: [None] * len(rows) for name in parts[0][1]}
     for batch_rows, values in parts:
         ends = list(accumulate(len(corpus.completions[row]) for row in batch_rows))
@@ -263,7 +283,7 @@ def score_plain(
 
 
 def _response_passes(
-    reading: Reading, corpus: EncodedCorpus, batch: Batch, head: nn.Module
+    reading: HeadReading, corpus: EncodedCorpus, batch: Batch, head: OutputHead
 ) -> Iterator[tuple[Step, list[HeadOutput]]]:
     """The passes of a reading as they would be had it been of the responses alone: to the bit the same numbers."""
     lines = [predicted_tokens(corpus, row, on_prompt=reading.on_prompt) for row in batch.rows]

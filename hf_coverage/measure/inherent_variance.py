@@ -1,4 +1,5 @@
-"""B and the inherent variance of a causal language model's output head on a corpus: the constants of the theory.
+"""What the theorems need to know of a model and a corpus: B and the inherent variance of its output head, and the norm
+of the gradients that training steps along.
 
 For logits `W h_t` the features of the linear model are `phi(x, y_1..t) = e_{y_t} (x) h_t`, of norm ||h_t||, and
 
@@ -14,20 +15,28 @@ is too large on average, never too small: it measures the spread around the mode
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from numpy.typing import ArrayLike, NDArray
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_coverage.functional.gradients import global_norm
+from hf_coverage.functional.logprobs import token_logprobs
 from hf_coverage.functional.statistics import MeanEstimate, clustered_mean, mean_interval, row_weights
 from hf_coverage.functional.step_sizes import LinearProblem
+from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.forward import HeadForward, inference
+from hf_coverage.inference.forward_batches import Limits, build_step, plan_batches
+from hf_coverage.inference.output_head import OutputHead
+from hf_coverage.inference.processes import map_over_processes
+from hf_coverage.inference.self_check import Reading
 from hf_coverage.measure.reference import read_reference
 from hf_coverage.measure.scoring import score_responses
 
@@ -35,8 +44,7 @@ __all__ = [
     "COLUMNS",
     "InherentVariance",
     "estimate_inherent_variance",
-    "head_norm",
-    "is_tied",
+    "gradient_norms",
     "measure_inherent_variance",
     "require_linear_head",
 ]
@@ -171,7 +179,7 @@ def estimate_inherent_variance(
     )
 
 
-def require_linear_head(model: nn.Module) -> nn.Linear:
+def require_linear_head(model: nn.Module) -> OutputHead:
     """Find the output head of a model whose logits are `W h_t`, plus a bias where there is one.
 
     Raises:
@@ -179,11 +187,10 @@ def require_linear_head(model: nn.Module) -> nn.Linear:
     """
     forward = HeadForward(model)
     name = type(forward.model).__name__
-    if not isinstance(forward.head, nn.Linear):
+    if not forward.head.linear:
         raise ValueError(
             f"`model` must have a linear output head, whose features are e_y (x) h_t, but that of {name} is a "
-            f"{type(forward.head).__name__}. Merge adapters first (`merge_and_unload`); for an autoregressive linear "
-            "model see `tasks.linear_exact`."
+            f"{forward.head.description}. Merge adapters first (`merge_and_unload`)."
         )
     with inference(forward.model):
         if not forward.probe().plain_head:
@@ -195,11 +202,86 @@ def require_linear_head(model: nn.Module) -> nn.Linear:
     return forward.head
 
 
-def head_norm(head: nn.Linear) -> float:
-    """Take the norm of a head's parameters: the radius of the smallest ball around zero that holds them."""
-    return float(global_norm([parameter.detach() for parameter in head.parameters()]))
+def gradient_norms(
+    model: nn.Module,
+    encoded: EncodedCorpus,
+    *,
+    batch_size: int,
+    num_batches: int = 8,
+    seed: int = 0,
+    batch_tokens: int = 1024,
+) -> NDArray[np.float64]:
+    """Measure `||g||` of some minibatches: `g = 1/K sum_i sum_h grad log p(y_ih | x_i, y_i<h)`.
+
+    One Euclidean norm over all trainable parameters, as `NormalizedSGD` takes it: what lambda is to be compared with.
+    Dropout is off. A job of several processes shares the minibatches. The model comes back as it was, its gradients
+    too; this one takes as much memory as the parameters, in float32 at least.
+
+    Args:
+        model: Causal language model, whole on each process.
+        encoded: Token ids.
+        batch_size: K, sequences in a minibatch, drawn without replacement.
+        num_batches: How many minibatches.
+        seed: Of the draws.
+        batch_tokens: Token positions in one backward pass, padding included; a longer row runs alone.
+
+    Returns:
+        The norms `(num_batches,)`, on every process.
+
+    Raises:
+        ValueError: If a number is below 1, `batch_size` exceeds the rows, nothing can be trained, or the model's
+            parameters are spread over processes.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> _ = torch.manual_seed(0)
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=11, n_positions=32))
+        >>> encoded = EncodedCorpus(prompts=[[1, 2], [3]], completions=[[3, 4, 5], [6, 7]])
+        >>> gradient_norms(model, encoded, batch_size=2, num_batches=1).round(1)
+        array([4.9])
+
+    References:
+        arXiv 2510.15020, Equations (14), (17).
+    """
+    for name, value in (("batch_size", batch_size), ("num_batches", num_batches), ("batch_tokens", batch_tokens)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, but is {value}.")
+    if batch_size > len(encoded):
+        raise ValueError(
+            f"`batch_size` must be at most the {len(encoded)} rows of the corpus, but is {batch_size}: give more "
+            "rows, or a smaller minibatch."
+        )
+    forward = HeadForward(model)
+    if forward.sharded:
+        raise ValueError("`model` must be whole on each process, but it is sharded: load it without FSDP.")
+    parameters = [parameter for parameter in forward.model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError("`model` has no trainable parameters; set `requires_grad_(True)` on those to train.")
+    rng = np.random.default_rng(seed)
+    minibatches = [rng.choice(len(encoded), batch_size, replace=False).tolist() for _ in range(num_batches)]
+
+    def norm(rows: list[int]) -> float:
+        return float(global_norm(_gradient(forward, parameters, encoded, rows, batch_tokens)))
+
+    with inference(forward.model), torch.enable_grad():
+        return np.array(map_over_processes(norm, minibatches))
 
 
-def is_tied(model: nn.Module, head: nn.Linear) -> bool:
-    """Tell whether a head's matrix is another layer's as well, as a rule the input embedding's."""
-    return sum(parameter is head.weight for _, parameter in model.named_parameters(remove_duplicate=False)) > 1
+def _gradient(
+    forward: HeadForward, parameters: list[Tensor], encoded: EncodedCorpus, rows: Sequence[int], batch_tokens: int
+) -> list[Tensor]:
+    """Gradient of the mean log-probability of some sequences."""
+    gradient = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+    # Without a bound on positions no row is cut: its segments would need one another's gradients.
+    limits = Limits(batch_tokens, sys.maxsize)
+    for batch in plan_batches(encoded, rows, limits, reading=Reading.PADDED):
+        first = np.cumsum([0, *(len(encoded.completions[row]) for row in batch.rows[:-1])])
+        step = build_step(encoded, batch.rows, first, 0, batch.cuts[0], context=0)
+        logits = forward(step.ids, step.positions).take_logits(slice(None))
+        pick, labels = (torch.from_numpy(part).to(logits.device) for part in (step.pick, step.labels))
+        logprob = token_logprobs(logits[pick], labels).sum() / len(rows)
+        parts = torch.autograd.grad(logprob, parameters, allow_unused=True)
+        for total, part in zip(gradient, parts):
+            if part is not None:
+                total += part
+    return gradient

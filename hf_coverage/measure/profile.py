@@ -1,22 +1,34 @@
 """The coverage profile of one model on one reference corpus."""
 
+from __future__ import annotations
+
+import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, get_args, overload
+from typing import TYPE_CHECKING, Any, get_args, overload
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from hf_coverage.functional.bounds import BestOfNBudget, best_of_n_budget
-from hf_coverage.functional.checks import FloatArray, ReferenceKind, check_log_ratios, check_logprobs, metric_key
-from hf_coverage.functional.coverage import coverage, coverage_interval, log_ratios, reached, smallest_n
+from hf_coverage.functional.checks import (
+    ROUNDING,
+    FloatArray,
+    ReferenceKind,
+    check_log_ratios,
+    check_logprobs,
+    coverage_key,
+    metric_key,
+)
+from hf_coverage.functional.coverage_profile import coverage, coverage_interval, log_ratios, reached, smallest_n
 from hf_coverage.functional.statistics import MeanEstimate, clustered_mean, group_codes, row_weights
-from hf_coverage.measure.profile_json import read_profile_fields, write_profile_fields
-from hf_coverage.measure.profile_merge import merged_fields
-from hf_coverage.measure.profile_plot import draw_profiles, profile_grid
-from hf_coverage.plots import ProfileCurve
+from hf_coverage.inference.files import read_json, write_atomically
+from hf_coverage.plots import ProfileCurve, plot_profiles
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["CoverageProfile"]
 
@@ -26,6 +38,10 @@ _QUANTITY = {
     "samples": "upper bound on Cov_N",
     "answer": "answer-level Cov_N",
 }
+
+_FORMAT = 1
+_ARRAYS = {"log_ratios": np.float64, "logprobs": np.float64, "groups": np.uint64, "weights": np.float64}
+_FIELDS = (*_ARRAYS, "kind", "name")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +64,11 @@ class CoverageProfile:
         >>> profile = CoverageProfile.from_logprobs([-1.0, -2.0, -9.0, -1.0], [-1.0, -1.0, -1.0, -1.0])
         >>> profile.cov(2), profile.cov([2, 16]).tolist(), profile.kl
         (0.5, [0.5, 0.25], 2.25)
+        >>> profile.key(2), profile.label(2), profile.level(2)
+        ('cov_2', 'Cov_2', 0.5)
+        >>> bound = CoverageProfile.from_logprobs([-1.0, -2.0, -9.0, -1.0])
+        >>> bound.key(2), bound.label(2), bound.level(2)
+        ('cov_upper_2', 'upper bound on Cov_2', 1.0)
 
     References:
         arXiv 2510.15020, Eq. (1) and (4), Remark 2.2.
@@ -70,7 +91,7 @@ class CoverageProfile:
         weights: ArrayLike | None = None,
         kind: ReferenceKind | None = None,
         name: str = "model",
-    ) -> "CoverageProfile":
+    ) -> CoverageProfile:
         """Profile from sequence log-probabilities.
 
         Args:
@@ -106,7 +127,7 @@ class CoverageProfile:
         groups: Iterable[Any] | None = None,
         weights: ArrayLike | None = None,
         name: str = "model",
-    ) -> "CoverageProfile":
+    ) -> CoverageProfile:
         """Profile from log ratios log D(y|x) - log p(y|x), nats; +inf where the model gives probability 0."""
         return cls._checked(check_log_ratios(log_ratios), None, groups, weights, "density", name)
 
@@ -119,13 +140,15 @@ class CoverageProfile:
         weights: ArrayLike | None,
         kind: ReferenceKind,
         name: str,
-    ) -> "CoverageProfile":
+    ) -> CoverageProfile:
         if kind not in get_args(ReferenceKind):
             raise ValueError(f"`kind` must be one of {', '.join(get_args(ReferenceKind))}, but is {kind!r}.")
+        _check_logprobs_of(ratios, model, kind)
         codes = None if groups is None else group_codes(groups)
-        if codes is not None and codes.size != ratios.size:
+        if codes is not None and codes.shape != ratios.shape:
             raise ValueError(f"`groups` must have one label a row, {ratios.size} in all, but has {codes.size}.")
-        return cls(ratios, model, codes, None if weights is None else row_weights(weights, ratios.size), kind, name)
+        weight = None if weights is None else row_weights(weights, ratios.size)
+        return cls(ratios, model, codes, weight, kind, str(name))
 
     @property
     def num_rows(self) -> int:
@@ -134,8 +157,9 @@ class CoverageProfile:
 
     @property
     def num_groups(self) -> int:
-        """Number of distinct prompts, the unit that intervals resample; `num_rows` where none were given."""
-        return self.num_rows if self.groups is None else np.unique(self.groups).size
+        """Distinct prompts of rows that have a weight, the unit of intervals; where none were given, those rows."""
+        codes = np.arange(self.num_rows) if self.groups is None else self.groups
+        return np.unique(codes if self.weights is None else codes[self.weights > 0]).size
 
     @property
     def is_upper_bound(self) -> bool:
@@ -146,6 +170,22 @@ class CoverageProfile:
     def quantity(self) -> str:
         """What `interval` and `plot` show, in words: Cov_N, an upper bound on it, or answer-level Cov_N."""
         return _QUANTITY[self.kind]
+
+    def key(self, n: float) -> str:
+        """Name of `level(n)` among metrics: `cov_<n>`, or `cov_upper_<n>` on a plain corpus."""
+        return coverage_key(n, upper_bound=self.is_upper_bound)
+
+    def label(self, n: float) -> str:
+        """Name of `level(n)` in sentences and tables: `quantity` with its N, such as `upper bound on Cov_16`."""
+        return self.quantity.replace("Cov_N", f"Cov_{metric_key(n)}")
+
+    @overload
+    def level(self, n: float) -> float: ...
+    @overload
+    def level(self, n: Sequence[float] | FloatArray) -> FloatArray: ...
+    def level(self, n: float | Sequence[float] | FloatArray) -> float | FloatArray:
+        """Cov_N, or its upper bound on a plain corpus: the `quantity` that this profile knows; lower is better."""
+        return coverage(self.log_ratios, n, weights=self.weights)
 
     @overload
     def cov(self, n: float) -> float: ...
@@ -158,7 +198,7 @@ class CoverageProfile:
             ValueError: on a plain corpus, where Cov_N cannot be estimated: use `cov_upper`.
         """
         self._require_density("cov", "`cov_upper(n)` gives the upper bound that the corpus allows")
-        return coverage(self.log_ratios, n, weights=self.weights)
+        return self.level(n)
 
     @overload
     def cov_upper(self, n: float) -> float: ...
@@ -231,11 +271,8 @@ class CoverageProfile:
             `cov_<n>` and `cov_<n>_stderr` for each n (`cov_upper_<n>` on a plain corpus), `kl` and `kl_stderr` where
             the reference has a density, `sequence_cross_entropy` and its `_stderr` where log p is known.
         """
-        prefix = "cov_upper_" if self.is_upper_bound else "cov_"
         estimates = {
-            prefix + metric_key(value): clustered_mean(
-                reached(self.log_ratios, value), groups=self.groups, weights=self.weights
-            )
+            self.key(value): clustered_mean(reached(self.log_ratios, value), groups=self.groups, weights=self.weights)
             for value in n
         }
         if not self.is_upper_bound:
@@ -247,29 +284,43 @@ class CoverageProfile:
             flat[key], flat[f"{key}_stderr"] = estimate.mean, estimate.standard_error
         return flat
 
-    def merge(self, other: "CoverageProfile") -> "CoverageProfile":
-        """The profile of both parts' rows together, exact and in any order; `+` does the same.
+    def merge(self, other: CoverageProfile) -> CoverageProfile:
+        """The profile of both parts' rows together, exact and in any order, under this one's name; `+` does the same.
 
         Raises:
             ValueError: if the parts know different things of their reference or only one of them has groups.
         """
-        return CoverageProfile(*merged_fields(self, other))
+        for what, mine, theirs in (
+            ("`kind`", self.kind, other.kind),
+            ("whether log p is known", self.logprobs is None, other.logprobs is None),
+            ("whether rows have `groups`", self.groups is None, other.groups is None),
+        ):
+            if mine != theirs:
+                raise ValueError(f"profiles to merge must agree on {what}, but have {mine!r} and {theirs!r}.")
+        unweighted = self.weights is None and other.weights is None
+        weights = [row_weights(part.weights, part.num_rows) for part in (self, other)]
+        return CoverageProfile(
+            np.concatenate([self.log_ratios, other.log_ratios]),
+            _concatenate(self.logprobs, other.logprobs),
+            _concatenate(self.groups, other.groups),
+            None if unweighted else np.concatenate(weights),
+            self.kind,
+            self.name,
+        )
 
     __add__ = merge
 
     def curve(self, n: Iterable[float] | None = None, confidence: float = 0.95) -> ProfileCurve:
         """Cov_N (or its upper bound) with its interval on a grid of N; by default up to where the profile ends."""
-        grid = np.asarray(profile_grid(self.log_ratios) if n is None else list(n), dtype=np.float64)
+        grid = np.asarray(_grid(self.log_ratios) if n is None else list(n), dtype=np.float64)
         bounds = np.asarray([self.interval(value, confidence) for value in grid])
-        return ProfileCurve(
-            self.name, grid, coverage(self.log_ratios, grid, weights=self.weights), bounds[:, 0], bounds[:, 1]
-        )
+        return ProfileCurve(self.name, grid, self.level(grid), bounds[:, 0], bounds[:, 1])
 
     def plot(
         self,
         path: str | PathLike[str] | None = None,
         *,
-        others: Sequence["CoverageProfile"] = (),
+        others: Sequence[CoverageProfile] = (),
         n: Iterable[float] | None = None,
         title: str | None = None,
     ) -> Figure:
@@ -284,22 +335,48 @@ class CoverageProfile:
         Raises:
             ValueError: if the profiles do not all show the same quantity.
         """
-        return draw_profiles((self, *others), path, n=n, title=title)
+        profiles = (self, *others)
+        quantities = sorted({profile.quantity for profile in profiles})
+        if len(quantities) > 1:
+            raise ValueError(f"`others` must show the same quantity as this profile, but there are {quantities}.")
+        grids = [_grid(profile.log_ratios) for profile in profiles]
+        grid = max(grids, key=lambda values: values[-1]).tolist() if n is None else list(n)
+        ylabel = quantities[0].replace("Cov_N", "Cov$_N$") + " (lower is better)"
+        return plot_profiles([profile.curve(grid) for profile in profiles], path, ylabel=ylabel, title=title)
 
     def to_json(self, path: str | PathLike[str] | None = None) -> str:
-        """The profile as JSON text, every number exact; also written to `path` where given."""
-        return write_profile_fields(vars(self), path)
+        """The profile as JSON text, every number exact, infinities as text; also written to `path` where given."""
+        text = json.dumps({"format": _FORMAT} | {name: getattr(self, name) for name in _FIELDS}, default=_encode)
+        if path is not None:
+            write_atomically(path, text)
+        return text
 
     @classmethod
-    def from_json(cls, source: str | PathLike[str]) -> "CoverageProfile":
+    def from_json(cls, source: str | PathLike[str]) -> CoverageProfile:
         """Read what `to_json` gave: its text, or the path it wrote.
 
         Raises:
             ValueError: if the text is not a coverage profile of a known format.
         """
         try:
-            return cls._checked(*read_profile_fields(source))
-        except (KeyError, TypeError, ValueError) as error:
+            facts = read_json(source, version=_FORMAT)
+            if not all(type(code) is int for code in facts["groups"] or ()):
+                raise TypeError("its groups are not all whole numbers")
+            if not isinstance(facts["name"], str):
+                raise TypeError(f"its name is {facts['name']!r}, which is no text")
+            arrays: dict[str, Any] = {
+                name: None if facts[name] is None else np.asarray(facts[name], dtype=kind)
+                for name, kind in _ARRAYS.items()
+            }
+            return cls._checked(
+                check_log_ratios(arrays["log_ratios"]),
+                arrays["logprobs"],
+                arrays["groups"],
+                arrays["weights"],
+                facts["kind"],
+                facts["name"],
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"`source` is not a coverage profile written by `to_json`: {error!r}.") from error
 
     def _require_density(self, what: str, instead: str) -> None:
@@ -313,3 +390,40 @@ class CoverageProfile:
         if self.logprobs is None:
             raise ValueError(f"`{what}` needs the model's log-probabilities: make the profile with `from_logprobs`.")
         return self.logprobs
+
+
+def _grid(log_ratios: FloatArray) -> FloatArray:
+    """N from 1 to where a profile has ended, at least 16 and at most 1,000,000, evenly in log N."""
+    finite = log_ratios[np.isfinite(log_ratios)]
+    top = float(finite.max()) + 0.25 if finite.size else 0.0
+    return np.exp(np.linspace(0.0, min(max(top, math.log(16)), math.log(1e6)), 97))
+
+
+def _concatenate(first: NDArray[Any] | None, second: NDArray[Any] | None) -> NDArray[Any] | None:
+    return None if first is None or second is None else np.concatenate([first, second])
+
+
+def _encode(array: NDArray[Any]) -> list[Any]:
+    """What JSON has no number for as "inf" and "-inf", which numpy reads back."""
+    return [str(value) if value in (math.inf, -math.inf) else value for value in array.tolist()]
+
+
+def _check_logprobs_of(ratios: FloatArray, model: FloatArray | None, kind: ReferenceKind) -> None:
+    """Refuse log ratios that are not those of these log-probabilities and a reference of this kind."""
+    if model is None:
+        if kind != "density":
+            raise ValueError(f"`kind` {kind!r} needs `logprobs`: log ratios alone are of a reference with a density.")
+        return
+    if check_logprobs(model).shape != ratios.shape:
+        raise ValueError(
+            f"`log_ratios` and `logprobs` must describe the same rows, but have {ratios.size} and {model.size}."
+        )
+    with np.errstate(invalid="ignore"):  # of a row that neither can produce
+        reference = np.where(np.isinf(ratios) & np.isinf(model), 0.0, ratios + model)
+    least = -ROUNDING if kind in ("samples", "single_answer") else -np.inf
+    bad = np.flatnonzero(~((reference > -np.inf) & (reference >= least) & (reference <= ROUNDING)))
+    if bad.size:
+        raise ValueError(
+            f"`log_ratios` must be log D - log p with log D {'0' if least > -1 else 'at most 0'} where `kind` is "
+            f"{kind!r}, but row {bad[0]} has {ratios[bad[0]]} with log p {model[bad[0]]}."
+        )

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from hf_coverage.functional.checks import ReferenceKind
 from hf_coverage.functional.statistics import group_codes
+from hf_coverage.inference.files import write_atomically, written_whole
 from hf_coverage.measure.corpus import reference_kind, validate_corpus
 
 __all__ = ["Reference", "load_reference", "read_reference", "write_reference"]
@@ -77,11 +78,11 @@ def write_reference(folder: str | Path, reference: Reference, facts: dict[str, A
     arrays: dict[str, NDArray[Any]] = {"rows": reference.rows, "groups": reference.groups}
     if reference.logprob is not None:
         arrays["reference_logprob"] = reference.logprob
-    # in one step: a killed run leaves no half-written file that would pass for a reference
-    save_file(arrays, Path(folder) / f".{_ARRAYS}.part")
-    (Path(folder) / f".{_ARRAYS}.part").replace(Path(folder) / _ARRAYS)
+    # a killed run leaves no half-written file that would pass for a reference
+    with written_whole(Path(folder) / _ARRAYS) as part:
+        save_file(arrays, part)
     text = json.dumps({"kind": reference.kind} | facts, indent=2, ensure_ascii=False)
-    (Path(folder) / _FACTS).write_text(text + "\n", encoding="utf-8")
+    write_atomically(Path(folder) / _FACTS, text + "\n")
 
 
 def load_reference(folder: str | Path) -> tuple[Reference, dict[str, Any]]:

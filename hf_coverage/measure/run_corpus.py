@@ -1,7 +1,6 @@
 """A reference corpus as one training run uses it: tokens, log D(y|x), groups, and the file that keeps them."""
 
 import hashlib
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.statistics import group_codes
 from hf_coverage.inference.encoded_rows import EncodedCorpus
+from hf_coverage.inference.files import written_whole
 from hf_coverage.measure.corpus import encode_corpus
 
 __all__ = ["RunCorpus"]
@@ -64,9 +64,8 @@ class RunCorpus:
         if self.reference_logprobs is not None:
             columns["reference_logprob"] = pa.array(self.reference_logprobs, pa.float64())
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        pq.write_table(pa.table(columns), unfinished)
-        os.replace(unfinished, path)
+        with written_whole(path) as part:
+            pq.write_table(pa.table(columns), part)
 
     @classmethod
     def load(cls, path: Path) -> "RunCorpus":

@@ -14,7 +14,9 @@ from hf_coverage.functional.checks import check_n
 from hf_coverage.functional.distillation import TokenRows, distillation_losses
 from hf_coverage.functional.objectives import distillation_weights
 from hf_coverage.inference.forward import HeadForward, inference, is_sharded, select_before, unwrap
-from hf_coverage.optim.trainer import IGNORED, SequenceLossMixin
+from hf_coverage.inference.output_head import find_head
+from hf_coverage.optim.packing import IGNORED, packed_sequences
+from hf_coverage.optim.trainer import SequenceLossMixin
 
 __all__ = ["DistillationMixin"]
 
@@ -26,8 +28,9 @@ class DistillationMixin(SequenceLossMixin):
 
     e is the KL from the teacher's to the model's next-token distribution. The weights w are constants: a sequence past
     log N goes on pulling at its first tokens, where the gradient of `min(log N, .)` itself would be 0. The loss is a
-    mean over sequences of a sum over tokens: K counts the rows with a label of one optimizer step, over all its
-    accumulation steps and processes. The method takes y from the teacher: train on sequences that it has sampled.
+    mean over sequences of a sum over tokens: K counts the sequences with a label of one optimizer step, over all its
+    accumulation steps and processes, in packed rows too, as `SequenceLossMixin` does. The method takes y from the
+    teacher: train on sequences that it has sampled.
 
     The teacher runs beside the model, without gradients, in evaluation mode and under the same autocast. Where a model
     ends in a linear layer, logits are made for a few tokens at a time and never kept; a model that scales or soft-caps
@@ -104,7 +107,8 @@ class DistillationMixin(SequenceLossMixin):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Take the loss of one batch, as the Trainer asks for it."""
-        inputs = dict(inputs)
+        sequences = packed_sequences(inputs)
+        inputs = dict(inputs) if sequences is None else sequences.labelled(inputs)
         targets = _targets(inputs)
         mask = targets != IGNORED
         with self.accelerator.autocast():
@@ -113,6 +117,8 @@ class DistillationMixin(SequenceLossMixin):
             in_chunks = self._in_chunks and not return_outputs
             outputs, student = _token_rows(model, inputs, mask, in_chunks=in_chunks)
             losses, divergences = distillation_losses(student, teacher, targets[mask], soft_targets=self.soft_targets)
+        if sequences is not None:
+            mask = sequences.unpack(mask, False)
         token_kl = divergences.new_zeros(mask.shape).masked_scatter_(mask, divergences)
         weights = distillation_weights(token_kl, mask, self.n)
         self._tally.add(token_kl, mask, weights, self.n)
@@ -181,6 +187,8 @@ class _Tally:
 
 def _targets(inputs: dict[str, Any]) -> Tensor:
     """`(B, T)`, what each position is to predict; taken out of the inputs, so that the model takes no loss itself."""
+    if "logits_to_keep" in inputs:
+        raise ValueError("distillation needs the logits of every token: leave `logits_to_keep` out of the batches.")
     labels, shifted = inputs.pop("labels", None), inputs.pop("shift_labels", None)
     if labels is None and shifted is None:
         raise ValueError("distillation needs `labels` in every batch: token ids, -100 where nothing is learned.")
@@ -192,13 +200,13 @@ def _token_rows(model: nn.Module, inputs: dict[str, Any], mask: Tensor, *, in_ch
     if not in_chunks or is_sharded(unwrap(model)):  # a sharded head has its weights only while the model runs
         outputs = model(**inputs, use_cache=False)
         return outputs, TokenRows(outputs.logits[mask])
-    head = unwrap(model).get_output_embeddings()
+    head = find_head(unwrap(model))
     positions = torch.nonzero(mask.flatten())[:, 0]
-    with select_before(head, positions, 1, tuple(mask.shape)) as seen:
+    with select_before(head.module, positions, 1, tuple(mask.shape)) as seen:
         outputs = model(**inputs, use_cache=False)
     if len(seen) != 1:
         raise RuntimeError(
-            f"Expected {type(unwrap(model)).__name__} to call its output head {type(head).__name__} once, got "
+            f"Expected {type(unwrap(model)).__name__} to call its output head {type(head.module).__name__} once, got "
             f"{len(seen)} calls; this model cannot be distilled."
         )
     return outputs, TokenRows(seen[0], head.weight, head.bias)
@@ -207,10 +215,10 @@ def _token_rows(model: nn.Module, inputs: dict[str, Any], mask: Tensor, *, in_ch
 def _ends_in_a_linear_layer(model: nn.Module) -> bool:
     """Whether logits are a linear layer of hidden states and nothing else, and so can be made a few at a time."""
     forward = HeadForward(model)
-    if type(forward.head) is not nn.Linear:
+    if not forward.head.linear:
         return False
     with inference(model):
-        return forward.probe().plain_head
+        return forward.probe().untouched  # training must not make them something else
 
 
 def _check_vocabularies(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
@@ -245,8 +253,8 @@ def _check_trainer(trainer: Any) -> None:
             "`compute_loss_func` and `label_smoothing_factor` would do nothing: the loss is the distillation's. "
             "Leave them out."
         )
-    if trainer.args.n_gpu > 1:
+    if getattr(trainer.model.config.get_text_config(), "output_router_logits", False):
         raise ValueError(
-            f"distillation runs on one device for each process, got {trainer.args.n_gpu} GPUs in this one; launch "
-            "it with `torchrun` or `accelerate launch`."
+            "`output_router_logits` asks for the loss that balances a mixture of experts, which would do nothing: the "
+            "loss is the distillation's. Set it to False in the model's configuration."
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any, Literal
@@ -17,8 +18,16 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
+from transformers import Trainer
 
-from hf_coverage.functional.gradients import normalize_, normalize_coordinates_, project_, tensor_norms
+from hf_coverage.functional.gradients import (
+    normalize_,
+    normalize_coordinates_,
+    project_,
+    stable_norm,
+    tensor_norms,
+)
+from hf_coverage.measure.evaluation_callback import callers
 
 __all__ = ["NormalizedGradient"]
 
@@ -35,7 +44,8 @@ class NormalizedGradient(Optimizer):
 
     `theta <- Proj(theta + eta g / (lam + ||g||))` with plain SGD inside, one norm over all parameter groups. Plain
     SGD is the faithful inner optimizer; AdamW divides by its own scale afterwards, which undoes most of the
-    normalisation. Turn clipping off (`max_grad_norm=0` in the Trainer): it would come first and change the norm.
+    normalisation. Turn clipping off (`max_grad_norm=0` in the Trainer): it would come first and change the norm. Of a
+    Trainer that clips the first step warns; what a loop of your own does it cannot see.
 
     After a step the parameters' `.grad` holds the normalised gradient, as after clipping. The step waits for the
     device only to read whether the gradient is finite, and not even there if the inner optimizer is one of torch's
@@ -97,7 +107,7 @@ class NormalizedGradient(Optimizer):
         self.per, self.radius, self.center, self.nonfinite = per, radius, center, nonfinite
         self.last_norm: Tensor | None = None
         self.num_nonfinite = torch.zeros((), dtype=torch.int64)
-        self._inner_has_stepped = False
+        self._inner_has_stepped = self._looked_for_clipping = False
         # The base class's constructor would start groups and state anew. This builds the rest: hooks and profiling.
         super().__setstate__({})
         self.defaults["lam"] = lam
@@ -149,9 +159,10 @@ class NormalizedGradient(Optimizer):
                 loss = closure()
         members = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         _check_parameters(members)
+        self._warn_of_clipping()
         gradients = [[_gradient_values(p) for p in parameters] for parameters in members]
         norms = tensor_norms(list(chain.from_iterable(gradients)))
-        nonfinite = self._record(torch.linalg.vector_norm(norms))
+        nonfinite = self._record(stable_norm(norms))
         # What GradScaler asks too: such an optimizer's kernel reads `found_inf` on the device. But its first step
         # allocates state, which a kernel that is skipped leaves undefined.
         fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
@@ -198,11 +209,16 @@ class NormalizedGradient(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("optimizer", "per", "radius", "center", "nonfinite", "last_norm", "num_nonfinite")
-        return {name: self.__dict__[name] for name in kept} | {"_inner_has_stepped": False}
+        return {name: self.__dict__[name] for name in kept} | {
+            "_inner_has_stepped": False,
+            "_looked_for_clipping": False,
+        }
 
     def _complete_groups(self) -> None:
         for group in self.param_groups:
             group.setdefault("lam", self.defaults["lam"])
+            if group.get("differentiable"):
+                raise ValueError("a parameter group has differentiable=True, but gradients are normalised in place.")
             if not 0 <= group["lam"] < math.inf:
                 raise ValueError(f"`lam` must be a finite number, at least 0, but is {group['lam']}.")
 
@@ -211,6 +227,20 @@ class NormalizedGradient(Optimizer):
         nonfinite = ~norm.isfinite()
         self.last_norm, self.num_nonfinite = norm, self.num_nonfinite + nonfinite
         return nonfinite
+
+    @torch.compiler.disable
+    def _warn_of_clipping(self) -> None:
+        """Say once that a Trainer clips: it has the arguments, and an optimizer is not given them."""
+        if self._looked_for_clipping:
+            return
+        self._looked_for_clipping = True
+        trainer = next(callers(Trainer), None)
+        if trainer is not None and trainer.args.max_grad_norm:
+            warnings.warn(
+                f"`max_grad_norm` is {trainer.args.max_grad_norm}: the Trainer clips the gradient before it is "
+                "normalised, which changes its norm. Set TrainingArguments(max_grad_norm=0.0).",
+                stacklevel=2,
+            )
 
     def _refuses(self, nonfinite: Tensor) -> bool:
         if not nonfinite:
@@ -228,7 +258,7 @@ class NormalizedGradient(Optimizer):
             if self.per == "coordinate":
                 normalize_coordinates_(members, group["lam"])
             else:
-                norm = {"model": self.last_norm, "group": torch.linalg.vector_norm(own), "tensor": own}[self.per]
+                norm = {"model": self.last_norm, "group": stable_norm(own), "tensor": own}[self.per]
                 normalize_(members, group["lam"], norm=norm)
 
     def _step_inner(self, found_inf: Tensor | None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,10 +14,9 @@ from transformers import TrainerCallback
 from hf_coverage.functional.checks import check_n
 from hf_coverage.functional.logprobs import sequence_logprobs
 from hf_coverage.functional.objectives import coverage_loss
+from hf_coverage.optim.packing import IGNORED, packed_sequences
 
 __all__ = ["CoverageLoss", "log_linear_n"]
-
-_IGNORED = -100
 
 
 class CoverageLoss(TrainerCallback):
@@ -30,7 +30,8 @@ class CoverageLoss(TrainerCallback):
     the loss, and with lengths that differ the weight of a step.
 
     Each row of a batch is one sequence, its labels not shifted and -100 where nothing is learned (prompts, padding).
-    Rows into which several sequences are packed would be taken for one.
+    The Trainer does not tell a loss function of rows into which several are packed: with `SequenceLossMixin` each
+    sequence counts; in a training loop of your own give the `position_ids`; a Trainer without the mixin is refused.
 
     Args:
         n: N, a finite number >= 1; or a function from the training's progress in [0, 1] to it, such as
@@ -58,13 +59,22 @@ class CoverageLoss(TrainerCallback):
         self._schedule = n if callable(n) else None
         self.n: float | None = None if callable(n) else check_n(n)
 
-    def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    def __call__(
+        self,
+        outputs: Any,
+        labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None = None,
+        *,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """Take the loss of one batch.
 
         Args:
             outputs: What the model returned, with `logits` `(B, T, V)`.
             labels: Token ids `(B, T)`.
             num_items_in_batch: K; None takes the sequences of this batch that have a label.
+            position_ids: `(B, T)` of the tokens, where rows hold several sequences, at whose beginnings they start
+                again. Models keep those apart without an attention mask and with `use_cache=False` only.
 
         Returns:
             Scalar of at least float32.
@@ -84,11 +94,21 @@ class CoverageLoss(TrainerCallback):
                 f"`labels` must have the shape (B, T) of the logits, {tuple(logits.shape[:-1])}, got "
                 f"{tuple(labels.shape)}; the model must return logits for every token."
             )
+        if outputs.get("aux_loss") is not None:
+            raise ValueError(
+                "the model returns an `aux_loss`, which balances a mixture of experts and would do nothing beside "
+                "this loss: set `output_router_logits` to False in its configuration."
+            )
+        sequences = None if position_ids is None else packed_sequences({"position_ids": position_ids})
+        if position_ids is None:
+            _refuse_packed_rows(sys._getframe(1).f_locals.get("inputs"))
+        if sequences is not None:
+            logits, labels = sequences.unpack(logits, 0.0), sequences.unpack(labels, IGNORED)
         logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
         targets = labels[:, 1:].to(logits.device)
-        nll = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORED, reduction="none")
+        nll = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
         losses = coverage_loss(sequence_logprobs(-nll.view(targets.shape)), self.n)
-        count = (targets != _IGNORED).any(-1).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+        count = (targets != IGNORED).any(-1).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         return (losses.sum() / count).to(logits.dtype)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -99,6 +119,15 @@ class CoverageLoss(TrainerCallback):
         """Follow the schedule."""
         if self._schedule is not None:
             self.n = check_n(self._schedule(state.global_step / max(1, state.max_steps)))
+
+
+def _refuse_packed_rows(inputs: Any) -> None:
+    """Refuse the caller's batch, which the Trainer does not hand to a loss function, if its rows hold several."""
+    if isinstance(inputs, Mapping) and packed_sequences(inputs) is not None:
+        raise ValueError(
+            "rows hold several sequences, for their `position_ids` start again, which a loss function cannot see: "
+            "take `SequenceLossMixin` for the Trainer, or give the loss the `position_ids` in a loop of your own."
+        )
 
 
 def log_linear_n(first: float, last: float) -> Callable[[float], float]:
@@ -119,4 +148,6 @@ def log_linear_n(first: float, last: float) -> Callable[[float], float]:
         [1.0, 8.0, 64.0]
     """
     first, last = check_n(first), check_n(last)
-    return lambda progress: first * (last / first) ** progress
+    lowest, highest = sorted((first, last))
+    # rounding must not take it beyond its ends: just below 1 there is no N
+    return lambda progress: min(highest, max(lowest, first * (last / first) ** progress))

@@ -31,6 +31,7 @@ class NormalizedSGD(NormalizedGradient):
         momentum: Of the normalised gradient.
         weight_decay: L2 penalty, added to the normalised gradient.
         nesterov: Nesterov's momentum.
+        maximize: Go up the gradient instead of down.
         foreach: Use torch's foreach implementation, or, if False, a loop. None lets its fused one run where it can.
         **options: `per`, `radius`, `center`, `nonfinite` of `NormalizedGradient`.
 
@@ -58,11 +59,12 @@ class NormalizedSGD(NormalizedGradient):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
+        maximize: bool = False,
         foreach: bool | None = None,
         **options: Any,
     ) -> None:
-        sgd = _ShardSGD(params, lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, foreach=foreach)
-        super().__init__(sgd, lam, **options)
+        settings = {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "maximize": maximize}
+        super().__init__(_ShardSGD(params, lr, **settings, foreach=foreach), lam, **options)
 
 
 class _ShardSGD(SGD):
@@ -70,6 +72,15 @@ class _ShardSGD(SGD):
 
     _step_supports_amp_scaling = True
     found_inf: Tensor | None = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        odd = [name for name in ("dampening", "fused") if self.param_groups[-1][name]]
+        if odd:
+            raise ValueError(
+                f"`params` has a group with {odd[0]}={self.param_groups[-1][odd[0]]}, which NormalizedSGD does not "
+                "know: take NormalizedGradient(torch.optim.SGD(...), lam=...)."
+            )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -88,9 +99,8 @@ class _ShardSGD(SGD):
                 foreach=not fused and group["foreach"],
                 fused=fused,
                 found_inf=self.found_inf if fused else None,
-                **{name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")},
+                **{name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov", "maximize")},
                 dampening=0.0,
-                maximize=False,
             )
 
     def _momentum_buffers(self, members: list[Tensor]) -> list[Tensor]:

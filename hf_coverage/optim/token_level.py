@@ -12,11 +12,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_coverage.functional.gradients import project_
 from hf_coverage.functional.head_training import adapt_head, apply_fast_weights
+from hf_coverage.functional.logprobs import log_softmax
 from hf_coverage.functional.ttt_config import StepRule
 from hf_coverage.inference.forward import HeadForward, inference
 
@@ -109,7 +110,7 @@ def _train_all(
             # The parameters have moved since the last token: nothing of the prefix can be reused.
             logits = model(input_ids=input_ids[None, :place]).logits[0, -1]
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            logprob = logits.log_softmax(-1)[labels[place]]
+            logprob = log_softmax(logits)[labels[place]]
             gradients = torch.autograd.grad(logprob, parameters, allow_unused=True)
         logprobs[place] = logprob.detach()
         with torch.no_grad():
@@ -143,10 +144,10 @@ def _head_of(model: PreTrainedModel) -> HeadForward:
     """The model, once it is certain that its output head can be trained in closed form."""
     forward = HeadForward(model)
     way_out = 'train the whole model, `scope="all"`.'
-    if not isinstance(forward.head, nn.Linear):
-        raise ValueError(f'`scope="head"` needs a linear output head, got {type(forward.head).__name__}; {way_out}')
-    shared = [name for name, p in model.named_parameters(remove_duplicate=False) if p is forward.head.weight]
-    if len(shared) > 1:
+    if not forward.head.linear:
+        raise ValueError(f'`scope="head"` needs a linear output head, got {forward.head.description}; {way_out}')
+    shared = forward.head.shared_with
+    if shared:
         raise ValueError(
             f'`scope="head"` needs a head of its own, but its weight is also {shared[0]}, whose change would change '
             "the head's input: untie them (`tie_word_embeddings=False` in the configuration, and a copy of the weight "

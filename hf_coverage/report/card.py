@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_coverage import __version__
-from hf_coverage.functional.checks import metric_key
+from hf_coverage.inference.files import written_whole
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.report.summary import profile_table, summarize_profiles
 from hf_coverage.report.table import Table, escape_markdown
@@ -94,7 +94,8 @@ def write_model_card(
         origin=Table(["", ""], [[k, str(v)] for k, v in provenance.items() if k != "command"]).to_markdown(),
         version=__version__,
     )
-    card.save(target)
+    with written_whole(target) as part:
+        card.save(part)
     return target
 
 
@@ -128,15 +129,13 @@ def coverage_eval_results(
 
 def _entries(profile: CoverageProfile, n: Sequence[float]) -> Iterator[tuple[str, str, float, dict[str, Any]]]:
     metrics = profile.metrics(n)
-    prefix = "cov_upper_" if profile.is_upper_bound else "cov_"
     for value in n:
-        key = metric_key(value)
-        name = profile.quantity.replace("Cov_N", f"Cov_{key}")
+        key, name = profile.key(value), profile.label(value)
         ends = [round(end, 6) for end in profile.interval(value)]
         yield (
-            prefix + key,
+            key,
             name[0].upper() + name[1:],
-            metrics[prefix + key],
+            metrics[key],
             {"n": int(value) if float(value).is_integer() else value, "interval_95": ends},
         )
     for key, name in (("kl", "KL, nats"), ("sequence_cross_entropy", "Sequence cross-entropy, nats")):

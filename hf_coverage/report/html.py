@@ -21,6 +21,7 @@ from markupsafe import Markup, escape
 
 from hf_coverage import __version__
 from hf_coverage.functional.checks import ReferenceKind
+from hf_coverage.inference.files import write_atomically
 from hf_coverage.report.table import Interval, Table, format_cell, format_number
 from hf_coverage.report.wording import how_to_read, what_is_known
 
@@ -133,7 +134,7 @@ def write_html_report(
     )
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
+    write_atomically(target, page)
     return target
 
 

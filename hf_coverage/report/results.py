@@ -13,7 +13,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from hf_coverage.functional.checks import metric_key
+import numpy as np
+
+from hf_coverage.inference.files import write_atomically, written_whole
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.report.provenance import git_hash, versions
 
@@ -88,7 +90,7 @@ def write_results(folder: str | PathLike[str], results: Mapping[str, Any]) -> Pa
     target = Path(folder) / f"results_{re.sub(':', '-', datetime.now().isoformat())}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_strict(results), indent=2, ensure_ascii=False, allow_nan=False)
-    target.write_text(text + "\n", encoding="utf-8")
+    write_atomically(target, text + "\n")
     return target
 
 
@@ -107,7 +109,7 @@ def write_samples(results: Path, profile: CoverageProfile) -> Path:
     columns = (profile.log_ratios, profile.logprobs, profile.groups, profile.weights)
     names = ("log_ratio", "logprob", "group", "weight")
     known = {key: column.tolist() for key, column in zip(names, columns) if column is not None}
-    with target.open("w", encoding="utf-8") as file:
+    with written_whole(target) as part, part.open("w", encoding="utf-8") as file:
         for row, values in enumerate(zip(*known.values())):
             file.write(json.dumps(_strict({"doc_id": row} | dict(zip(known, values))), allow_nan=False) + "\n")
     return target
@@ -118,14 +120,15 @@ def _paired(name: str, metrics: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _intervals(profile: CoverageProfile, n: Sequence[float], confidence: float) -> dict[str, list[float]]:
-    prefix = "cov_upper_" if profile.is_upper_bound else "cov_"
-    return {f"{prefix}{metric_key(value)},none": list(profile.interval(value, confidence)) for value in n}
+    return {f"{profile.key(value)},none": list(profile.interval(value, confidence)) for value in n}
 
 
 def _strict(value: Any) -> Any:
     """The same value without the numbers that JSON does not have."""
     if isinstance(value, Mapping):
         return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _strict(value.tolist())
     if isinstance(value, (list, tuple)):
         return [_strict(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):

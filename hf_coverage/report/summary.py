@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 from hf_coverage.functional.checks import metric_key
-from hf_coverage.functional.coverage import coverage
 from hf_coverage.functional.paired import PairedDifference, paired_coverage_difference
 from hf_coverage.functional.statistics import MeanEstimate, mean_interval
 from hf_coverage.measure.profile import CoverageProfile
@@ -26,7 +25,7 @@ def profile_table(profiles: Sequence[CoverageProfile], n: Sequence[float], *, re
     """
     quantity = shared_quantity(profiles)
     columns: list[Column | str] = ["model", "rows", "prompts"]
-    columns += [Column(quantity.replace("Cov_N", f"Cov_{metric_key(value)}"), "lower") for value in n]
+    columns += [Column(profiles[0].label(value), "lower") for value in n]
     bound = profiles[0].is_upper_bound
     columns += [] if bound else [Column("KL", "lower")]
     columns += [Column("cross-entropy", "lower"), Column("Best-of-N budget", "lower")]
@@ -75,16 +74,16 @@ def comparison_table(baseline: CoverageProfile, others: Sequence[CoverageProfile
         others: profiles of the same rows, in the same order.
         n: the N to show.
     """
-    quantity = shared_quantity([baseline, *others])
+    shared_quantity([baseline, *others])
     rows: list[list[Cell]] = []
     for other in others:
         for value, difference in zip(n, paired_differences(baseline, other, n)):
             rows.append(
                 [
                     other.name,
-                    quantity.replace("Cov_N", f"Cov_{metric_key(value)}"),
-                    _value(other, value),
-                    _value(baseline, value),
+                    baseline.label(value),
+                    other.level(value),
+                    baseline.level(value),
                     Interval(difference.difference, difference.low, difference.high),
                     difference.p_value,
                     verdict(difference),
@@ -119,7 +118,7 @@ def summarize_profiles(
     """
     shared_quantity(profiles)
     at = max(n)
-    ordered = sorted(profiles, key=lambda profile: _value(profile, at))
+    ordered = sorted(profiles, key=lambda profile: profile.level(at))
     sentences = [_coverage_sentence(profiles[0], at)] if len(profiles) == 1 else [_ranking_sentence(ordered, at)]
     if baseline:
         sentences += [_difference_sentence(profiles[0], other, at) for other in profiles[1:]]
@@ -138,7 +137,7 @@ def shared_quantity(profiles: Sequence[CoverageProfile]) -> str:
 
 def coverage_cell(profile: CoverageProfile, n: float) -> Interval:
     """Cov_N (its upper bound on a plain corpus) with its 95 % interval."""
-    return Interval(_value(profile, n), *profile.interval(n))
+    return Interval(profile.level(n), *profile.interval(n))
 
 
 def verdict(difference: PairedDifference) -> str:
@@ -146,10 +145,6 @@ def verdict(difference: PairedDifference) -> str:
     if difference.low > 0:
         return "worse"
     return "better" if difference.high < 0 else "no clear difference"
-
-
-def _value(profile: CoverageProfile, n: float) -> float:
-    return coverage(profile.log_ratios, n, weights=profile.weights)
 
 
 def _mean_cell(mean: float, standard_error: float, num_groups: int) -> Interval:
@@ -164,23 +159,21 @@ def _cross_entropy_cell(profile: CoverageProfile) -> Interval | None:
 
 def _coverage_sentence(profile: CoverageProfile, n: float) -> str:
     value, low, high = coverage_cell(profile, n)
-    quantity = profile.quantity.replace("Cov_N", f"Cov_{metric_key(n)}")
     share = f"{_percent(value)} of the reference's responses (95 % interval {_percent(low)} to {_percent(high)})"
     if profile.is_upper_bound:
         return (
             f"At most {share} are at least {metric_key(n)} times less likely under {profile.name} than under the "
-            f"reference: the {quantity} is {format_number(value)}. Lower is better."
+            f"reference: the {profile.label(n)} is {format_number(value)}. Lower is better."
         )
     return (
         f"{share} are at least {metric_key(n)} times less likely under {profile.name} than under the reference: "
-        f"{quantity} = {format_number(value)}. Lower is better."
+        f"{profile.label(n)} = {format_number(value)}. Lower is better."
     )
 
 
 def _ranking_sentence(ordered: Sequence[CoverageProfile], n: float) -> str:
-    quantity = ordered[0].quantity.replace("Cov_N", f"Cov_{metric_key(n)}")
-    ranking = ", ".join(f"{profile.name} ({format_number(_value(profile, n))})" for profile in ordered)
-    return f"{_capital(quantity)} from best to worst: {ranking}. Lower is better."
+    ranking = ", ".join(f"{profile.name} ({format_number(profile.level(n))})" for profile in ordered)
+    return f"{_capital(ordered[0].label(n))} from best to worst: {ranking}. Lower is better."
 
 
 def _difference_sentence(baseline: CoverageProfile, other: CoverageProfile, n: float) -> str:

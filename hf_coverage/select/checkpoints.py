@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_coverage.functional.checks import metric_key
+from hf_coverage.inference.files import write_atomically
 from hf_coverage.select.result import TournamentResult
 
 __all__ = [
@@ -117,9 +118,7 @@ def write_best_checkpoint(
     }
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.part")
-    unfinished.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(target)
+    write_atomically(target, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     return target
 
 

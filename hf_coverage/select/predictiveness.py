@@ -6,19 +6,21 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from hf_coverage.functional.bounds import pass_probabilities
 from hf_coverage.functional.checks import check_n, metric_key
-from hf_coverage.functional.coverage import reached
+from hf_coverage.functional.coverage_profile import reached
 from hf_coverage.functional.predictiveness import RankCorrelations, rank_correlations
 from hf_coverage.inference.files import strict_json
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.plots import plot_predictiveness
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["PredictivenessResult", "predictiveness"]
 
@@ -172,7 +174,7 @@ def predictiveness(
         raise ValueError("`n` must hold at least one N for Cov_N, but is empty.")
     _check_one_corpus(profiles)
     first = profiles[0]
-    names = {value: first.quantity.replace("Cov_N", f"Cov_{metric_key(value)}") for value in levels}
+    names = {value: first.label(value) for value in levels}
     ratios = np.array([profile.log_ratios for profile in profiles])
     guides: dict[str, NDArray[Any]] = {}
     if first.logprobs is not None:

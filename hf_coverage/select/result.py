@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from hf_coverage.functional.checks import FloatArray, metric_key
 from hf_coverage.functional.tournament_guarantee import offset_guarantee, simple_guarantee
 from hf_coverage.functional.tournament_standing import TieBreak
 from hf_coverage.inference.files import read_json, strict_json
 from hf_coverage.plots import plot_challenges
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["SweepPoint", "TournamentResult"]
 
@@ -46,12 +49,13 @@ class TournamentResult:
         offsets: `(M, M)` 2 g O[a, b]; zeros in a simple tournament.
         gamma: g of an offset tournament; None in a simple one.
         scores: worst challenge of each candidate.
-        mean_challenges: mean challenge of each candidate, the first tie-break.
+        mean_challenges: mean challenge of each candidate, without an offset, the first tie-break.
         cross_entropies: E[-log p] of each candidate, nats a response, the second tie-break.
         ranking: candidates, best first; those that racing dropped come last.
         ties: the candidates with the least score, where there are several; else empty.
         decided_by: what broke the tie; None where there was none.
-        win_rates: how often each candidate wins when prompts are drawn anew; empty without a bootstrap.
+        win_rates: how often each candidate wins when prompts are drawn anew; empty without a bootstrap, or with one
+            prompt.
         num_rows: R.
         num_prompts: distinct prompts.
         sweep: the tournament at other N.
@@ -158,7 +162,7 @@ class TournamentResult:
         """
         try:
             return cls(**_read_fields(read_json(source, version=_FORMAT)))._checked()
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"`source` is not a tournament written by `to_json`: {error!r}.") from error
 
     def _checked(self) -> TournamentResult:
@@ -175,7 +179,45 @@ class TournamentResult:
         for what, some in (("ties", self.ties), ("win_rates", self.win_rates), ("dropped", self.dropped)):
             if not set(some) <= set(self.names):
                 raise ValueError(f"`{what}` must be of {list(self.names)}, but has {list(some)}")
+        for what, holds in self._facts():
+            if not holds:
+                raise ValueError(f"`{what}` is {getattr(self, what)!r}, which does not agree with the rest")
         return self
+
+    def _facts(self) -> Iterator[tuple[str, bool]]:
+        """What must hold of each field if a tournament made it."""
+        names, raced = self.names, self.race_confidence is not None
+        yield "names", bool(names) and len(set(names)) == len(names) and all(isinstance(name, str) for name in names)
+        yield "n", _is_number(self.n) and 1 <= self.n < np.inf
+        yield "rates", bool(((self.rates >= 0) & (self.rates <= 1)).all())
+        yield "gamma", self.gamma is None or (_is_number(self.gamma) and 0 < self.gamma < np.inf)
+        limit = 0.0 if self.gamma is None else 2 * self.gamma
+        yield "offsets", bool(((self.offsets >= 0) & (self.offsets <= limit)).all())
+        yield "scores", _agree(self.scores, dict(zip(names, self.matrix.max(0))))
+        others = max(1, len(names) - 1)
+        # the mean challenge was once taken after the offset
+        means = [dict(zip(names, table.sum(0) / others)) for table in (self.rates, self.matrix)]
+        yield "mean_challenges", any(_agree(self.mean_challenges, mean) for mean in means)
+        yield "cross_entropies", all(_is_number(loss) and loss >= 0 for loss in self.cross_entropies.values())
+        left = [name for name in self.ranking if name not in self.dropped]
+        levels = [round(self.scores[name], 12) for name in left]
+        yield "ranking", bool(left) and levels == sorted(levels) and list(self.ranking[: len(left)]) == left
+        level = [name for name in left if round(self.scores[name], 12) == levels[0]]
+        yield "ties", list(self.ties) == (level if len(level) > 1 else [])
+        yield "decided_by", self.decided_by in _RULES if self.ties else self.decided_by is None
+        yield "win_rates", all(_is_number(share) and 0 <= share <= 1 for share in self.win_rates.values())
+        yield "win_rates", set(self.win_rates) in (set(), set(left))
+        sizes = self.num_prompts, self.num_rows, *self.dropped.values()
+        yield "num_rows", all(type(size) is int and 1 <= size <= self.num_rows for size in sizes)
+        yield "num_prompts", 1 <= self.num_prompts <= self.num_rows
+        yield "dropped", raced or not self.dropped
+        confidence = self.race_confidence
+        yield "race_confidence", confidence is None or (_is_number(confidence) and 0 < confidence < 1)
+        yield (
+            "suggested_n",
+            self.suggested_n is None or (_is_number(self.suggested_n) and 1 < self.suggested_n < self.n),
+        )
+        yield "sweep", all(_is_consistent(point) for point in self.sweep)
 
     def _has_zero_tie(self) -> bool:
         return bool(self.ties) and self.scores[self.winner] == 0
@@ -202,6 +244,23 @@ class TournamentResult:
         )
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _agree(found: dict[str, float], expected: dict[str, float]) -> bool:
+    return all(_is_number(found[name]) and abs(found[name] - value) <= 1e-9 for name, value in expected.items())
+
+
+def _is_consistent(point: SweepPoint) -> bool:
+    """Whether a sweep's winner and ties are those of its scores."""
+    if not (_is_number(point.n) and 1 <= point.n < np.inf and all(map(_is_number, point.scores.values()))):
+        return False
+    least = round(min(point.scores.values()), 12)
+    level = {name for name, score in point.scores.items() if round(score, 12) == least}
+    return point.winner in level and set(point.ties) == (level if len(level) > 1 else set())
+
+
 def _percent(share: float) -> str:
     """A share for reading: two significant digits below 10 %, and never 0 or 100 unless it is."""
     if 0.999 < share < 1:
@@ -219,8 +278,14 @@ def _read_fields(facts: dict[str, Any]) -> dict[str, Any]:
     odd = sorted(set(facts) ^ (known | set(_DERIVED)))
     if odd:
         raise ValueError(f"it lacks, or has besides, {', '.join(map(repr, odd))}")
+    losses = facts["cross_entropies"]
+    if losses[facts["cross_entropy_choice"]] not in (None, min(filter(_is_number, losses.values()), default=None)):
+        raise ValueError(f"its cross_entropy_choice {facts['cross_entropy_choice']!r} has not the least cross-entropy")
     if facts["winner"] != facts["ranking"][0]:
         raise ValueError(f"its winner {facts['winner']!r} is not the first of its ranking, {facts['ranking'][0]!r}")
+    for name in ("names", "ranking", "ties", "sweep"):
+        if not isinstance(facts[name], list):
+            raise TypeError(f"its {name} are {facts[name]!r}, which is no list")
     read = {name: facts[name] for name in known}
     read |= {name: tuple(facts[name]) for name in ("names", "ranking", "ties")}
     # null is an unknown challenge (to a candidate that was dropped) and an infinite cross-entropy

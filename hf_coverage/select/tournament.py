@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any, Union
+from typing import Any, TypeVar, Union
 
 from numpy.typing import ArrayLike
 
@@ -16,6 +16,8 @@ from hf_coverage.measure.score_table import ScoreTable
 from hf_coverage.select.result import SweepPoint, TournamentResult
 
 __all__ = ["Candidate", "tournament"]
+
+_T = TypeVar("_T")
 
 Candidate = Union[ArrayLike, ScoreTable, "PathLike[str]", str]
 """Log p(y_i|x_i) of all rows, or the score table that holds them, or its folder."""
@@ -75,7 +77,8 @@ def tournament(
     """
     if not isinstance(candidates, Mapping) or not candidates:
         raise ValueError("`candidates` must map at least one name to log-probabilities or a score table.")
-    names = tuple(map(str, candidates))
+    candidates = _by_name(candidates, "candidates")
+    names = tuple(candidates)
     levels = list(dict.fromkeys(check_n(value) for value in (n, *sweep)))
     table = _read(candidates)
     offset = _offset(names, on_policy, on_policy_groups, gamma)
@@ -105,6 +108,14 @@ def tournament(
         search = offset | {"race_confidence": race_confidence, "seed": seed}
         suggested = max(fitting, default=None) or separating_n(table, standing.n, **search)
     return _result(names, standing, raced, gamma if offset else None, table[0].size, points, suggested)
+
+
+def _by_name(given: Mapping[Any, _T], what: str) -> dict[str, _T]:
+    """A mapping whose keys, numbers among them, are names; two that read the same would be one."""
+    named = {str(key): value for key, value in given.items()}
+    if len(named) < len(given):
+        raise ValueError(f"`{what}` must have different names, but {list(given)} do not all read differently.")
+    return named
 
 
 def _read(candidates: Mapping[str, Candidate]) -> list[FloatArray]:
@@ -147,10 +158,12 @@ def _offset(
     """The offset arguments of `hold_tournament`, in the order of the names; empty for the simple tournament."""
     if on_policy is None:
         return {}
+    on_policy = {b: _by_name(given, f"on_policy[{b!r}]") for b, given in _by_name(on_policy, "on_policy").items()}
+    groups = _by_name(groups or {}, "on_policy_groups")
     for what, given in (("on_policy", on_policy), *((f"on_policy[{b!r}]", on_policy[b]) for b in on_policy)):
         if set(given) != set(names):
             raise ValueError(f"`{what}` must have an entry for each candidate, {list(names)}, but has {list(given)}.")
-    sets = [OnPolicy([on_policy[b][a] for a in names], (groups or {}).get(b)) for b in names]
+    sets = [OnPolicy([on_policy[b][a] for a in names], groups.get(b)) for b in names]
     return {"on_policy": sets, "gamma": gamma}
 
 

@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal
 
-from hf_coverage.functional.checks import metric_key
-from hf_coverage.functional.coverage import coverage
 from hf_coverage.functional.paired import PairedDifference
 from hf_coverage.functional.ttt_config import StepRule, TTTConfig
 from hf_coverage.inference.files import strict_json
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.select.ttt_settings import generation_settings, rule_name
 
-__all__ = ["TTTChoice", "cov_or_bound"]
+__all__ = ["TTTChoice"]
 
 _FORMAT = 1
 
@@ -77,7 +75,6 @@ class TTTChoice:
             path: file to write.
             more: further entries, such as where the scores came from.
         """
-        key = ("cov_upper_" if self.plain.is_upper_bound else "cov_") + metric_key(self.n)
         chosen = "plain" if self.rule is None else rule_name(self.rule)
         judged = {"plain": self.plain} | ({} if self.adapted is None else {chosen: self.adapted})
         facts = {
@@ -107,7 +104,8 @@ class TTTChoice:
                 "num_rows": self.plain.num_rows,
                 "num_prompts": self.plain.num_groups,
                 "results": {
-                    name: profile.metrics([self.n]) | {f"{key}_interval": profile.interval(self.n, self.confidence)}
+                    name: profile.metrics([self.n])
+                    | {f"{profile.key(self.n)}_interval": profile.interval(self.n, self.confidence)}
                     for name, profile in judged.items()
                 },
             },
@@ -119,13 +117,13 @@ class TTTChoice:
         found, loss = self.difference, self.cross_entropy_difference
         if self.rule is None or self.adapted is None or found is None or loss is None:
             return ["Every setting diverged, so that plain decoding is the choice."]
-        quantity = self.plain.quantity.replace("Cov_N", f"Cov_{metric_key(self.n)}")
+        quantity = self.plain.label(self.n)
         words = "does not clearly change coverage: the interval includes 0, so that it is not shown to help"
         if self.helps:
             words = "covers more than plain decoding"
         elif found.low > 0:
             words = "covers less than plain decoding, so that it does not help"
-        after, before = (f"{cov_or_bound(profile, self.n):.4g}" for profile in (self.adapted, self.plain))
+        after, before = (f"{profile.level(self.n):.4g}" for profile in (self.adapted, self.plain))
         parts = [
             f"Test-time training with {rule_name(self.rule)} {words}. On {self.plain.num_groups:,} prompts that did "
             f"not choose it, the {quantity} is {after} against {before}, a difference of {found.difference:.4g} "
@@ -138,7 +136,7 @@ class TTTChoice:
 
     def _search(self, rule: StepRule, quantity: str) -> list[str]:
         """Sentences on how it was chosen."""
-        levels = {name: cov_or_bound(profile, self.n) for name, profile in self.results.items() if profile is not None}
+        levels = {name: profile.level(self.n) for name, profile in self.results.items() if profile is not None}
         chosen, before = levels[rule_name(rule)], levels["plain"]
         parts = [
             f"Chosen among {len(levels) - 1} on the other {self.searched[0].num_groups:,} prompts, where its "
@@ -162,8 +160,3 @@ class TTTChoice:
             f"Steps that diverged, to log-probabilities that are NaN or infinite where those of plain decoding are "
             f"finite, could not be chosen: {names}. Smaller ones or a ball (`radius`) may not diverge."
         ]
-
-
-def cov_or_bound(profile: CoverageProfile, n: float) -> float:
-    """What a profile has to compare with others of its kind: Cov_N, or its upper bound on a plain corpus."""
-    return coverage(profile.log_ratios, n, weights=profile.weights)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_coverage.functional.gradients import stable_norm
+from hf_coverage.functional.logprobs import log_softmax
 from hf_coverage.functional.ttt_config import TTTConfig
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.processes import on_main_process
@@ -73,9 +75,9 @@ def _squared_ratio(model: nn.Module, encoded: EncodedCorpus, config: TTTConfig) 
     with row_passes(network.model):
         for prompt, completion in zip(encoded.prompts, encoded.completions):
             theta = network.new_parameters(1)
-            logprobs = network.logits(theta, torch.tensor([prompt], device=network.device))[0].log_softmax(-1)
+            logprobs = log_softmax(network.logits(theta, torch.tensor([prompt], device=network.device))[0])
             chosen = logprobs[completion[0]]
             found = torch.autograd.grad(chosen, theta, materialize_grads=True)
-            gradients += sum(float(part.square().sum(dtype=torch.float64)) for part in found)
+            gradients += sum(float(stable_norm(part)) ** 2 for part in found)
             errors += float(logprobs.detach().exp().square().sum() - 2 * chosen.detach().exp() + 1)
     return gradients / errors

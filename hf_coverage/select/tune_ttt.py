@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hf_coverage.functional.checks import metric_key
-from hf_coverage.functional.coverage import smallest_n
+from hf_coverage.functional.coverage_profile import smallest_n
 from hf_coverage.functional.paired import paired_coverage_difference, paired_kl_difference
 from hf_coverage.functional.statistics import group_codes
 from hf_coverage.functional.ttt_config import StepRule
 from hf_coverage.measure.profile import CoverageProfile
-from hf_coverage.select.ttt_choice import TTTChoice, cov_or_bound
+from hf_coverage.select.ttt_choice import TTTChoice
 from hf_coverage.select.ttt_settings import check_rules, rule_name
 
 __all__ = ["split_groups", "tune_ttt"]
@@ -75,7 +75,7 @@ def tune_ttt(
     diverged = tuple(rule for rule, values in adapted.items() if _has_diverged(values, plain))
     followed = {rule: values for rule, values in adapted.items() if rule not in diverged}
     profiles = _profiles(plain, followed, reference_logprobs, groups)
-    if followed and all(cov_or_bound(profile, n) == 1 for profile in profiles):
+    if followed and all(profile.level(n) == 1 for profile in profiles):
         raise ValueError(_too_small(profiles[0], n))
     codes = profiles[0].groups
     first = split_groups(np.arange(profiles[0].num_rows, dtype=np.uint64) if codes is None else codes, seed)
@@ -84,7 +84,7 @@ def tune_ttt(
     choice = TTTChoice(n, None, rules, None, searched, before, None, None, None, confidence, diverged)
     if not followed:
         return choice
-    levels = [cov_or_bound(profile, n) for profile in searched]
+    levels = [profile.level(n) for profile in searched]
     losses = [profile.cross_entropy for profile in searched]
     best = min(range(1, len(profiles)), key=lambda k: (levels[k], losses[k]))
     rivals = [losses[k] for k in range(1, len(profiles)) if levels[k] == levels[best]]

@@ -1,8 +1,7 @@
-"""Graphs as prompts: two formats, one token per node and per separator, and back again."""
+"""Graphs as prompts: two formats, one token per node and per separator."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -12,7 +11,7 @@ from hf_coverage.tasks.layered_graphs import LayeredGraphs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["PromptFormat", "encode_prompts", "graph_tokenizer", "parse_prompts", "vocabulary"]
+__all__ = ["PromptFormat", "encode_prompts", "graph_tokenizer", "vocabulary"]
 
 PromptFormat = Literal["paper", "aligned"]
 
@@ -81,25 +80,6 @@ def encode_prompts(
     return [np.concatenate([row[:end], close]) for row, end, close in zip(body, ends, tail)]
 
 
-def parse_prompts(prompts: Iterable[np.ndarray], *, num_names: int) -> LayeredGraphs:
-    """Read graphs back from the ids of their prompts, in either format; the nodes of a layer come sorted by name.
-
-    Raises:
-        ValueError: naming the row whose prompt is no layered graph.
-    """
-    tokens = vocabulary(num_names)
-    parsed = []
-    for row, prompt in enumerate(prompts):
-        try:
-            parsed.append(_parse(np.asarray(prompt).tolist(), tokens))
-        except (ValueError, KeyError, IndexError) as e:
-            raise ValueError(f"`prompts` row {row} is not a layered graph: {e}. Expected `u v | ... / s t =`.") from e
-        if np.shape(parsed[-1][1]) != np.shape(parsed[0][1]):
-            raise ValueError(f"`prompts` row {row} has another number of layers or nodes than row 0: parse it apart.")
-    source, layers, passable, target = (np.array(part) for part in zip(*parsed))
-    return LayeredGraphs(source, layers, passable, target)
-
-
 def _edges(graphs: LayeredGraphs, *, blank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All edge slots `(B, E, 2)` by layer, which of them hold an edge `(B, E)`, and where the next layer's begin."""
     num_rows, num_layers, width = graphs.layers.shape
@@ -121,25 +101,3 @@ def _edges(graphs: LayeredGraphs, *, blank: int) -> tuple[np.ndarray, np.ndarray
     present = np.concatenate([np.ones((num_rows, width), dtype=bool), present[:, keep]], axis=1)
     block_ends = width + ways * width * np.arange(num_layers)
     return np.where(present[..., None], edges, blank), present, block_ends
-
-
-def _parse(ids: list[int], tokens: dict[str, int]) -> tuple[int, list[list[int]], list[list[bool]], int]:
-    slash = ids.index(tokens["/"])
-    source, target, equals = ids[slash + 1 :]
-    if equals != tokens["="]:
-        raise ValueError("it does not end with `=`")
-    ends = [i for i in ids[:slash] if i not in (tokens["|"], tokens["."])]
-    successors: dict[int, list[int]] = {}
-    for u, v in zip(ends[::2], ends[1::2], strict=True):
-        successors.setdefault(u, []).append(v)
-    layers, passable = [], []
-    layer = sorted(successors[source])
-    while layer != [target]:
-        layers.append(layer)
-        passable.append([node in successors for node in layer])
-        layer = sorted({v for node in layer for v in successors.get(node, [])})
-        if not layer or len(layers) > len(ends):
-            raise ValueError("the target cannot be reached")
-    if len({len(layer) for layer in layers}) != 1:
-        raise ValueError("its layers differ in size")
-    return source, layers, passable, target

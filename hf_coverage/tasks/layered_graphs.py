@@ -67,12 +67,6 @@ class LayeredGraphs:
         steps = np.take_along_axis(self.layers, taken.argmax(-1)[..., None], axis=-1)[..., 0]
         return np.concatenate([self.source[:, None], steps, self.target[:, None]], axis=1)
 
-    def canonical(self) -> LayeredGraphs:
-        """Order the nodes of each layer by name; what a layer's order means nothing for, two equal graphs share."""
-        order = self.layers.argsort(-1)
-        layers, passable = (np.take_along_axis(part, order, axis=-1) for part in (self.layers, self.passable))
-        return LayeredGraphs(self.source, layers, passable, self.target)
-
 
 def sample_graphs(
     num_wide_layers: np.ndarray,

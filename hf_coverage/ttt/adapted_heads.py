@@ -24,23 +24,24 @@ from hf_coverage.functional.head_training import POSITIONS, branch_fast_weights,
 from hf_coverage.functional.ttt_config import StepRule, TTTConfig
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.forward_batches import Batch, BatchPasses, Step, predicted_tokens
+from hf_coverage.inference.output_head import OutputHead
 
-__all__ = ["Reading", "adapted_logprobs", "read_batch", "require_adaptable", "score_heads"]
+__all__ = ["HeadReading", "adapted_logprobs", "read_batch", "require_adaptable", "score_heads"]
 
 _Branching = tuple[IntArray, dict[int, IntArray]]
 """What lines begin with, and how each of some rows goes on from there, longest first."""
 
 
-def require_adaptable(passes: BatchPasses) -> nn.Linear:
+def require_adaptable(passes: BatchPasses) -> OutputHead:
     """Refuse models whose heads make no steps in closed form, and return the head of one that does.
 
     Raises:
         ValueError: If the head is not linear, or the model changes what it gives.
     """
     head = passes.forwards[0].head
-    if not isinstance(head, nn.Linear):
+    if not head.linear:
         raise ValueError(
-            f"`ttt` needs a linear output head, got {type(head).__name__}; if that is an adapter's layer, merge it "
+            f"`ttt` needs a linear output head, got {head.description}; if that is an adapter's layer, merge it "
             "first (`merge_and_unload`)."
         )
     if not passes.plain_head:
@@ -52,7 +53,7 @@ def require_adaptable(passes: BatchPasses) -> nn.Linear:
     return head
 
 
-class Reading(NamedTuple):
+class HeadReading(NamedTuple):
     """What the head of a model got while a batch was read: all that its steps depend on.
 
     Args:
@@ -64,7 +65,7 @@ class Reading(NamedTuple):
     passes: list[tuple[Step, Tensor]]
 
 
-def read_batch(passes: BatchPasses, corpus: EncodedCorpus, batch: Batch, *, on_prompt: bool) -> Reading:
+def read_batch(passes: BatchPasses, corpus: EncodedCorpus, batch: Batch, *, on_prompt: bool) -> HeadReading:
     """Read a batch once.
 
     Args:
@@ -80,11 +81,17 @@ def read_batch(passes: BatchPasses, corpus: EncodedCorpus, batch: Batch, *, on_p
     slots = dict(zip(batch.rows, accumulate(lengths, initial=0)))
     # The head is called when all its inputs are there, and a pass needs at least one position.
     passed = passes.run(corpus, batch, slots, first=1, on_prompt=on_prompt)
-    return Reading(on_prompt, [(step, output.hidden) for step, (output,) in passed])
+    return HeadReading(on_prompt, [(step, output.hidden) for step, (output,) in passed])
 
 
 def score_heads(
-    reading: Reading, corpus: EncodedCorpus, batch: Batch, head: nn.Linear, rules: Sequence[TTTConfig], *, memory: int
+    reading: HeadReading,
+    corpus: EncodedCorpus,
+    batch: Batch,
+    head: OutputHead,
+    rules: Sequence[TTTConfig],
+    *,
+    memory: int,
 ) -> list[NDArray[np.float32]]:
     """Score the responses of a batch, row after row, under heads that follow them.
 
@@ -114,7 +121,7 @@ def score_heads(
     responses = [line[:, -length:] for line, length in zip(whole, lengths)]
     alike: dict[tuple[bool, int], list[int]] = {}
     for index, rule in enumerate(rules):
-        alike.setdefault((rule.on_prompt, _kept(rule, head.out_features)), []).append(index)
+        alike.setdefault((rule.on_prompt, _kept(rule, len(head.weight))), []).append(index)
     found: dict[int, NDArray[np.float32]] = {}
     for (on_prompt, _), indices in alike.items():
         logprobs = adapted_logprobs(
@@ -135,7 +142,7 @@ def adapted_logprobs(
     lines: Sequence[IntArray],
     prompts: Sequence[Hashable],
     lengths: Sequence[int],
-    head: nn.Linear,
+    head: OutputHead,
     *,
     rules: Sequence[StepRule],
     memory: int,
@@ -162,9 +169,9 @@ def adapted_logprobs(
     squared_norm = squared_head_norm(head.weight, head.bias) if around_zero else None
     follow = partial(follow_tokens, has_bias=head.bias is not None, squared_norm=squared_norm)
     found: list[dict[int, NDArray[np.float32]]] = [{} for _ in rules]
-    kept = _kept(rules[0], head.out_features)
-    for batch in _batches(_branchings(lines, prompts, lengths), head.out_features, kept, memory):
-        shared = _SharedLogits(head, memory if len(rules) > 1 else 0)
+    kept = _kept(rules[0], len(head.weight))
+    for batch in _batches(_branchings(lines, prompts, lengths), len(head.weight), kept, memory):
+        shared = _SharedLogits(head.module, memory if len(rules) > 1 else 0)
         for rule, own in zip(rules, found):
             for row, logprobs in _follow_batch(hidden, batch, partial(follow, head=shared.begin(), rule=rule)):
                 own[row] = logprobs[: lengths[row]]
@@ -179,7 +186,7 @@ class _SharedLogits:
         memory: Bytes that may be kept; what is beyond is computed for each rule.
     """
 
-    def __init__(self, head: nn.Linear, memory: int) -> None:
+    def __init__(self, head: nn.Module, memory: int) -> None:
         self._head, self._left = head, memory
         self._blocks: dict[int, Tensor] = {}
 

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from hf_coverage.functional.logprobs import log_softmax
 from hf_coverage.functional.ttt_config import TTTConfig
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.forward_batches import Batch
@@ -45,8 +46,18 @@ class RowScorer:
         self._together = row_network(model, config).shares_passes
         self._positions = batch_tokens if config.cache == "stale" else batch_tokens // _GRAPH
 
-    def plan(self, corpus: EncodedCorpus, rows: range) -> list[Batch]:
-        """Arrange rows into batches, longest first; responses of a prompt that is followed go on from it in waves."""
+    def plan(self, corpus: EncodedCorpus, rows: range, *, together: bool = True, padding: bool = True) -> list[Batch]:
+        """Arrange rows into batches, longest first; responses of a prompt that is followed go on from it in waves.
+
+        Args:
+            corpus: Token ids of all rows.
+            rows: The rows to score.
+            together: Whether the model may read several prompts in one pass.
+            padding: Whether these may be of unequal length.
+
+        Returns:
+            The batches.
+        """
         groups: dict[Hashable, list[int]] = {}
         for row in sorted(rows, key=lambda row: -len(corpus.completions[row])):
             groups.setdefault(tuple(corpus.prompts[row]) if self._config.on_prompt else row, []).append(row)
@@ -55,7 +66,8 @@ class RowScorer:
         for group in sorted(groups.values(), key=lambda group: (-len(corpus.prompts[group[0]]), group[0])):
             own = len(corpus.prompts[group[0]]), len(corpus.completions[group[0]])
             widest = max(widest[0], own[0]), max(widest[1], own[1])
-            if not batches or not self._together or (len(batches[-1]) + 1) * sum(widest) > self._positions:
+            apart = not (self._together and together) or (widest[0] != own[0] and not padding)
+            if not batches or apart or (len(batches[-1]) + 1) * sum(widest) > self._positions:
                 batches.append([])
                 widest = own
             batches[-1].append(group)
@@ -100,7 +112,7 @@ def _follow(models: RowModels, responses: Sequence[Sequence[int]]) -> list[NDArr
     columns = []
     for place, chosen in enumerate(tokens.T):
         logits = models.logits()
-        columns.append(logits.log_softmax(-1).gather(-1, chosen.to(logits.device)[:, None])[:, 0].float().cpu())
+        columns.append(log_softmax(logits).gather(-1, chosen.to(logits.device)[:, None])[:, 0].float().cpu())
         going_on = lengths > place + 1
         if going_on.any():
             models.step(chosen, active=going_on)

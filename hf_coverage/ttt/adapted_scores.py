@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteriaList
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hf_coverage.functional.head_training import follow_tokens
 from hf_coverage.functional.ttt_config import TTTConfig
@@ -24,7 +25,8 @@ __all__ = ["Adapted", "AdaptedHeads", "AdaptedNetworks", "AdaptedScores", "EndWa
 _RESERVED = 256
 """The most steps of a head that memory is reserved for before they are made."""
 
-_KNOWN = {"attention_mask", "cache_params", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
+_CACHES = {"cache", "past_key_values"}
+_KNOWN = {"attention_mask", "cache_params", "logits_to_keep", "position_ids", "use_cache"} | _CACHES
 """What a model gets beside token ids that tells it nothing more than they do, or is checked."""
 
 
@@ -216,13 +218,20 @@ def _refuse_more_than_tokens(config: TTTConfig, mask: Tensor, arguments: dict[st
     others = sorted(name for name in given if name not in _KNOWN and not name.startswith("output_"))
     if others:
         raise ValueError(f'{asked}, but the model also gets `{others[0]}`; leave it out, or take `ttt_scope="head"`.')
-    cache = given.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError(
-            f"{asked}, but `past_key_values` knows {cache.get_seq_length()} of them already, under the plain model; "
-            "give the whole prompt as token ids, and no cache that is filled."
-        )
+    for name in given.keys() & _CACHES:
+        if known := _tokens_known(given[name]):
+            raise ValueError(
+                f"{asked}, but `{name}` knows {known} of them already, under the plain model; "
+                "give the whole prompt as token ids, and no cache that is filled."
+            )
     positions = given.get("position_ids")
     usual = (mask.long().cumsum(-1) - 1).where(mask, 0)
     if positions is not None and not torch.equal(positions.expand(usual.shape).where(mask, 0), usual):
         raise ValueError(f"{asked}, from position 0 on, but `position_ids` are others; leave them out.")
+
+
+def _tokens_known(cache: Cache) -> int | str:
+    """How many tokens a cache has read; recurrent layers only tell that there were some."""
+    if len(cache) > 0 and not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+        return "some" if cache.has_previous_state() else 0
+    return cache.get_seq_length()

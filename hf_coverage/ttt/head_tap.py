@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from hf_coverage.inference.forward import unwrap
+from hf_coverage.inference.output_head import find_head
 
-__all__ = ["HeadPass", "HeadTap", "linear_head"]
+__all__ = ["HeadPass", "HeadTap"]
 
 
 class HeadPass(NamedTuple):
@@ -44,16 +44,21 @@ class HeadTap:
     """
 
     def __init__(self, model: nn.Module, *, keep_positions: bool = False) -> None:
-        self.owner, self.head = linear_head(model)
+        self.head = find_head(unwrap(model))
+        if not self.head.linear:
+            raise ValueError(
+                f"`model` must have a linear output head, got {self.head.description}; if that is an adapter's layer, "
+                "merge it first (`merge_and_unload`)."
+            )
         self._notes = notes = _Notes()
         handles = [
-            self.head.register_forward_hook(notes.note_head),
-            self.owner.register_forward_pre_hook(_refuse_continuous_batching, with_kwargs=True),
-            self.owner.register_forward_hook(notes.note_model),
+            self.head.module.register_forward_hook(notes.note_head),
+            self.head.owner.register_forward_pre_hook(_refuse_continuous_batching, with_kwargs=True),
+            self.head.owner.register_forward_hook(notes.note_model),
         ]
         if keep_positions:
             notes.last_alone, notes.positions = True, []
-            handles.append(self.head.register_forward_pre_hook(notes.note_positions))
+            handles.append(self.head.module.register_forward_pre_hook(notes.note_positions))
         # The model holds the notes and not this object, whose end therefore takes the hooks off.
         self._finalizer = weakref.finalize(self, _remove, handles)
 
@@ -86,7 +91,7 @@ class HeadTap:
         """Call the head alone `(B, m, V)`, on inputs `(B, m, d)`; nothing is noted."""
         self._notes.active = False
         try:
-            return self.head(hidden.to(self.head.weight.device))
+            return self.head.module(hidden.to(self.head.weight.device))
         finally:
             self._notes.active = True
 
@@ -113,7 +118,7 @@ class _Notes(threading.local):
 
     @torch.compiler.disable
     def note_positions(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if not (self.active and self.last_alone):
+        if not (self.active and self.last_alone and args[0].ndim == 3):
             return args
         if self.positions is not None:
             self.positions.append(args[0].detach())
@@ -129,33 +134,6 @@ class _Notes(threading.local):
     def note_model(self, model: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
         # Whoever runs the model holds its logits while they matter.
         self.returned = weakref.ref(outputs[0] if isinstance(outputs, tuple) else outputs.logits)
-
-
-def linear_head(model: nn.Module) -> tuple[PreTrainedModel, nn.Linear]:
-    """The output head of a model, and the model in it that owns the head.
-
-    Args:
-        model: Causal language model; may be wrapped by DDP, PEFT or `torch.compile`.
-
-    Returns:
-        The `PreTrainedModel` whose output embeddings the head is, and the head.
-
-    Raises:
-        ValueError: If there is none, or it is not a linear layer.
-    """
-    for module in unwrap(model).modules():
-        head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
-        if isinstance(head, nn.Linear):
-            return module, head
-        if head is not None:
-            raise ValueError(
-                f"`model` must have a linear output head, got {type(head).__name__}; if that is an adapter's layer, "
-                "merge it first (`merge_and_unload`)."
-            )
-    raise ValueError(
-        f"`model` must be a causal language model with output embeddings, got {type(model).__name__}; load it with "
-        "`AutoModelForCausalLM.from_pretrained`."
-    )
 
 
 def _refuse_continuous_batching(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

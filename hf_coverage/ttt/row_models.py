@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from hf_coverage.functional.logprobs import log_softmax
 from hf_coverage.functional.row_steps import step_rows_
 from hf_coverage.functional.ttt_config import TTTConfig
 from hf_coverage.inference.prefix_cache import copied_cache, detached_cache, new_stale_cache
@@ -180,7 +181,7 @@ class _Lines:
         self.logits()
         for _ in range(self._config.num_steps):
             logits, self._pending = self._read() if self._pending is None else self._pending, None
-            chosen = logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1))
+            chosen = log_softmax(logits).gather(-1, tokens.unsqueeze(-1))
             # No row's parameters have to do with another one's tokens.
             gradients = torch.autograd.grad(chosen.sum(), self._parameters, materialize_grads=True)
             step_rows_(self._parameters, gradients, rule=self._config, start=self._network.start, active=active)

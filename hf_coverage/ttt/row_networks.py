@@ -26,14 +26,13 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_coverage.functional.ttt_config import LORA_RANK, TTTConfig
 from hf_coverage.inference.forward import inference, is_sharded, refuse_zero3, unwrap
+from hf_coverage.inference.output_head import find_head, is_quantized
+from hf_coverage.inference.prefix_cache import cache_argument
 
 __all__ = ["RowAdapters", "RowNetwork", "RowWeights", "row_network", "row_passes"]
 
 _SEED = 0
 """What the adapters' first factors are drawn from: the same for every row, on every device and process."""
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""What parameters can make steps in."""
 
 _TURN = threading.RLock()
 """Held by the thread that makes passes."""
@@ -89,7 +88,7 @@ class RowNetwork(ABC):
         """
         optional: dict[str, Any] = {"use_cache": cache is not None, "logits_to_keep": 1}
         if cache is not None:
-            optional["past_key_values"] = cache
+            optional[cache_argument(self.model.forward)] = cache
         if mask is not None:
             optional["attention_mask"] = mask.long()
             # The positions that generate makes of a mask.
@@ -115,7 +114,7 @@ class RowAdapters(RowNetwork):
     """
 
     def __init__(self, model: nn.Module, rank: int) -> None:
-        head = model.get_output_embeddings()
+        head = find_head(model).module
         self._layers = {
             name: layer
             for name, layer in model.named_modules()
@@ -179,8 +178,7 @@ class RowWeights(RowNetwork):
     def __init__(self, model: nn.Module) -> None:
         named = dict(model.named_parameters())
         for name, parameter in named.items():
-            # Quantised ones are of other dtypes, or of classes that only say that they are of these.
-            if type(parameter) is not nn.Parameter or parameter.dtype not in _DTYPES:
+            if is_quantized(parameter):
                 raise ValueError(
                     f'`scope="all"` needs parameters that steps can be made with, got {name}, a '
                     f"{type(parameter).__name__} of {parameter.dtype}; load the model without quantisation, or take "

@@ -10,7 +10,6 @@ it was when the same command is given again.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from hf_coverage.functional.prefix_tree import Prefix, PrefixTree, leaf_target, 
 from hf_coverage.functional.random_walk import guided_law, output_law, stationary_law, transition_matrix, visit_law
 from recipes.backtracking.findings import report
 from recipes.backtracking.verifiers import SETTINGS, Setting
+from recipes.remember import remember
 from recipes.settings import parse_section, read_settings, refuse_other_settings
 
 MOST_STEPS = 50_000
@@ -65,26 +65,15 @@ def main() -> None:
         for horizon in kept[f"{name}_horizons"]:
             start = time.monotonic()
             experiment = partial(compare, args, setting, horizon, kept[f"{name}_error"])
-            found = remember(output / "parts" / f"{name}-{horizon}.json", experiment)
+            found = remember(output / "parts", (name, horizon), experiment)
             results.setdefault(setting.name, {})[horizon] = found
             console.print(f"{setting.name}, H = {horizon} ({time.monotonic() - start:.0f} s)", markup=False)
     (parity,) = [setting for setting in SETTINGS if setting.name == "parity"]
     moves = {horizon: one["steps"] for horizon, one in results["parity"].items()}
     for horizon in args.parity_steps:
         experiment = partial(long_steps, parity, horizon, args.parity_error)
-        moves[horizon] = remember(output / "parts" / f"parity-steps-{horizon}.json", experiment)
-    report(output, kept, results, moves, console)
-
-
-def remember(file: Path, experiment: Callable[[], Any]) -> Any:
-    """The result of an experiment, kept in a file."""
-    if not file.exists():
-        text = json.dumps(experiment())
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.rename(file)
-    return json.loads(file.read_text(encoding="utf-8"))
+        moves[horizon] = remember(output / "parts", ("parity steps", horizon), experiment)
+    report(output, kept, results, moves)
 
 
 def compare(args: CompareArguments, setting: Setting, horizon: int, error: float) -> dict[str, Any]:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from rich.console import Console
 
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Column, Table
 from recipes.backtracking.verifiers import SETTINGS
+from recipes.tables import show, write_tables
 
 __all__ = ["report"]
 
@@ -37,19 +37,15 @@ Moves = dict[int, dict[str, float]]
 """Expected moves to the first good response by H and method."""
 
 
-def report(
-    output: Path, settings: dict[str, Any], results: dict[str, dict[int, Any]], moves: Moves, console: Console
-) -> None:
+def report(output: Path, settings: dict[str, Any], results: dict[str, dict[int, Any]], moves: Moves) -> None:
     """Write `report.md` and the figures."""
     tables = [exact_table(name, found) for name, found in results.items()]
     tables.append(moves_table(moves))
     tables += [budget_table(name, found) for name, found in results.items()]
-    text = "\n\n".join(f"{table.caption}\n\n{table.to_markdown()}" for table in tables)
-    (output / "report.md").write_text(text + "\n", encoding="utf-8")
+    write_tables(output / "report.md", tables)
     draw_exact(settings, results, moves, output / "exact.png")
     draw_budget(results, output / "budget.png")
-    console.print(text, markup=False)
-    console.print(f"Written: {output / 'report.md'}, exact.png and budget.png beside it", markup=False)
+    show(tables, [f"Written: {output / 'report.md'}, exact.png and budget.png beside it"])
 
 
 def exact_table(name: str, found: dict[int, Any]) -> Table:

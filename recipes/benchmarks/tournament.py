@@ -1,13 +1,12 @@
 """A tournament of 64 candidates on 1,000,000 rows, beside the plain double loop of numpy comparisons.
 
-    python recipes/benchmarks/tournament.py --output-dir runs/tournament
+    python -m recipes.benchmarks.tournament --output-dir runs/tournament
 
 Everything runs in one process, the contenders taking turns; the double loop's matrix and ours must be equal.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -22,8 +21,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from hf_coverage import tournament
 from hf_coverage.functional.checks import TIE_TOLERANCE
@@ -31,6 +28,9 @@ from hf_coverage.functional.tournament import hold_tournament
 from hf_coverage.functional.tournament_racing import race
 from hf_coverage.measure.score_table import ScoreTable
 from hf_coverage.measure.scores import Scores
+from hf_coverage.report.table import Table
+from recipes.benchmarks.machine import resident_memory, write_facts
+from recipes.tables import show
 
 N = 16
 
@@ -63,23 +63,18 @@ def double_loop(table: list[np.ndarray]) -> np.ndarray:
     return rates
 
 
-def resident() -> int:
-    """Bytes of memory that the process holds now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 class PeakMemory:
     """The most memory that the process held, beyond what it held on entering."""
 
     def __enter__(self) -> PeakMemory:
-        self.before, self.most, self.done = resident(), 0, threading.Event()
+        self.before, self.most, self.done = resident_memory(), 0, threading.Event()
         self.watcher = threading.Thread(target=self._watch)
         self.watcher.start()
         return self
 
     def _watch(self) -> None:
         while not self.done.wait(0.005):
-            self.most = max(self.most, resident() - self.before)
+            self.most = max(self.most, resident_memory() - self.before)
 
     def __exit__(self, *_: object) -> None:
         self.done.set()
@@ -153,17 +148,16 @@ def main(
 
 
 def report(folder: Path, timings: dict[str, Timing], table_megabytes: float, raced: str) -> None:
-    shown, base = Table("", "seconds", "CPU seconds", "beyond the table, MB", "faster"), timings["double loop"]
+    base, rows = timings["double loop"], []
     for name, timing in timings.items():
         ours = timing.name.startswith(("tournament", "double"))
         extra = timing.extra_megabytes - (table_megabytes if name == "from score tables" else 0)
-        faster = f"{base.seconds / timing.seconds:.1f} x" if ours else ""
-        shown.add_row(name, f"{timing.seconds:.2f}", f"{timing.cpu_seconds:.2f}", f"{extra:.0f}", faster)
-    Console().print(shown, f"Table: {table_megabytes:.0f} MB. Race: {raced}.")
-    folder.mkdir(parents=True, exist_ok=True)
+        rows.append([name, timing.seconds, timing.cpu_seconds, extra, base.seconds / timing.seconds if ours else None])
+    columns = ["", "seconds", "CPU seconds", "beyond the table, MB", "times faster"]
+    show([Table(columns, rows, f"Table: {table_megabytes:.0f} MB. Race: {raced}.")])
     facts = {"table_megabytes": table_megabytes, "race": raced, "processors": os.cpu_count(), "numpy": np.__version__}
     facts |= {"machine": platform.machine(), "timings": [asdict(timing) for timing in timings.values()]}
-    (folder / "tournament.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_facts(folder / "tournament.json", facts)
 
 
 if __name__ == "__main__":

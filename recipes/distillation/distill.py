@@ -4,36 +4,41 @@
 
 The student is the teacher without some layers; it is trained on sequences that the teacher has sampled, plainly and
 with the weights of equation (24), and judged by the density that is left to other sequences of the teacher's. Any
-field of `DistillationArguments` can be given on the command line too, as `--name value`.
+value of the configuration can be given on the command line too, as `--name value`.
 
 A command that was stopped goes on where it was when it is given again: the corpora and each finished run are kept.
 """
 
-import json
 import math
 import pydoc_data.topics
 import shlex
-import shutil
 import sys
-from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from datasets import Dataset, load_from_disk
-from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from hf_coverage import sample_corpus, score_responses, windows_corpus
+from hf_coverage.inference.files import write_atomically
 from hf_coverage.optim.distillation import DistillationMixin
 from hf_coverage.report.provenance import provenance
 from recipes.distillation.findings import Run, difference_table, draw_runs, run_table, tuning_table
-from recipes.distillation.student import SMOLLM2, freeze_below, load_teacher, without_layers
+from recipes.distillation.student import freeze_below, load_teacher, without_layers
+from recipes.remember import remember, remember_corpus
+from recipes.settings import parse_section, read_settings, refuse_other_settings
+from recipes.smollm2 import SMOLLM2
+from recipes.tables import show
 
 ARMS = ("plain", "stopped")
+TOPICS = {"train": [0, 1], "validation": [2], "test": [3]}
+"""Which of every four topics of the language reference a corpus is made of."""
 BEFORE = "before training"
+FREE = ("output_dir", "learning_rates", "seeds", "report_n")
+"""What a run depends on by its own name alone, or not at all: with others of these the same folder goes on."""
 
 
 @dataclass
@@ -68,84 +73,76 @@ class DistillationTrainer(DistillationMixin, Trainer):
 
 
 def main() -> None:
-    args = read_arguments(sys.argv[1:])
+    settings = read_settings(sys.argv[1:], ["distillation"], description=__doc__)
+    args = parse_section(DistillationArguments, settings["distillation"])
     output = Path(args.output_dir)
-    keep_settings(output, args)
+    refuse_other_settings(output, {name: value for name, value in asdict(args).items() if name not in FREE})
     teacher, tokenizer = load_teacher(args.model)
-    corpora = dict(sample_corpora(teacher, tokenizer, args, output))
-    runs = [run_of(BEFORE, 0.0, args.seeds[0], teacher, corpora, args)]
+    corpora = {
+        part: remember_corpus(output / part, partial(sampled, teacher, tokenizer, args, part)) for part in TOPICS
+    }
+
+    def run_of(arm: str, rate: float, seed: int) -> Run:
+        experiment = partial(train_and_judge, arm, rate, seed, teacher, corpora, args)
+        return Run(**remember(output / "runs", (arm, rate, seed), experiment))
+
+    runs = [run_of(BEFORE, 0.0, args.seeds[0])]
     for seed in args.seeds:
         for arm in ARMS:
             rates = args.learning_rates if seed == args.seeds[0] else [best_rate(runs, arm)]
-            runs += [run_of(arm, rate, seed, teacher, corpora, args) for rate in rates]
+            runs += [run_of(arm, rate, seed) for rate in rates]
     report(output, runs, corpora["test"], args)
 
 
-def sample_corpora(
-    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: DistillationArguments, output: Path
-) -> Iterator[tuple[str, Dataset]]:
+def sampled(
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: DistillationArguments, part: str
+) -> Dataset:
     """Let the teacher go on from windows of Python's language reference; no text is in two of the corpora."""
-    topics = list(pydoc_data.topics.topics.values())
-    parts = {"train": [0, 1], "validation": [2], "test": [3]}
-    for seed, (part, remainders) in enumerate(parts.items()):
-        folder = output / part
-        if not folder.exists():
-            windows = windows_corpus(
-                [topic for index, topic in enumerate(topics) if index % 4 in remainders],
-                tokenizer,
-                prompt_tokens=args.prompt_tokens,
-                response_tokens=args.response_tokens,
-                max_windows=getattr(args, f"{part}_sequences"),
-            )
-            corpus = sample_corpus(
-                teacher,
-                tokenizer,
-                windows["prompt"][:],
-                k=1,
-                max_new_tokens=args.response_tokens,
-                seed=seed,
-                batch_size=64,
-            )
-            unfinished = folder.with_suffix(".unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            corpus.add_column("document", windows["document"][:]).save_to_disk(unfinished)
-            unfinished.rename(folder)
-        yield part, load_from_disk(folder)
+    windows = windows_corpus(
+        [topic for index, topic in enumerate(pydoc_data.topics.topics.values()) if index % 4 in TOPICS[part]],
+        tokenizer,
+        prompt_tokens=args.prompt_tokens,
+        response_tokens=args.response_tokens,
+        max_windows=getattr(args, f"{part}_sequences"),
+    )
+    corpus = sample_corpus(
+        teacher,
+        tokenizer,
+        windows["prompt"][:],
+        k=1,
+        max_new_tokens=args.response_tokens,
+        seed=list(TOPICS).index(part),
+        batch_size=64,
+    )
+    return corpus.add_column("document", windows["document"][:])
 
 
-def run_of(
+def train_and_judge(
     arm: str,
     rate: float,
     seed: int,
     teacher: PreTrainedModel,
     corpora: dict[str, Dataset],
     args: DistillationArguments,
-) -> Run:
-    """Train and judge one student, or read what was found."""
-    file = Path(args.output_dir) / "runs" / f"{arm.replace(' ', '-')}-{rate:g}-{seed}.json"
-    if not file.exists():
-        print(f"{arm}, step size {rate:g}, seed {seed}", flush=True)
-        student = without_layers(teacher, args.drop_layers)
-        freeze_below(student, args.train_from_layer)
-        trainer = trainer_of(arm, rate, seed, student, teacher, corpora["train"], args)
-        if arm != BEFORE:
-            trainer.train()
-        trainer.n = args.n  # all are chosen by the same measure
-        judged = without_layers(teacher, args.drop_layers)
-        judged.load_state_dict(student.state_dict())  # without the autocast that the Trainer has wrapped the model in
-        found = {
-            "arm": arm,
-            "rate": rate,
-            "seed": seed,
-            "logs": [row for row in trainer.state.log_history if "loss" in row],
-            "validation": trainer.evaluate(corpora["validation"]),
-            "logprobs": score_responses(judged, None, corpora["test"], progress=False)["logprob"][:],
-        }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(found), encoding="utf-8")
-        unfinished.rename(file)
-    return Run(**json.loads(file.read_text(encoding="utf-8")))
+) -> dict[str, Any]:
+    """Train and judge one student: the fields of a `Run`."""
+    print(f"{arm}, step size {rate:g}, seed {seed}", flush=True)
+    student = without_layers(teacher, args.drop_layers)
+    freeze_below(student, args.train_from_layer)
+    trainer = trainer_of(arm, rate, seed, student, teacher, corpora["train"], args)
+    if arm != BEFORE:
+        trainer.train()
+    trainer.n = args.n  # all are chosen by the same measure
+    judged = without_layers(teacher, args.drop_layers)
+    judged.load_state_dict(student.state_dict())  # without the autocast that the Trainer has wrapped the model in
+    return {
+        "arm": arm,
+        "rate": rate,
+        "seed": seed,
+        "logs": [row for row in trainer.state.log_history if "loss" in row],
+        "validation": trainer.evaluate(corpora["validation"]),
+        "logprobs": score_responses(judged, None, corpora["test"], progress=False)["logprob"][:],
+    }
 
 
 def trainer_of(
@@ -216,34 +213,8 @@ def report(output: Path, runs: list[Run], test: Dataset, args: DistillationArgum
     origin = provenance(shlex.join(["python", "-m", "recipes.distillation.distill", *sys.argv[1:]]))
     text = "\n\n".join(f"{table.to_markdown()}\n\n{table.caption}" for table in tables)
     lines = "\n".join(f"- {name}: {value}" for name, value in origin.items())
-    (output / "report.md").write_text(f"{text}\n\n{lines}\n", encoding="utf-8")
-    print(text)
-    print(f"Written: {output / 'report.md'}, {output / 'distillation.png'}")
-
-
-def read_arguments(arguments: list[str]) -> DistillationArguments:
-    """Read the configuration file, over which the command line's values go."""
-    parser = HfArgumentParser(DistillationArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="YAML file with any of these arguments.")
-    config = parser.parse_known_args(arguments)[0].config
-    settings = {} if config is None else yaml.safe_load(config.read_text(encoding="utf-8"))
-    unknown = settings.keys() - {entry.name for entry in fields(DistillationArguments)}
-    if unknown:
-        parser.error(f"unknown argument {min(unknown)!r} in {config}")
-    parser.set_defaults(**settings)
-    values = vars(parser.parse_args(arguments))
-    return DistillationArguments(**{name: value for name, value in values.items() if name != "config"})
-
-
-def keep_settings(output: Path, args: DistillationArguments) -> None:
-    """Keep the settings beside the runs, and refuse to go on there with others; runs may only become more."""
-    free = ("output_dir", "learning_rates", "seeds", "report_n")
-    text = json.dumps({name: value for name, value in asdict(args).items() if name not in free}, indent=2)
-    file = output / "settings.json"
-    if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise ValueError(f"`output_dir` {output} holds runs with other settings ({file}); choose another folder.")
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    write_atomically(output / "report.md", f"{text}\n\n{lines}\n")
+    show(tables, [f"Written: {output / 'report.md'}, {output / 'distillation.png'}"])
 
 
 if __name__ == "__main__":

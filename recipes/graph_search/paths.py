@@ -1,6 +1,8 @@
 """Which of the valid paths does a checkpoint of the small job take? Their mean probabilities, class by class.
 
-python recipes/graph_search/paths.py runs/graph_search_small/finetune/checkpoint-300
+    python -m recipes.graph_search.paths runs/graph_search_small/finetune/checkpoint-300
+
+Takes any number of checkpoints.
 """
 
 import sys

@@ -3,10 +3,10 @@
 import math
 
 import numpy as np
-from learners import ResponseLaw
 
 from hf_coverage.functional.checks import TIE_TOLERANCE, FloatArray
 from hf_coverage.tasks.linear_instances import LinearInstance
+from recipes.normalized_sgd.learners import ResponseLaw
 
 
 def rare_prompts(horizon: int, *, num_prompts: int) -> LinearInstance:

@@ -1,6 +1,6 @@
 """What the theory of coverage says about SGD, on the linear models that it is about.
 
-    python recipes/normalized_sgd/theory.py --config recipes/normalized_sgd/theory.yaml
+    python -m recipes.normalized_sgd.theory --config recipes/normalized_sgd/theory.yaml
 
 Plain SGD, its normalised, clipped and sign relatives and token-level SGD on an instance that is hard for every step
 size, over H, T and N; maximum likelihood over H; and the part of the inherent variance. Writes `table.md` and three
@@ -8,7 +8,6 @@ figures. Any value of the configuration can be given on the command line, as `--
 where it was when the same command is given again.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -17,18 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # settings.py, which all recipes share
-
 import numpy as np
-from learners import RULES, Data, ResponseLaw, train_sequences
-from likelihood import bits_coverage, likelihood_scaling
 from rich.console import Console
-from settings import parse_section, read_settings, refuse_other_settings
-from theory_findings import report
-from tokenwise import adapted_coverage, train_tokens
 
 from hf_coverage.functional.checks import FloatArray
 from hf_coverage.tasks.linear_instances import hard_instance, large_step_instance, small_step_instance
+from recipes.normalized_sgd.learners import RULES, Data, ResponseLaw, train_sequences
+from recipes.normalized_sgd.likelihood import bits_coverage, likelihood_scaling
+from recipes.normalized_sgd.theory_findings import report
+from recipes.normalized_sgd.tokenwise import adapted_coverage, train_tokens
+from recipes.remember import remember
+from recipes.settings import parse_section, read_settings, refuse_other_settings
 
 MARKS = 16
 """Iterates, evenly spaced, that an average over iterates is taken over."""
@@ -77,9 +75,9 @@ def main() -> None:
     results = {}
     for index, (name, experiment) in enumerate(parts.items()):
         start = time.monotonic()
-        results[name] = remember(output / "parts" / f"{name}.json", experiment)
+        results[name] = remember(output / "parts", (name,), experiment)
         console.print(f"[{index + 1}/{len(parts)}] {name} ({time.monotonic() - start:.0f} s)", markup=False)
-    report(output, args, results, console)
+    report(output, args, results)
 
 
 def experiments(args: TheoryArguments) -> dict[str, Callable[[], Any]]:
@@ -107,17 +105,6 @@ def experiments(args: TheoryArguments) -> dict[str, Callable[[], Any]]:
     for horizon in args.token_horizons:
         parts[f"tokens-{horizon}"] = partial(over_token_rates, args, horizon)
     return parts
-
-
-def remember(file: Path, experiment: Callable[[], Any]) -> Any:
-    """The result of an experiment, kept in a file."""
-    if not file.exists():
-        text = json.dumps(experiment())
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.rename(file)
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def over_rates(

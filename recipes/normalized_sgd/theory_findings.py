@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from rich.console import Console
 
 from hf_coverage.functional.checks import FloatArray, metric_key
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Cell, Column, Interval, Table
+from recipes.tables import show, write_tables
 
 TTT = "token-level SGD + test-time training"
 FROZEN = "token-level SGD, frozen"
@@ -26,18 +26,16 @@ STYLES = {
 }
 
 
-def report(output: Path, args: Any, results: dict[str, Any], console: Console) -> None:
+def report(output: Path, args: Any, results: dict[str, Any]) -> None:
     """Write `table.md` and the figures."""
     curves = horizon_curves(args, results)
     tables = [horizon_table(args, curves), slope_table(args, results, curves), constants_table(args, results)]
-    text = "\n\n".join(f"{table.caption}\n\n{table.to_markdown()}" for table in tables)
-    text += "\n\n" + "\n".join(f"- {line}" for line in remarks(args, results, curves))
-    (output / "table.md").write_text(text + "\n", encoding="utf-8")
+    lines = remarks(args, results, curves)
+    write_tables(output / "table.md", tables, lines)
     draw_hard(args, results, curves, output / "hard_instance.png")
     draw_scaling(args, results, output / "scaling.png")
     draw_likelihood(args, results, output / "likelihood.png")
-    console.print(text, markup=False)
-    console.print(f"Written: {output / 'table.md'} and three figures beside it", markup=False)
+    show(tables, [*lines, f"Written: {output / 'table.md'} and three figures beside it"])
 
 
 def best_rate(values: Any) -> tuple[int, FloatArray]:

@@ -5,10 +5,10 @@ others only where the projection does, so a step costs the same whatever d.
 """
 
 import numpy as np
-from learners import Data
 
 from hf_coverage.functional.checks import TIE_TOLERANCE, FloatArray
 from hf_coverage.tasks.linear_instances import LinearInstance
+from recipes.normalized_sgd.learners import Data
 
 
 def follow(

@@ -1,7 +1,7 @@
 """Does normalising the gradient help a real transformer? Six ways to train one, at equal steps and equal tuning.
 
-    python recipes/normalized_sgd/transformer.py --config recipes/normalized_sgd/transformer_graph.yaml
-    python recipes/normalized_sgd/transformer.py --config recipes/normalized_sgd/transformer_text.yaml
+    python -m recipes.normalized_sgd.transformer --config recipes/normalized_sgd/transformer_graph.yaml
+    python -m recipes.normalized_sgd.transformer --config recipes/normalized_sgd/transformer_text.yaml
 
 Every method has the same number of learning rates (section `rates`), seeds, steps and rows. The learning rate is
 chosen on one half of the held-out rows, and the other half is reported. Writes `table.md` and `transformer.png`. What
@@ -16,22 +16,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # settings.py and pretrain.py, which other recipes share
-
 import numpy as np
 import torch
-from pretrain import ModelArguments, TaskArguments
 from rich.console import Console
-from settings import Settings, parse_section, read_settings, refuse_other_settings
-from theory import remember
-from transformer_findings import START, Run, report
-from transformer_jobs import Job, TextArguments, graph_job, score, text_job
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from hf_coverage import NormalizedSGD, SequenceLossMixin
 from hf_coverage.optim.objectives import CoverageLoss
 from hf_coverage.optim.trainer import normalized_optimizer
+from recipes.normalized_sgd.transformer_findings import START, Run, report
+from recipes.normalized_sgd.transformer_jobs import Job, TextArguments, graph_job, score, text_job
+from recipes.pretrain import ModelArguments, TaskArguments
+from recipes.remember import remember
+from recipes.settings import Settings, parse_section, read_settings, refuse_other_settings
 
 
 @dataclass
@@ -118,7 +116,7 @@ def main() -> None:
         torch.set_num_threads(run.threads)
     logging.disable_progress_bar()
     job, console = new_job(run, settings), Console()
-    start = remember(output / "runs" / "start.json", lambda: score(job, job.new_model()).tolist())
+    start = remember(output / "runs", ("start",), lambda: score(job, job.new_model()).tolist())
     runs = {START: [Run(None, np.array([start] * len(run.seeds)))]}
     for name, tried in rates.items():
         runs[name] = []
@@ -126,12 +124,12 @@ def main() -> None:
             began, logprobs = time.monotonic(), []
             for seed in run.seeds:
                 args = train_arguments(output, settings["train"], rate=rate, seed=seed)
-                file = output / "runs" / f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}.json"
-                logprobs.append(remember(file, partial(train_one, job, args, name, measure.train_n)))
+                experiment = partial(train_one, job, args, name, measure.train_n)
+                logprobs.append(remember(output / "runs", (name, rate, seed), experiment))
             runs[name].append(Run(rate, np.array(logprobs)))
             seconds, loss = time.monotonic() - began, -np.mean(logprobs)
             console.print(f"{name}, {rate:g}: cross-entropy {loss:.3f} ({seconds:.0f} s)", markup=False)
-    report(output, measure, job, runs, console)
+    report(output, measure, job, runs)
 
 
 def checked_rates(rates: dict[str, Any]) -> dict[str, list[float]]:

@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.ticker import LogFormatterMathtext
-from rich.console import Console
 
 from hf_coverage import CoverageProfile
 from hf_coverage.functional.bounds import pass_probabilities
 from hf_coverage.functional.checks import FloatArray, metric_key
 from hf_coverage.functional.paired import paired_coverage_difference
-from hf_coverage.functional.statistics import bounded_mean_interval, clustered_mean, mean_interval
+from hf_coverage.functional.statistics import bounded_mean_interval
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Cell, Column, Interval, Table
+from recipes.tables import interval_of, show, write_tables
 
 START = "before"
 BASELINE = "normalised SGD"
@@ -43,7 +43,7 @@ class Half(NamedTuple):
         return np.tile(self.groups, len(run.logprobs))
 
 
-def report(output: Path, measure: Any, job: Any, runs: dict[str, list[Run]], console: Console) -> None:
+def report(output: Path, measure: Any, job: Any, runs: dict[str, list[Run]]) -> None:
     """Write `table.md` and `transformer.png`."""
     _, index = np.unique(job.groups, return_inverse=True)
     halves = [Half(np.flatnonzero(index % 2 == side), job.groups[index % 2 == side]) for side in (0, 1)]
@@ -58,10 +58,8 @@ def report(output: Path, measure: Any, job: Any, runs: dict[str, list[Run]], con
         tables.append(results_table(measure, halves[1], runs, chosen, chosen_by=name))
         if name == key:
             draw(measure, halves[1], runs, chosen, output / "transformer.png")
-    text = "\n\n".join(f"{table.caption}\n\n{table.to_markdown()}" for table in tables)
-    (output / "table.md").write_text(text + "\n", encoding="utf-8")
-    console.print(text, markup=False)
-    console.print(f"Written: {output / 'table.md'} and {output / 'transformer.png'}", markup=False)
+    write_tables(output / "table.md", tables)
+    show(tables, [f"Written: {output / 'table.md'} and {output / 'transformer.png'}"])
 
 
 def results_table(
@@ -75,12 +73,11 @@ def results_table(
     rows: list[list[Cell]] = []
     for name, run in chosen.items():
         profile, groups = half.of(run), half.groups_of(run)
-        loss = clustered_mean(profile.log_ratios, groups=groups)
-        row: list[Cell] = [name, label_of(run, runs[name]), Interval(loss.mean, *mean_interval(loss))]
+        row: list[Cell] = [name, label_of(run, runs[name]), interval_of(profile.log_ratios, groups=groups)]
         row += [Interval(profile.cov(n), *profile.interval(n)) for n in measure.n]
         for n in measure.pass_at:
-            passed = clustered_mean(pass_probabilities(-profile.log_ratios, n), groups=groups)
-            row.append(Interval(passed.mean, *bounded_mean_interval(passed)))
+            passed = pass_probabilities(-profile.log_ratios, n)
+            row.append(Interval(float(passed.mean()), *bounded_mean_interval(passed, groups=groups)))
         if BASELINE in chosen:
             row.append(difference(half, run, chosen[BASELINE], measure.choose_n) if name != BASELINE else None)
         rows.append(row)

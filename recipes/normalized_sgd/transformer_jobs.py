@@ -1,27 +1,29 @@
 """What is trained on: the graph task of the main job, and the last layers of SmolLM2-135M on Python's own sources."""
 
 import copy
-import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # recipes.reasoning, whose model this is
-
 import numpy as np
 import torch
-from pretrain import ModelArguments, TaskArguments, new_model, new_task, rows_seen, train
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.logprobs import sequence_logprobs
+from hf_coverage.inference.encoded_rows import EncodedCorpus
+from hf_coverage.inference.files import write_atomically
+from hf_coverage.inference.fingerprint import weight_fingerprint
 from hf_coverage.measure.builders import windows_corpus
-from hf_coverage.tasks.graph_dataset import GraphSearchDataset, collate_rows
-from recipes.reasoning.model import SMOLLM2, load_base, load_tokenizer
+from hf_coverage.tasks.graph_search import GraphSearchDataset, collate_rows
+from recipes.pretrain import ModelArguments, TaskArguments, new_task, pretrain, rows_seen
+from recipes.reasoning.model import load_base
+from recipes.smollm2 import SMOLLM2, load_tokenizer
 
 IGNORE_INDEX = -100
 
@@ -65,19 +67,10 @@ def score(job: Job, model: PreTrainedModel, batch_size: int = 64) -> FloatArray:
     return np.nan_to_num(np.concatenate(found), nan=-np.inf, neginf=-np.inf)
 
 
-def graph_job(task_args: TaskArguments, model_args: ModelArguments, pretrain: TrainingArguments, *, rows: int) -> Job:
-    """The fine-tuning of `recipes/pretrain.py`, from the end of its pre-training."""
+def graph_job(task_args: TaskArguments, model_args: ModelArguments, args: TrainingArguments, *, rows: int) -> Job:
+    """The fine-tuning of `recipes.pretrain`, from the end of its pre-training."""
     task = new_task(task_args)
-    torch.manual_seed(pretrain.seed)
-    trainer = Trainer(
-        model=new_model(task, model_args),
-        args=pretrain,
-        data_collator=collate_rows,
-        train_dataset=GraphSearchDataset(
-            task, task_args.pretrain_weights, task_args.pretrain_rows, seed=(pretrain.seed, 0)
-        ),
-    )
-    start = train(trainer)
+    start = pretrain(task, task_args, model_args, args, seed=args.seed)
     weights = task_args.finetune_weights
     return Job(
         new_model=lambda: GPT2LMHeadModel.from_pretrained(start),
@@ -97,13 +90,9 @@ def text_job(output: Path, args: TextArguments, *, rows: int) -> Job:
     }
     layers, norm = base.model.layers, base.model.norm
     base.model.layers, base.model.norm = layers[: -args.last_layers], nn.Identity()
-    file = output / "hidden_states.safetensors"
-    if not file.exists():
-        output.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".unfinished")
-        save_file({name: hidden_states(base, ids) for name, (ids, _) in corpora.items()}, unfinished)
-        unfinished.rename(file)
-    hidden = load_file(file)
+    hidden = remembered_states(
+        output / "hidden_states.safetensors", base, {name: ids for name, (ids, _) in corpora.items()}
+    )
     base.model.layers, base.model.norm = layers[-args.last_layers :], norm
     base.requires_grad_(False)
     base.model.layers.requires_grad_(True)
@@ -131,6 +120,23 @@ def source_windows(
     )
     ids = [prompt + completion for prompt, completion in zip(corpus["prompt"][:], corpus["completion"][:])]
     return torch.tensor(ids), np.array(corpus["document"][:])
+
+
+def remembered_states(file: Path, bottom: PreTrainedModel, texts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The hidden states of each corpus, computed only where there is no such file.
+
+    Raises:
+        ValueError: if the file is of other weights or texts, as another version of Python brings them.
+    """
+    key = {name: EncodedCorpus(ids[:, :1].tolist(), ids[:, 1:].tolist()).fingerprint for name, ids in texts.items()}
+    key["weights"] = weight_fingerprint(bottom)
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, save({name: hidden_states(bottom, ids) for name, ids in texts.items()}, key))
+    with safe_open(file, "pt") as kept:
+        if kept.metadata() not in (key, None):  # None: written before there was a key
+            raise ValueError(f"{file} is of other weights or texts than this run's: choose another `--output_dir`.")
+        return {name: kept.get_tensor(name) for name in texts}
 
 
 @torch.inference_mode()

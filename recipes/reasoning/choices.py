@@ -7,10 +7,10 @@ import numpy as np
 
 from hf_coverage.functional.bounds import exact_pass_at_n, pass_probabilities
 from hf_coverage.functional.checks import FloatArray, metric_key
-from hf_coverage.functional.coverage import reached
-from hf_coverage.functional.statistics import clustered_mean, mean_interval
+from hf_coverage.functional.coverage_profile import reached
 from hf_coverage.functional.tournament import hold_tournament
-from hf_coverage.report.table import Cell, Column, Interval, Table
+from hf_coverage.report.table import Cell, Column, Table
+from recipes.tables import interval_of
 
 __all__ = ["Checkpoints", "choice_table", "choose", "chosen_in_halves", "matched_table", "split_table"]
 
@@ -70,9 +70,8 @@ def choice_table(checkpoints: Checkpoints) -> Table:
         cells: list[Cell] = [rule, checkpoints.steps[index]]
         for n in checkpoints.pass_at:
             passes = checkpoints.passes(n)
-            difference = clustered_mean(passes[index] - passes[baseline])
-            same = index == baseline
-            cells += [passes[index].mean(), None if same else Interval(difference.mean, *mean_interval(difference))]
+            change = None if index == baseline else interval_of(passes[index] - passes[baseline])
+            cells += [passes[index].mean(), change]
         rows.append(cells)
     columns: list[Column | str] = ["chosen by", "step"]
     for n in checkpoints.pass_at:

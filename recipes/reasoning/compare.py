@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from hf_coverage import CoverageProfile, tournament
 from hf_coverage.functional.checks import metric_key
@@ -22,8 +21,8 @@ from hf_coverage.report.html import Picture, write_html_report
 from hf_coverage.report.provenance import provenance
 from hf_coverage.report.results import coverage_results, write_results
 from hf_coverage.report.table import Cell, Column, Interval, Table
-from hf_coverage.report.terminal import rich_table
 from hf_coverage.select.predictiveness import predictiveness
+from recipes.profiles import read_profiles
 from recipes.reasoning.choices import (
     CROSS_ENTROPY,
     Checkpoints,
@@ -35,15 +34,17 @@ from recipes.reasoning.choices import (
 )
 from recipes.reasoning.figures import draw
 from recipes.reasoning.finetune import Recipe, read_recipe
-from recipes.reasoning.model import SMOLLM2, SMOLLM2_HUB_ID, load_tokenizer
+from recipes.reasoning.model import SMOLLM2_HUB_ID
 from recipes.reasoning.reasons import area_table, concern_table, correlation_table, guess_table, resolution_table
 from recipes.reasoning.sample import read_samples, sampled_table
 from recipes.reasoning.task import entry_corpus
+from recipes.smollm2 import SMOLLM2, load_tokenizer
+from recipes.tables import show, write_tables
 
 
 def main() -> None:
     recipe = read_recipe(sys.argv[1:], __doc__)
-    profiles = read_profiles(recipe.output / "profiles")
+    profiles = enough_profiles(recipe.output / "profiles")
     checkpoints = checkpoints_of(profiles, recipe)
     folder = recipe.output / "comparison"
     folder.mkdir(exist_ok=True)
@@ -64,26 +65,21 @@ def main() -> None:
     samples = read_samples(recipe)
     if samples:
         tables.append(sampled_table(samples, checkpoints))
-    (folder / "tables.md").write_text(
-        "\n\n".join(f"{table.caption}\n\n{table.to_markdown()}" for table in tables) + "\n", encoding="utf-8"
-    )
+    write_tables(folder / "tables.md", tables)
     summary = [*findings(checkpoints), tournament_sentence(profiles, checkpoints)]
     figures = draw(folder, profiles, checkpoints, found)
     write(recipe, folder, profiles, checkpoints, tables, summary, figures)
-
-    console = Console()
-    for table in tables:
-        console.print(rich_table(table))
-    for line in [*summary, f"Written: {folder}"]:
-        console.print(line, highlight=False, markup=False)
+    show(tables, [*summary, f"Written: {folder}"])
 
 
-def read_profiles(folder: Path) -> list[CoverageProfile]:
+def enough_profiles(folder: Path) -> list[CoverageProfile]:
     """Read the profiles of a run, in the order of their steps."""
-    files = sorted(folder.glob("step-*.json"), key=lambda file: int(file.stem.removeprefix("step-")))
-    if len(files) < 4:
-        raise ValueError(f"{folder} holds {len(files)} profiles, and a comparison takes 4: run the fine-tuning first.")
-    return [CoverageProfile.from_json(file) for file in files]
+    profiles = list(read_profiles(folder).values())
+    if len(profiles) < 4:
+        raise ValueError(
+            f"{folder} holds {len(profiles)} profiles, and a comparison takes 4: run the fine-tuning first."
+        )
+    return profiles
 
 
 def checkpoints_of(profiles: list[CoverageProfile], recipe: Recipe) -> Checkpoints:

@@ -11,7 +11,7 @@ checkpoint end up in `<output_dir>/profiles`, from where `recipes.reasoning.comp
 """
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +25,11 @@ from hf_coverage import CoverageCallback, CoverageProfile
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.measure.corpus import encode_corpus
 from hf_coverage.measure.scoring import score_encoded
-from recipes.reasoning.model import SMOLLM2, add_adapter, load_base, load_tokenizer
+from recipes.profiles import write_profile
+from recipes.reasoning.model import add_adapter, load_base
 from recipes.reasoning.task import Entry, draw_entries, entry_corpus
 from recipes.settings import Settings, parse_section, read_settings, refuse_other_settings
+from recipes.smollm2 import SMOLLM2, load_tokenizer
 
 
 @dataclass
@@ -107,8 +109,11 @@ class KeepProfiles(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """Write the profile that the logging of this step has just left behind."""
+        step, profile = state.global_step, self.coverage.profile
+        if state.is_world_process_zero and profile is None:
+            raise ValueError(f"There is no profile of step {step}: `save_steps` must be a whole number of steps.")
         if state.is_world_process_zero:
-            write_profile(self.coverage.profile, self.folder, state.global_step)
+            write_profile(profile, self.folder, step)
 
 
 class AnswerCollator:
@@ -197,16 +202,6 @@ def profile_of(model: torch.nn.Module, encoded: EncodedCorpus, corpus: Dataset) 
     """Score a model on the held-out questions."""
     logprobs = score_encoded(model, encoded, progress=True).logprob
     return CoverageProfile.from_logprobs(logprobs, np.zeros(len(encoded)), groups=corpus["prompt"][:])
-
-
-def write_profile(profile: CoverageProfile | None, folder: Path, step: int) -> None:
-    """Write a profile under the name of its step, whole or not at all."""
-    if profile is None:
-        raise ValueError(f"There is no profile of step {step}: `save_steps` must be a whole number of steps.")
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / ".unfinished"
-    replace(profile, name=f"step {step}").to_json(unfinished)
-    unfinished.replace(folder / f"step-{step}.json")
 
 
 if __name__ == "__main__":

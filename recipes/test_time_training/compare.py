@@ -9,18 +9,18 @@ as `--text.documents 8`. What was stopped goes on with the text that was stopped
 """
 
 import copy
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets, load_from_disk
+from datasets import Dataset, concatenate_datasets
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,8 +29,10 @@ from hf_coverage.functional.ttt_config import TTTCache, TTTConfig, TTTScope
 from hf_coverage.measure.builders import sample_corpus
 from hf_coverage.measure.scoring import PLAIN, score_responses, score_rules
 from recipes.compression_audit.compress import compression
-from recipes.reasoning.model import SMOLLM2, load_base, load_tokenizer
+from recipes.reasoning.model import load_base
+from recipes.remember import remember_corpus
 from recipes.settings import Settings, parse_section, read_settings, refuse_other_settings
+from recipes.smollm2 import SMOLLM2, load_tokenizer
 from recipes.test_time_training.findings import report
 from recipes.test_time_training.measured import Followed, Known, Results, Scoped, rule_label
 from recipes.test_time_training.short_context import ShortContext
@@ -180,7 +182,7 @@ def main() -> None:
                 highlight=False,
             )
             start = time.process_time()
-    report(recipe.output, results, console)
+    report(recipe.output, results)
 
 
 def follow_corpus(model: nn.Module, corpus: Dataset, rules: Mapping[str, TTTConfig], folder: Path) -> Followed:
@@ -228,7 +230,7 @@ def over_references(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Known]]
     pairs += [(TASTE, ITSELF)] if args.taste else []
     pairs += [("D at 1", student) for student in args.students]
     for reference, student in pairs:
-        corpus = sampled(recipe, reference, folder / "corpora" / reference)
+        corpus = remember_corpus(folder / "corpora" / reference, partial(sampled, recipe, reference))
         model: nn.Module = recipe.model
         if student.startswith("context-"):
             model = ShortContext(recipe.model, int(student.removeprefix("context-")))
@@ -239,31 +241,25 @@ def over_references(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Known]]
         yield name, Known(np.array(corpus["reference_logprob"][:]), found)
 
 
-def sampled(recipe: Recipe, reference: str, folder: Path) -> Dataset:
-    """Responses of a reference to the beginnings of windows, or those that are there."""
+def sampled(recipe: Recipe, reference: str) -> Dataset:
+    """Sample responses of a reference to the beginnings of windows."""
     args = recipe.known
-    if not folder.exists():
-        windows = [recipe.windows(kind, args.prompt_tokens, args.response_tokens, args.prompts) for kind in KINDS[:-1]]
-        teacher, temperature = recipe.model, 1.0
-        if reference == TASTE:
-            teacher = with_taste(recipe.model, share=args.taste_share, strength=args.taste, seed=recipe.run.seed)
-        else:
-            temperature = float(reference.removeprefix("D at "))
-        corpus = sample_corpus(
-            teacher,
-            None,
-            concatenate_datasets(windows)["prompt"][:],
-            k=1,
-            max_new_tokens=args.response_tokens,
-            temperature=temperature,
-            eos_token_id=[],  # all of them equally long
-            seed=recipe.run.seed,
-        )
-        unfinished = folder.with_suffix(".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        corpus.save_to_disk(unfinished)
-        unfinished.rename(folder)
-    return load_from_disk(folder)
+    windows = [recipe.windows(kind, args.prompt_tokens, args.response_tokens, args.prompts) for kind in KINDS[:-1]]
+    teacher, temperature = recipe.model, 1.0
+    if reference == TASTE:
+        teacher = with_taste(recipe.model, share=args.taste_share, strength=args.taste, seed=recipe.run.seed)
+    else:
+        temperature = float(reference.removeprefix("D at "))
+    return sample_corpus(
+        teacher,
+        None,
+        concatenate_datasets(windows)["prompt"][:],
+        k=1,
+        max_new_tokens=args.response_tokens,
+        temperature=temperature,
+        eos_token_id=[],  # all of them equally long
+        seed=recipe.run.seed,
+    )
 
 
 def with_taste(model: PreTrainedModel, *, share: float, strength: float, seed: int) -> PreTrainedModel:

@@ -10,14 +10,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from rich.console import Console
 
-from hf_coverage.functional.coverage import coverage
+from hf_coverage.functional.coverage_profile import coverage
 from hf_coverage.inference.files import strict_json
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.measure.scoring import PLAIN
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Interval, Table
+from recipes.tables import show, write_tables
 from recipes.test_time_training.measured import (
     BIN,
     MODES,
@@ -35,7 +35,7 @@ from recipes.test_time_training.tables import known_table, safety_table, scope_t
 __all__ = ["report"]
 
 
-def report(output: Path, results: Results, console: Console) -> None:
+def report(output: Path, results: Results) -> None:
     """Write `report.md`, `findings.json` and the figures, of the parts that were run."""
     choices = dict(all_choices(results))
     tables: list[Table] = []
@@ -52,12 +52,9 @@ def report(output: Path, results: Results, console: Console) -> None:
     if results.scoped:
         tables.append(scope_table(results))
     sentences = explain(results, choices)
-    text = "\n\n".join(f"{table.caption}\n\n{table.to_markdown()}" for table in tables)
-    text += "\n\n" + "\n".join(f"- {sentence}" for sentence in sentences) + "\n"
-    (output / "report.md").write_text(text, encoding="utf-8")
+    write_tables(output / "report.md", tables, sentences)
     strict_json(facts(results, choices), output / "findings.json")
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"Written: {output / 'report.md'}, findings.json and the figures beside it", markup=False)
+    show(tables, [*sentences, f"Written: {output / 'report.md'}, findings.json and the figures beside it"])
 
 
 def explain(results: Results, choices: Choices) -> list[str]:

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_coverage.functional.checks import FloatArray
-from hf_coverage.functional.statistics import clustered_mean, mean_interval
 from hf_coverage.functional.ttt_config import TTTConfig
 from hf_coverage.measure.scoring import PLAIN
 from hf_coverage.report.table import Interval
 from hf_coverage.select.tune_ttt import TTTChoice, tune_ttt
+from recipes.tables import interval_of
 
 __all__ = [
     "BIN",
@@ -28,7 +28,6 @@ __all__ = [
     "change_a_token",
     "choose",
     "first_of",
-    "interval_of",
     "log_ratios_of",
     "rule_label",
     "telling_n",
@@ -151,12 +150,6 @@ def binned_changes(followed: Followed) -> dict[str, list[list[float]]]:
         bins = [change[:, start : start + BIN].mean(axis=1) for start in range(0, change.shape[1], BIN)]
         found[name] = [list(interval_of(values)) for values in bins]
     return found
-
-
-def interval_of(values: FloatArray) -> Interval:
-    """A mean over texts with its 95 % interval."""
-    estimate = clustered_mean(values)
-    return Interval(estimate.mean, *mean_interval(estimate))
 
 
 def log_ratios_of(known: Known, name: str) -> FloatArray:

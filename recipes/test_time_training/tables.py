@@ -4,18 +4,18 @@ import math
 
 import numpy as np
 
-from hf_coverage.functional.coverage import coverage
+from hf_coverage.functional.coverage_profile import coverage
 from hf_coverage.functional.paired import paired_coverage_difference, paired_kl_difference
 from hf_coverage.measure.scoring import PLAIN
 from hf_coverage.report.table import Cell, Column, Interval, Table
 from hf_coverage.select.tune_ttt import split_groups
+from recipes.tables import interval_of
 from recipes.test_time_training.measured import (
     MODES,
     Choices,
     Results,
     change_a_token,
     first_of,
-    interval_of,
     log_ratios_of,
     telling_n,
 )

@@ -15,21 +15,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "normalized_sgd"))  # whose modules import each other by name
-
 import numpy as np
-from learners import Data, ResponseLaw
 from numpy.typing import NDArray
 from rich.console import Console
-from theory_findings import slope
-from tokenwise import follow
 
 from hf_coverage.functional.checks import TIE_TOLERANCE, FloatArray, metric_key
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Cell, Column, Table
 from hf_coverage.tasks.linear_instances import LinearInstance, small_step_instance
-from recipes.backtracking.compare import remember
+from recipes.normalized_sgd.learners import Data, ResponseLaw
+from recipes.normalized_sgd.theory_findings import slope
+from recipes.normalized_sgd.tokenwise import follow
+from recipes.remember import remember
 from recipes.settings import parse_section, read_settings, refuse_other_settings
+from recipes.tables import show, write_tables
 
 TTT = "token-level SGD + test-time training"
 FROZEN = "token-level SGD, frozen"
@@ -65,9 +64,9 @@ def main() -> None:
     results = {}
     for name, experiment in parts.items():
         start = time.process_time()
-        results[name] = remember(output / "parts" / f"{name}.json", experiment)
+        results[name] = remember(output / "parts", (name,), experiment)
         console.print(f"{name} ({time.process_time() - start:.0f} s of processor time)", markup=False)
-    report(output, args, results, middle, console)
+    report(output, args, results, middle)
 
 
 def rare_instance(horizon: int, *, num_prompts: int, information: float) -> LinearInstance:
@@ -195,14 +194,12 @@ def proper_floor(instance: LinearInstance, steps: int, log_n: float) -> float:
     return float(best * (chances * (1 - chances) ** steps).sum())
 
 
-def report(output: Path, args: TheoremArguments, results: dict[str, Any], middle: int, console: Console) -> None:
+def report(output: Path, args: TheoremArguments, results: dict[str, Any], middle: int) -> None:
     """Write `theorem.md` and the figure."""
     tables = [steps_table(args, results["steps"]), horizon_table(args, results, middle)]
-    text = "\n\n".join(f"{table.caption}\n\n{table.to_markdown()}" for table in tables) + "\n"
-    (output / "theorem.md").write_text(text, encoding="utf-8")
+    write_tables(output / "theorem.md", tables)
     draw(args, results["steps"], output / "theorem.png")
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"Written: {output / 'theorem.md'} and theorem.png beside it", markup=False)
+    show(tables, [f"Written: {output / 'theorem.md'} and theorem.png beside it"])
 
 
 def names_of(args: TheoremArguments) -> list[str]:

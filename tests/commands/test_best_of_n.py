@@ -68,6 +68,26 @@ def test_kept_samples_are_judged_by_one_s_own_function(problems, work):
     assert Path("out/best_of_n-exact-match.json").is_file()
 
 
+def test_a_verifier_that_fails_on_every_response_is_no_result(problems, work):
+    Path("rewards.py").write_text("def broken(completions):\n    raise OSError('no disk')\n")
+    message = error_line(
+        "best-of-n student problems.jsonl --k 2 --max-new-tokens 2 --verifier rewards.py:broken -o out"
+    )
+    assert "broken judged none of 10 responses; most often, 10 times, it raised OSError (OSError: no disk)" in message
+    assert not list(Path("out").glob("best_of_n-*"))
+
+
+def test_results_of_two_verifiers_of_one_name_stand_beside_each_other(problems, work):
+    for name, value in (("one", 0.0), ("two", 1.0)):
+        Path(f"{name}.py").write_text(f"def reward(completions):\n    return [{value}] * len(completions)\n")
+    command = "best-of-n student problems.jsonl --k 2 --max-new-tokens 2 -o out --verifier"
+    for name in ("one", "two", "one", "two"):
+        invoke(f"{command} {name}.py:reward")
+    found = {path.name: BestOfNResult.from_json(path).pass_at(1) for path in Path("out").glob("best_of_n-*.json")}
+    assert found == {"best_of_n-reward.json": 0.0, "best_of_n-reward-2.json": 1.0}
+    assert len(list(Path("out/judgements").iterdir())) == 2
+
+
 def test_an_interrupted_command_goes_on_with_what_is_there(problems, work):
     command = "best-of-n student problems.jsonl --k 4 --max-new-tokens 3 --batch-size 4 --shard-rows 8 -o"
     invoke(f"{command} whole")
@@ -98,6 +118,7 @@ def test_a_failure_is_one_line(problems, options, message):
     assert not Path("out").exists() or "profile" in options
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes_and_speak_once(problems, work):
     options = "best-of-n student problems.jsonl --k 4 --max-new-tokens 3 --batch-size 4 --shard-rows 8"

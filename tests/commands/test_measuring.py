@@ -163,9 +163,11 @@ def test_models_on_other_rows_are_not_compared(work):
     )
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes_and_speak_once(work):
-    command = "-m torch.distributed.run --nproc_per_node 2 -m hf_coverage score student corpus -o two --shard-rows 8"
+    options = "score student corpus --shard-rows 8"
+    command = f"-m torch.distributed.run --standalone --nproc_per_node 2 -m hf_coverage {options} -o two"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

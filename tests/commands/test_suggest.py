@@ -22,7 +22,7 @@ from hf_coverage.functional.step_sizes import (
     token_level_step_sizes,
 )
 from hf_coverage.measure.corpus import encode_corpus
-from hf_coverage.measure.gradient_norm import gradient_norms
+from hf_coverage.measure.inherent_variance import gradient_norms
 from tests.commands.shell import error_line, invoke, load
 
 ROOT = Path(hf_coverage.__file__).parents[1]
@@ -184,6 +184,7 @@ def test_smollm2_s_bounds_are_vacuous(smollm2):
     assert "The bounds are vacuous" in found.verdict()
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes_and_speak_once(work):
     options = "suggest student --data corpus -n 16 --steps 1000 --gradient-norms 3 --device cpu"

@@ -75,7 +75,7 @@ def test_it_decides_as_the_library_on_what_the_candidates_wrote(run):
 def test_what_is_there_is_used_again_and_a_further_candidate_costs_its_own_part(run, monkeypatch):
     loaded = []
     original = on_policy.load_model
-    monkeypatch.setattr(on_policy, "load_model", lambda name, **kw: (loaded.append(name), original(name, **kw))[1])
+    monkeypatch.setattr(on_policy, "load_model", lambda name, how: (loaded.append(name), original(name, how))[1])
     fewer = COMMAND.replace(" other ", " ")
     invoke(f"{fewer} --on-policy --generations 10")
     assert loaded == ["teacher", "student"] * 2  # to write, and to score
@@ -119,6 +119,7 @@ def test_an_interrupted_scoring_goes_on(run, monkeypatch):
     assert json.loads((run / "whole/tournament.json").read_text()) == interrupted
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 def test_two_processes_end_the_same(run):
     command = f"{COMMAND.replace('--n 2', '-n 2')} --on-policy --device cpu --generations 12"

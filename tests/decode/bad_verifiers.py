@@ -97,3 +97,24 @@ def share_of_even(completions, level):
     if level[0] == 3 and len(completions[0]) > 3:
         raise ValueError("too long")
     return [sum(token % 2 == 0 for token in response) / len(response) for response in completions]
+
+
+def leave_a_child(completions, path, escapes):
+    """Die, and leave a grandchild that holds the pipes of this process open for as long as it lives."""
+    if completions[0] == "good":
+        return [1.0]
+    if os.fork() == 0:
+        if escapes[0]:
+            os.setsid()
+        if os.fork() == 0:
+            with open(path[0], "w", encoding="utf-8") as file:
+                file.write(str(os.getpid()))
+            time.sleep(1000)
+        os._exit(0)
+    while not (os.path.exists(path[0]) and os.path.getsize(path[0])):
+        time.sleep(0.01)
+    if completions[0] == "die":
+        os._exit(7)
+    if completions[0] == "hang":
+        time.sleep(1000)
+    return [0.5]

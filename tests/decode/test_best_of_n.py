@@ -1,5 +1,7 @@
 """Sampling, judging and what follows from it: against enumeration, killed, in two processes, and with a real model."""
 
+import datetime
+import decimal
 import json
 import os
 import signal
@@ -237,6 +239,7 @@ def test_samples_of_something_else_are_not_mixed_in(finished, tmp_path):
         evaluate(tmp_path)
 
 
+@pytest.mark.xdist_group("ranks")
 def test_two_processes_are_equal_to_one(finished, tmp_path):
     whole, result = finished
     script = Path(__file__).with_name("best_of_n_runs.py")
@@ -375,12 +378,32 @@ def test_wrong_options_are_refused(options, message):
         evaluate(None, **options)
 
 
-def test_a_column_that_cannot_reach_the_verifier_is_named():
-    import datetime
+@pytest.mark.parametrize(
+    "value",
+    [
+        datetime.date(2026, 1, 1),
+        datetime.datetime(2026, 1, 1, 12, 30),
+        datetime.time(12, 30),
+        datetime.timedelta(seconds=5),
+        decimal.Decimal("1.50"),
+        b"\x00\xff",
+        float("inf"),
+        [[1, 2], [3]],
+        {"a": [1.5, None], "b": "c"},
+        None,
+        2**62,
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_column_reaches_the_verifier_s_process_as_it_is(value):
+    corpus = Dataset.from_dict({"prompt": [[2]], "held": [value]})
+    expected = repr(corpus[0]["held"])
 
-    corpus = Dataset.from_dict({"prompt": [[2]], "day": [datetime.date(2026, 1, 1)]})
-    with pytest.raises(TypeError, match=r"Column `day` .*`timeout=None`"):
-        evaluate_best_of_n(build(), None, corpus, lambda completions, day: [1.0], k=1, max_new_tokens=1)
+    def verifier(completions, held):
+        return [float(repr(held[0]) == expected)]
+
+    result = evaluate_best_of_n(build(), None, corpus, verifier, k=1, max_new_tokens=1, timeout=60, progress=False)
+    assert (result.errors, result.pass_at(1)) == ({}, 1.0)
 
 
 def test_a_real_model_on_a_real_task(smollm2, tmp_path):

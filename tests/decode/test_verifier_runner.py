@@ -1,6 +1,10 @@
 """A verifier that fails costs a response and nothing else."""
 
+import contextlib
+import datetime
+import decimal
 import io
+import math
 import os
 import signal
 import subprocess
@@ -8,12 +12,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hf_coverage.decode.verifier_calls import judge
 from hf_coverage.decode.verifier_runner import needed_arguments, open_judge
 from hf_coverage.decode.verifiers import ExactMatch, MathVerify, RewardModel
-from tests.decode.bad_verifiers import DEADLY, EXPECTED, coroutine, misbehave, pid_then_hang
+from tests.decode.bad_verifiers import DEADLY, EXPECTED, coroutine, leave_a_child, misbehave, pid_then_hang
 
 
 def judged(verifier, responses, *, timeout=0.5, batch_size=16, **columns):
@@ -51,6 +56,66 @@ def test_every_misbehaviour_has_its_name_and_costs_one_response(tmp_path):
     assert messages["exit"] == "exit code 7"
     # what a killed verifier had started is killed with it
     assert wait_until(lambda: not is_running((tmp_path / "pid").read_text()))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="forks")
+@pytest.mark.parametrize("escapes", [False, True])
+@pytest.mark.parametrize(
+    ("response", "expected"), [("die", "ended its process"), ("hang", "timed out"), ("answer", 0.5), ("big", 0.5)]
+)
+def test_what_a_verifier_leaves_behind_holds_nobody_up(response, expected, escapes, tmp_path):
+    """A grandchild holds both pipes open: in the worker's group it is ended too, outside nobody waits for it."""
+    path = tmp_path / "pid"
+    responses = [response if response != "big" else "x" * 10_000_000, "good"]
+    verdicts = judged(
+        leave_a_child, responses, timeout=30 if expected != "timed out" else 5, path=str(path), escapes=escapes
+    )
+    pid = int(path.read_text())
+    try:
+        assert [outcome(verdict) for verdict in verdicts] == [expected, 1.0]
+        assert is_running(pid) if escapes else wait_until(lambda: not is_running(pid))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="forks")
+def test_a_request_that_nobody_reads_is_no_endless_wait(tmp_path):
+    """The pipe to a worker that is dead is full, and held open by what it left behind."""
+    path = tmp_path / "pid"
+    verdicts = judged(leave_a_child, ["die", "x" * 10_000_000, "good"], timeout=30, path=str(path), escapes=True)
+    os.kill(int(path.read_text()), signal.SIGKILL)
+    assert [outcome(verdict) for verdict in verdicts] == ["ended its process", 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        (1, (2, 3)),
+        {1: "a", (2, 3): "b"},
+        float("nan"),
+        float("-inf"),
+        b"\x00\xff",
+        np.float32(0.5),
+        np.arange(3),
+        {1, 2},
+        datetime.date(2026, 1, 1),
+        decimal.Decimal("0.1"),
+        1 + 2j,
+        "\ud800",
+        "a\nb\r\u2028",
+        2**80,
+    ],
+    ids=repr,
+)
+def test_what_a_verifier_gets_in_its_process_is_what_it_gets_here(value):
+    expected = repr(value)
+
+    def verifier(completions, held):
+        return [float(repr(held[0]) == expected)]  # which tells a tuple from a list, and 1 from "1"
+
+    for timeout in (60, None):
+        assert [outcome(verdict) for verdict in judged(verifier, ["a"], timeout=timeout, held=value)] == [1.0]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -181,6 +246,10 @@ def test_what_a_verifier_lacks_is_said_before_anything_is_sampled():
         needed_arguments(lambda completions, solution, **kwargs: [], available, ())
     with pytest.raises(ValueError, match="needs `answer`, which differs between rows of one prompt"):
         needed_arguments(ExactMatch(), available, ("answer",))
+    with pytest.raises(TypeError, match="takes `x` by position, and is called by names only"):
+        needed_arguments(math.sqrt, [*available, "x"], ())
+    with pytest.raises(TypeError, match="does not say which arguments it takes; wrap it in a function"):
+        needed_arguments(max, available, ())
     with pytest.raises(TypeError, match="must be callable as TRL's reward functions are"):
         needed_arguments("exact-match", available, ())
     with pytest.raises(ValueError, match="`timeout` must be positive"):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hf_coverage.functional.coverage import coverage_interval
+from hf_coverage.functional.coverage_profile import coverage_interval
 from hf_coverage.functional.paired import paired_coverage_difference, paired_kl_difference
 
 

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.forward_batches import Batch, Limits, build_step, plan_batches, tokens_read
+from hf_coverage.inference.self_check import Reading
 
 
 @st.composite
@@ -38,7 +39,9 @@ def steps_of(corpus, batch, *, cached):
 @settings(max_examples=200, deadline=None)
 @given(corpus=corpora(), limits=LIMITS, share=st.booleans(), cached=st.booleans())
 def test_every_response_token_is_predicted_once_by_all_that_precedes_it(corpus, limits, share, cached):
-    batches = plan_batches(corpus, range(len(corpus)), limits, share_prefixes=share and cached)
+    batches = plan_batches(
+        corpus, range(len(corpus)), limits, reading=Reading.SHARED if share and cached else Reading.PADDED
+    )
     assert sorted(row for batch in batches for row in batch.rows) == list(range(len(corpus)))
     for batch in batches:
         expected = [(row, token) for row in batch.rows for token in range(len(corpus.completions[row]))]
@@ -64,7 +67,7 @@ def test_every_response_token_is_predicted_once_by_all_that_precedes_it(corpus, 
 @settings(max_examples=200, deadline=None)
 @given(corpus=corpora(), limits=LIMITS, share=st.booleans())
 def test_limits_hold(corpus, limits, share):
-    for batch in plan_batches(corpus, range(len(corpus)), limits, share_prefixes=share):
+    for batch in plan_batches(corpus, range(len(corpus)), limits, reading=Reading.SHARED if share else Reading.PADDED):
         for rows, _, step in steps_of(corpus, batch, cached=True):
             assert len(step.positions) <= limits.positions
             # Only what cannot be divided may be larger: one row, or one prompt.
@@ -75,7 +78,7 @@ def test_limits_hold(corpus, limits, share):
 @given(corpus=corpora(), limits=LIMITS)
 def test_sharing_never_reads_more_tokens(corpus, limits):
     def read(share):
-        batches = plan_batches(corpus, range(len(corpus)), limits, share_prefixes=share)
+        batches = plan_batches(corpus, range(len(corpus)), limits, reading=Reading.SHARED if share else Reading.PADDED)
         return sum(
             np.count_nonzero(step.ids) for batch in batches for *_, step in steps_of(corpus, batch, cached=True)
         )

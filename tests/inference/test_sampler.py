@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
+import transformers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from hf_coverage.inference import sampler
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.sampler import Sampler, Sampling, read_prompts
+from hf_coverage.measure.scoring import score_encoded
+from tests.inference.odd_models import SMALL, ForgetsItsCache, alone, bart, llama, quantised, shaken, subclass
 from tests.measure.test_scoring_architectures import ARCHITECTURES, build, oracle
 
 LONG, MIDDLE, SHORT = list(range(3, 20)), [5, 4, 9, 30, 12, 7, 21, 8, 3], [6, 4]
@@ -45,13 +48,15 @@ def test_equal_prompts_are_read_once(tiny_gpt2, monkeypatch):
     monkeypatch.setattr(type(tiny_gpt2), "forward", counting)
     prompts = [[2, 3, 4, 5, 6, 7]] * 4 + [[3, 3, 3]] * 4
     draw(tiny_gpt2, prompts, max_new_tokens=3, eos_token_ids=())
-    assert widths == [(2, 5), (8, 1), (8, 1), (8, 1)]
+    # Then some of the responses are read again, to see that the model says the same of them.
+    assert widths[:4] == [(2, 5), (8, 1), (8, 1), (8, 1)]
+    assert {rows for rows, _ in widths[4:]} == {1}
     widths.clear()
     draw(tiny_gpt2, [[2, 3, 4], [5, 6, 7], [8, 9, 10], [2, 3, 4]], max_new_tokens=2, eos_token_ids=())
-    assert widths == [(4, 3), (4, 1)]  # little is saved
+    assert widths[:2] == [(4, 3), (4, 1)]  # little is saved
     widths.clear()
     draw(tiny_gpt2, [[2, 3, 4]] * 3 + [[5]] * 3, max_new_tokens=2, eos_token_ids=())
-    assert widths == [(6, 3), (6, 1)]  # there is nothing before the last token of [5]
+    assert widths[:2] == [(6, 3), (6, 1)]  # there is nothing before the last token of [5]
 
 
 def test_a_token_that_looks_like_padding_is_none(tiny_gpt2):
@@ -84,3 +89,60 @@ def test_a_real_model_says_the_same(smollm2, monkeypatch):
     alone = draw(model, prompts * 4, max_new_tokens=8, eos_token_ids=(2,))
     assert [sample.ids for sample in shared] == [sample.ids for sample in alone]
     np.testing.assert_allclose([s.logprob for s in shared], [s.logprob for s in alone], atol=1e-3)
+
+
+def roformer():
+    """Takes padding on the left for text."""
+    torch.manual_seed(0)
+    config = transformers.RoFormerConfig(**SMALL, is_decoder=True, embedding_size=16)
+    return shaken(transformers.RoFormerForCausalLM(config))
+
+
+class OneAtATime(LlamaForCausalLM):
+    """Cannot read more than one prompt, as some vision-language models cannot."""
+
+    def forward(self, input_ids=None, **kwargs):
+        if len(input_ids) > 1:
+            raise IndexError("index 1 is out of bounds for dimension 0 with size 1")
+        return super().forward(input_ids=input_ids, **kwargs)
+
+
+ODD = {
+    "left padding is text": roformer,
+    "scale of the batch": lambda: quantised(0, 2),
+    "one prompt at a time": lambda: subclass(OneAtATime),
+    "plain": llama,
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_the_recorded_density_is_that_of_the_response_alone(name):
+    model, prompts = ODD[name](), [LONG] * 3 + [MIDDLE] * 4 + [SHORT] * 3
+    # Small batches: the first has prompts of one length.
+    for batch_size in (4, 64):
+        samples = draw(model, prompts, batch_size=batch_size)
+        expected = alone(model, EncodedCorpus(prompts, [sample.ids for sample in samples]))
+        np.testing.assert_allclose([sample.logprob for sample in samples], expected, atol=1e-4)
+
+
+def test_what_writes_from_another_distribution_is_refused():
+    with pytest.raises(RuntimeError, match="does not write from the distribution that its passes give"):
+        draw(subclass(ForgetsItsCache), [LONG, SHORT])
+
+
+def test_an_encoder_decoder_is_refused():
+    with pytest.raises(ValueError, match="BartForConditionalGeneration is an encoder-decoder"):
+        draw(bart(), [LONG])
+
+
+def test_a_model_does_not_differ_from_its_own_samples():
+    """Rounding has no sign: peaked logits over a large vocabulary show one."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL | {"vocab_size": 50_000})).eval()
+    model.lm_head.weight.data.normal_(std=3.0)
+    prompts = [[3 + row, 4, 5] for row in range(64)]
+    samples = draw(model, prompts, max_new_tokens=8, eos_token_ids=())
+    scores = score_encoded(model, EncodedCorpus(prompts, [sample.ids for sample in samples]))
+    ratios = np.array([sample.logprob for sample in samples]) - scores.logprob
+    assert abs(ratios.mean()) < 3 * ratios.std() / 8
+    assert abs(ratios.mean()) < 2e-6

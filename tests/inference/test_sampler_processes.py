@@ -11,6 +11,8 @@ import pytest
 
 from tests.inference.sampling_ranks import build, results_of
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):

@@ -1,4 +1,4 @@
-"""A job of two processes that `test_callback_two_ranks.py` starts through torchrun; every check runs on both."""
+"""A job of two processes that `test_callback_processes.py` starts through torchrun; every check runs on both."""
 
 import sys
 import warnings

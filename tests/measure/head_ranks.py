@@ -10,8 +10,7 @@ from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_coverage.measure.corpus import encode_corpus
-from hf_coverage.measure.gradient_norm import gradient_norms
-from hf_coverage.measure.inherent_variance import measure_inherent_variance
+from hf_coverage.measure.inherent_variance import gradient_norms, measure_inherent_variance
 
 
 def measure() -> dict[str, np.ndarray]:

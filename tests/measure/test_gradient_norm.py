@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_coverage.inference.encoded_rows import EncodedCorpus
-from hf_coverage.measure.gradient_norm import gradient_norms
+from hf_coverage.measure.inherent_variance import gradient_norms
 
 ENCODED = EncodedCorpus(
     prompts=[[1, 2], [3], [1, 2], [4, 5, 6], [1, 2]],

@@ -24,18 +24,16 @@ from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.measure.builders import sample_corpus
 from hf_coverage.measure.inherent_variance import (
     estimate_inherent_variance,
-    head_norm,
-    is_tied,
     measure_inherent_variance,
     require_linear_head,
 )
 from hf_coverage.measure.scoring import score_encoded
 from hf_coverage.tasks.linear import AutoregressiveLinearForCausalLM
-from hf_coverage.tasks.linear_exact import enumerate_responses, feature_bound, inherent_variance
 from hf_coverage.tasks.linear_features import FeatureMap
 from hf_coverage.tasks.linear_instances import small_step_instance
 from tests import reference
 from tests.measure import head_ranks
+from tests.tasks.linear_exact import enumerate_responses, feature_bound, inherent_variance
 
 ROOT = Path(__file__).parents[2]
 PROMPT, HORIZON, VOCABULARY = [0, 3, 2], 3, 5
@@ -219,10 +217,10 @@ def test_an_interrupted_measurement_goes_on(tmp_path):
 def test_the_head_is_known():
     for model, tied in ((make_llama(tied=False), False), (make_llama(tied=True), True), (make_gptj(), False)):
         head = require_linear_head(model)
-        assert head is model.get_output_embeddings()
-        assert is_tied(model, head) is tied
-        squares = sum(parameter.double().square().sum().item() for parameter in head.parameters())
-        assert head_norm(head) == pytest.approx(squares**0.5)
+        assert head.module is model.get_output_embeddings()
+        assert bool(head.shared_with) is tied
+        squares = sum(parameter.double().square().sum().item() for parameter in head.module.parameters())
+        assert head.norm == pytest.approx(squares**0.5)
 
 
 def test_heads_without_known_features_are_refused():
@@ -233,7 +231,7 @@ def test_heads_without_known_features_are_refused():
     plain = Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8, final_logit_softcapping=None, **SPECIAL)
     assert measure_inherent_variance(Gemma2ForCausalLM(plain), None, corpus, progress=False).num_rows == 17
     linear = small_step_instance(6, rare_probability=0.5, n=4).model()
-    with pytest.raises(ValueError, match=r"must have a linear output head.*_LinearHead.*`tasks.linear_exact`"):
+    with pytest.raises(ValueError, match=r"must have a linear output head.*_LinearHead.*`merge_and_unload`"):
         measure_inherent_variance(linear, None, corpus, progress=False)
     with pytest.raises(ValueError, match="`model` must be a causal language model with output embeddings"):
         measure_inherent_variance(make_llama(tied=False).model, None, corpus, progress=False)
@@ -247,6 +245,7 @@ def test_rows_without_a_response_are_refused_by_name():
         measure_inherent_variance(make_llama(tied=False), None, corpus.remove_columns("completion"), progress=False)
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -86,6 +86,24 @@ def test_an_upper_bound_never_goes_by_the_name_of_coverage():
     assert profile.best_of_n_budget(0.2).necessary_n == 1.0
 
 
+@pytest.mark.parametrize(
+    ("kind", "key", "label"),
+    [
+        ("density", "cov_5.7", "Cov_5.7"),
+        ("single_answer", "cov_5.7", "Cov_5.7"),
+        ("samples", "cov_upper_5.7", "upper bound on Cov_5.7"),
+        ("answer", "cov_5.7", "answer-level Cov_5.7"),
+    ],
+)
+def test_a_profile_names_what_it_knows(kind, key, label):
+    reference_logprobs = None if kind == "samples" else [0.0, 0.0]
+    profile = CoverageProfile.from_logprobs([-1.0, -3.0], reference_logprobs, kind=kind)
+    assert (profile.key(5.7), profile.label(5.7)) == (key, label)
+    known = profile.cov_upper if kind == "samples" else profile.cov
+    assert profile.level(5.7) == known(5.7) == profile.metrics([5.7])[key] == 0.5
+    assert profile.level([2, 64]).tolist() == known([2, 64]).tolist() == [1.0, 0.0]
+
+
 def test_the_bound_of_a_plain_corpus_lies_above_the_truth():
     rng = np.random.default_rng(0)
     known, model = -rng.exponential(2, size=200), -rng.exponential(3, size=200)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from hf_coverage.inference.fingerprint import weight_fingerprint
 from tests.measure import scoring_ranks
+
+pytestmark = pytest.mark.xdist_group("ranks")
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,15 +31,6 @@ def job(tmp_path_factory):
     )
     assert finished.returncode == 0, finished.stderr
     return folder, [dict(np.load(folder / f"rank{rank}.npz")) for rank in range(2)], finished.stdout + finished.stderr
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """As torchrun gives each rank: a matrix product's rounding depends on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_several_rules_leave_the_bytes_of_one_process(job, tmp_path):

@@ -1,6 +1,6 @@
 """What every optimizer of the package has to survive: all that training code does to a `torch.optim.Optimizer`.
 
-A new optimizer joins by a line in `optimizers.FACTORIES`; two processes are in `test_optimizer_ranks.py`.
+A new optimizer joins by a line in `optimizers.FACTORIES`; two processes are in `test_optimizer_processes.py`.
 """
 
 import copy

@@ -17,14 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hf_coverage import CoverageProfile, sample_corpus, score_responses
 from hf_coverage.functional.paired import paired_kl_difference
 from hf_coverage.inference.fingerprint import weight_fingerprint
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "compression_audit"))
-
-import audit
-import compress
-import findings
+from recipes.compression_audit import audit, compress, findings
+from recipes.settings import parse_section, read_settings
 
 RECIPE = Path(audit.__file__).parent
+CONFIG = ["--config", str(RECIPE / "small.yaml")]
 CALIBRATION = torch.arange(2, 34).reshape(4, 8)
 NAMES = [
     "bfloat16",
@@ -285,23 +282,26 @@ def test_where_no_number_of_samples_is_enough_the_table_says_so():
     assert "no number of samples is enough (the original itself: 5)" in findings.explain(made)[2]
 
 
+def arguments(*words):
+    return parse_section(audit.AuditArguments, read_settings(words, ["audit"], description=None)["audit"])
+
+
 def test_the_command_line_goes_over_the_configuration(tmp_path):
     config = tmp_path / "audit.yaml"
-    config.write_text("responses: 3\nn: [2, 8]\ncompressions: [bfloat16]\n")
-    args = audit.read_arguments(["--config", str(config), "--responses", "5"])
+    config.write_text("audit:\n  responses: 3\n  n: [2, 8]\n  compressions: [bfloat16]\n")
+    args = arguments("--config", str(config), "--responses", "5")
     assert (args.responses, args.n, args.compressions, args.seed) == (5, [2, 8], ["bfloat16"], 0)
 
 
-def test_a_misspelt_setting_is_refused(tmp_path, capsys):
+def test_a_misspelt_setting_is_refused(tmp_path):
     config = tmp_path / "audit.yaml"
-    config.write_text("response: 3\n")
-    with pytest.raises(SystemExit):
-        audit.read_arguments(["--config", str(config)])
-    assert "unknown argument 'response'" in capsys.readouterr().err
+    config.write_text("audit:\n  response_count: 3\n")
+    with pytest.raises(ValueError, match="response_count"):
+        arguments("--config", str(config))
 
 
 def test_the_committed_configuration_is_readable():
-    args = audit.read_arguments(["--config", str(RECIPE / "small.yaml")])
+    args = arguments("--config", str(RECIPE / "small.yaml"))
     assert args.card_for in args.compressions
     assert args.headline_n in args.n
     for name in args.compressions:
@@ -316,7 +316,7 @@ def test_the_prompts_are_of_eight_kinds_in_turn_and_none_is_twice():
 
 
 def run(monkeypatch, output, *extra):
-    command = ["audit.py", "--output_dir", str(output), "--num_prompts", "6", "--responses", "3", *extra]
+    command = ["audit.py", *CONFIG, "--output_dir", str(output), "--num_prompts", "6", "--responses", "3", *extra]
     command += ["--text_windows", "6", "--text_tokens", "16", "--max_new_tokens", "5"]
     monkeypatch.setattr(sys, "argv", [*command, "--card_for", "int4-rtn-16"])
     audit.main()
@@ -342,7 +342,7 @@ def test_an_audit_from_end_to_end_goes_on_where_it_stopped(tiny, tokenizer, tmp_
     run(monkeypatch, tmp_path, *names)
     (file,) = tmp_path.glob("results_*.json")
     assert json.loads(file.read_text())["results"] == first
-    with pytest.raises(ValueError, match="holds an audit with other settings"):
+    with pytest.raises(ValueError, match="holds a run with other settings"):
         run(monkeypatch, tmp_path, *names, "--seed", "1")
     with pytest.raises(ValueError, match="`card_for` must be one of `compressions`, bfloat16, but is 'int4-rtn-16'"):
         run(monkeypatch, tmp_path, "--compressions", "bfloat16")
@@ -352,8 +352,8 @@ def test_an_audit_from_end_to_end_goes_on_where_it_stopped(tiny, tokenizer, tmp_
 def test_the_audit_of_smollm2_at_a_reduced_size(smollm2, tmp_path, monkeypatch):
     monkeypatch.setattr(audit, "load_model", lambda name: smollm2)
     monkeypatch.setattr(sys, "argv", [
-        "audit.py", "--output_dir", str(tmp_path), "--num_prompts", "8", "--responses", "2", "--max_new_tokens", "12",
-        "--text_windows", "4", "--compressions", "bfloat16", "int4-rtn-64", "pruned-50",
+        "audit.py", *CONFIG, "--output_dir", str(tmp_path), "--num_prompts", "8", "--responses", "2",
+        "--max_new_tokens", "12", "--text_windows", "4", "--compressions", "bfloat16", "int4-rtn-64", "pruned-50",
     ])  # fmt: skip
     audit.main()
     (file,) = tmp_path.glob("results_*.json")

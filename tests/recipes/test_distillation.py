@@ -11,7 +11,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from recipes.distillation import distill, student
+from recipes.settings import parse_section, read_settings
+from recipes.smollm2 import SMOLLM2
 
+CONFIG = ["--config", str(Path(distill.__file__).with_name("small.yaml"))]
 ARGUMENTS = [
     *["--drop_layers", "1", "--train_from_layer", "1", "--prompt_tokens", "3", "--response_tokens", "4"],
     *["--train_sequences", "16", "--validation_sequences", "8", "--test_sequences", "12", "--n", "1.05"],
@@ -50,7 +53,11 @@ def teacher_folder(tmp_path_factory):
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["distill.py", *map(str, arguments)])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["distill.py", *CONFIG, *map(str, arguments)],
+    )
     distill.main()
 
 
@@ -78,7 +85,7 @@ def test_the_recipe_runs_and_goes_on_where_it_was(teacher_folder, tmp_path, monk
     run(monkeypatch, *arguments)
     assert json.loads(files[-1].read_text())["logprobs"] == found[files[-1].stem]["logprobs"]
     assert capsys.readouterr().out.count(", seed 1\n") == 1
-    with pytest.raises(ValueError, match="holds runs with other settings"):
+    with pytest.raises(ValueError, match="holds a run with other settings"):
         run(monkeypatch, *arguments, "--steps", "3")
 
 
@@ -107,6 +114,7 @@ def test_layers_that_cannot_be_dropped_are_refused(dropped):
 
 
 def test_the_small_configuration_is_readable():
-    args = distill.read_arguments(["--config", str(Path(distill.__file__).with_name("small.yaml"))])
+    settings = read_settings(CONFIG, ["distillation"], description=None)
+    args = parse_section(distill.DistillationArguments, settings["distillation"])
     assert args.learning_rates == [1e-4, 4e-4]
-    assert args.model == student.SMOLLM2
+    assert args.model == SMOLLM2

@@ -4,7 +4,6 @@ import json
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,17 +12,11 @@ from scipy.optimize import minimize
 
 from hf_coverage.optim.sgd import NormalizedSGD
 from hf_coverage.optim.token_level import token_level_sgd
-from hf_coverage.tasks.linear_exact import enumerate_responses
 from hf_coverage.tasks.linear_instances import hard_instance, large_step_instance
+from recipes.normalized_sgd import learners, likelihood, theory, tokenwise
+from recipes.normalized_sgd import theory_findings as findings
 from tests import reference
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "normalized_sgd"))
-
-import learners
-import likelihood
-import theory
-import theory_findings as findings
-import tokenwise
+from tests.tasks.linear_exact import enumerate_responses
 
 N, LOG_N = 4.0, math.log(4.0)
 

@@ -1,6 +1,7 @@
 """Six ways to train a transformer, at a size of seconds: the runs, the tables, and where a stopped one goes on."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,19 +9,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from rich.console import Console
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.measure.scoring import score_encoded
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "measure"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "normalized_sgd"))
-
-import small_tokenizers
-import transformer
-import transformer_findings as findings
-import transformer_jobs as jobs
+from recipes.normalized_sgd import transformer
+from recipes.normalized_sgd import transformer_findings as findings
+from recipes.normalized_sgd import transformer_jobs as jobs
+from tests.measure import small_tokenizers
 
 RECIPE = Path(transformer.__file__).parent
 RATES = {name: [0.001, 0.01] for name in transformer.METHODS}
@@ -98,6 +95,16 @@ def test_the_last_layers_go_on_as_the_whole_model_would(tmp_path, tiny_llama):
     assert not [row for row in training if row in ids]
 
 
+def test_hidden_states_of_other_texts_are_refused(tmp_path, tiny_llama):
+    args = jobs.TextArguments(str(tiny_llama), train_rows=4, max_documents=4)
+    kept = jobs.text_job(tmp_path, args, rows=4).held_out[0][0]
+    with pytest.raises(ValueError, match="is of other weights or texts than this run's"):
+        jobs.text_job(tmp_path, replace(args, max_documents=6), rows=4)
+    file = tmp_path / "hidden_states.safetensors"
+    save_file(load_file(file), file)  # as it was written before there was a key
+    assert torch.equal(jobs.text_job(tmp_path, args, rows=4).held_out[0][0], kept)
+
+
 def test_what_diverged_covers_nothing(tmp_path, tiny_llama):
     job = jobs.text_job(tmp_path, jobs.TextArguments(str(tiny_llama), train_rows=4, max_documents=4), rows=4)
     model = job.new_model()
@@ -111,7 +118,7 @@ def test_learning_rates_are_chosen_on_one_half_and_reported_on_the_other(tmp_pat
     even, odd = np.log([[0.9, 0.1] * 20]), np.log([[0.1, 0.9] * 20])
     rates = [findings.Run(0.1, even), findings.Run(0.2, odd), findings.Run(0.3, odd)]
     runs = {findings.START: [findings.Run(None, odd)], findings.BASELINE: rates}
-    findings.report(tmp_path, measure, SimpleNamespace(groups=np.arange(40)), runs, Console(quiet=True))
+    findings.report(tmp_path, measure, SimpleNamespace(groups=np.arange(40)), runs)
     for table in (tmp_path / "table.md").read_text().split("\n\n")[1::2]:
         *_, start, baseline = (line.split(" | ") for line in table.strip().splitlines())
         assert baseline[1] == "0.1 ↓"

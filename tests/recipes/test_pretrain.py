@@ -15,8 +15,12 @@ from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
 
 from hf_coverage import CoverageProfile
+from hf_coverage.tasks.graph_search import GraphSearch
+from recipes import pretrain
 from recipes.checkpoint_report import pass_at_n
 from recipes.settings import parse_section, read_settings, refuse_other_settings
+
+pytestmark = pytest.mark.xdist_group("ranks")
 
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "recipes" / "graph_search" / "small.yaml"
@@ -38,7 +42,7 @@ TINY = {
 
 
 def command(output: Path, *more: str, launcher: tuple[str, ...] = ()) -> list[str]:
-    words = [str(ROOT / "recipes" / "pretrain.py"), "--config", str(SMALL), "--output_dir", str(output)]
+    words = ["-m", "recipes.pretrain", "--config", str(SMALL), "--output_dir", str(output)]
     for name, value in TINY.items():
         words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
     return [sys.executable, *launcher, *words, *more]
@@ -151,7 +155,7 @@ def test_killed_at_any_point_the_same_command_goes_on(finished, tmp_path, moment
 @pytest.mark.slow
 def test_two_processes_take_the_same_steps(finished, tmp_path):
     output = tmp_path / "run"
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29713")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     half = [f"--{phase}.per_device_train_batch_size" for phase in ("pretrain", "finetune")]
     printed = run(output, half[0], "8", half[1], "8", launcher=launcher)
     assert printed.count("Written:") == 1
@@ -172,16 +176,13 @@ def test_a_folder_keeps_one_run(finished):
     assert "holds a run with other settings" in done.stderr
 
 
-def test_cut_short_checkpoints_are_passed_over(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    from pretrain import last_checkpoint
-
-    assert last_checkpoint(tmp_path) is None
+def test_cut_short_checkpoints_are_passed_over(tmp_path):
+    assert pretrain.last_checkpoint(tmp_path) is None
     for step, text in ((5, "{}"), (10, "{}"), (15, '{"epoch": 0.'), (20, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if text is not None:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert pretrain.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_pass_at_n_is_that_of_its_definition():
@@ -225,14 +226,11 @@ def test_command_line_errors(tmp_path, capsys, words, message):
     assert message in capsys.readouterr().err
 
 
-def test_sections_are_checked_by_their_dataclass(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    from pretrain import MeasureArguments, TaskArguments
-
-    assert parse_section(MeasureArguments, {"n": [2, 5.7], "rows": "10"}).n == [2.0, 5.7]
-    assert parse_section(MeasureArguments, {"rows": None}).rows == 4000
+def test_sections_are_checked_by_their_dataclass():
+    assert parse_section(pretrain.MeasureArguments, {"n": [2, 5.7], "rows": "10"}).n == [2.0, 5.7]
+    assert parse_section(pretrain.MeasureArguments, {"rows": None}).rows == 4000
     with pytest.raises(ValueError, match="num_layerz"):
-        parse_section(TaskArguments, {"num_layerz": 3})
+        parse_section(pretrain.TaskArguments, {"num_layerz": 3})
 
 
 def test_other_settings_are_refused(tmp_path):
@@ -242,17 +240,12 @@ def test_other_settings_are_refused(tmp_path):
         refuse_other_settings(tmp_path / "run", {"run": {"seed": 1}})
 
 
-def test_the_papers_size(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    from pretrain import SECTIONS, new_model
-
-    from hf_coverage.tasks.graph_search import GraphSearch
-
+def test_the_papers_size():
     paper = ["--config", str(ROOT / "recipes" / "graph_search" / "paper.yaml")]
-    settings = read_settings(paper, list(SECTIONS), description=None)
-    parsed = {name: parse_section(SECTIONS[name], section) for name, section in settings.items()}
+    settings = read_settings(paper, list(pretrain.SECTIONS), description=None)
+    parsed = {name: parse_section(pretrain.SECTIONS[name], section) for name, section in settings.items()}
     assert parsed["finetune"].max_steps == 50_000
-    model = new_model(GraphSearch.figure_1(), parsed["model"])
+    model = pretrain.new_model(GraphSearch.figure_1(), parsed["model"])
     blocks = sum(p.numel() for p in model.transformer.h.parameters())
     assert blocks == pytest.approx(12 * 6 * 384**2, rel=0.01)
     assert model.config.n_positions == 136

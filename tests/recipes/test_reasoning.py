@@ -21,9 +21,10 @@ from hf_coverage.measure.corpus import encode_corpus
 from hf_coverage.measure.scoring import score_encoded
 from recipes.reasoning import compare, finetune, sample
 from recipes.reasoning.choices import Checkpoints, choice_table, choose, chosen_in_halves, matched_table, split_table
-from recipes.reasoning.model import SMOLLM2, load_base, load_checkpoint, load_tokenizer
+from recipes.reasoning.model import load_base, load_checkpoint
 from recipes.reasoning.reasons import area_table, concern_table, guess_table, resolution_table
 from recipes.reasoning.task import draw_entries, entry_corpus
+from recipes.smollm2 import SMOLLM2, load_tokenizer
 
 RECIPE = Path(finetune.__file__).parent
 TASK = {"name": "chain_sum", "max_terms": 2, "max_digits": 1}

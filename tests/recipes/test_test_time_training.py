@@ -18,6 +18,8 @@ from hf_coverage import score_responses
 from hf_coverage.functional.ttt_config import TTTConfig
 from hf_coverage.measure.engine import ScoringEngine
 from hf_coverage.measure.scoring import PLAIN
+from recipes.normalized_sgd.learners import Data
+from recipes.normalized_sgd.tokenwise import train_tokens
 from recipes.test_time_training import compare, texts, theorem
 from recipes.test_time_training.compare import follow_corpus
 from recipes.test_time_training.measured import change_a_token, choose, rule_label, telling_n
@@ -228,9 +230,6 @@ class TestTheorem:
             assert horizon * (np.exp(logprobs) @ (logprobs - start)) == pytest.approx(8.0)
 
     def test_training_is_token_level_sgd_for_each_number_of_sequences(self):
-        from learners import Data
-        from tokenwise import train_tokens
-
         instance = theorem.rare_instance(12, num_prompts=3, information=6.0)
         rates = np.array([0.05, 0.02])
         few, all_of_them = theorem.train(Data(instance, range(2), 9), rates, [4, 9], seed=3)
@@ -240,8 +239,6 @@ class TestTheorem:
         np.testing.assert_allclose(few, alone)
 
     def test_maximum_likelihood_is_where_the_likelihood_is_largest(self):
-        from learners import Data
-
         instance = theorem.rare_instance(12, num_prompts=4, information=6.0)
         data = Data(instance, [0], 20)
         (found,) = theorem.maximum_likelihood(data, 3)

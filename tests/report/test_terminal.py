@@ -2,8 +2,7 @@ import io
 
 from rich.console import Console
 
-from hf_coverage.report.table import Column, Interval, Table
-from hf_coverage.report.terminal import rich_table
+from hf_coverage.report.table import Column, Interval, Table, rich_table
 
 TABLE = Table(
     ["model", Column("Cov_2", "lower")],

@@ -1,4 +1,4 @@
-"""Trainings that `test_callback_two_ranks.py` starts in one process and, through torchrun, in two."""
+"""Trainings that `test_callback_processes.py` starts in one process and, through torchrun, in two."""
 
 import json
 import sys

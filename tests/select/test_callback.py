@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from hf_coverage import CoverageWarning, ScoreTable, score_responses, tournament
 from hf_coverage.cli import app
 from hf_coverage.measure.callback import CoverageCallback
-from hf_coverage.select import run_rows
+from hf_coverage.select import callback as callback_module
 from hf_coverage.select.callback import TournamentCallback
 from tests.measure.callback_runs import (
     StopAt,
@@ -295,7 +295,7 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_the_same(tmp_path, monkeypa
         if moment == "row":
             patch.setattr(ScoreTable, "write", at(ScoreTable.write))
         elif moment == "facts":
-            patch.setattr(run_rows, "write_reference", at(run_rows.write_reference))
+            patch.setattr(callback_module, "write_reference", at(callback_module.write_reference))
         else:
             calls += [moment] * 2
             trainer._save_checkpoint = at(trainer._save_checkpoint)
@@ -409,7 +409,7 @@ def test_the_rows_of_runs_are_candidates_of_the_library_and_the_command(tmp_path
     # Together with a checkpoint that the command scores itself.
     CORPUS.to_json(tmp_path / "corpus.jsonl")
     command = "--data corpus.jsonl --n 1.5 --bootstrap 0 --device cpu --tokenizer none --output-dir mixed"
-    monkeypatch.setattr("hf_coverage.commands.score.load_tokenizer_for", lambda *_: None)
+    monkeypatch.setattr("hf_coverage.commands.score.load_tokenizer", lambda *_: None)
     result = CliRunner().invoke(app, ["tournament", *folders[:2], "moved/checkpoint-6", *shlex.split(command)])
     assert result.exit_code == 0, result.output
     mixed = json.loads((tmp_path / "mixed" / "tournament.json").read_text())["scores"]
@@ -496,6 +496,7 @@ def left_by(folder):
     return rows_in(folder), steps_in(folder), without_times(logs), best, model
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 def test_a_training_killed_again_and_again_ends_the_same(tmp_path):
     def start(folder):

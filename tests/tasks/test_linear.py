@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_coverage import CoverageProfile, score_responses
 from hf_coverage.tasks.linear import AutoregressiveLinearForCausalLM
-from hf_coverage.tasks.linear_exact import enumerate_responses, feature_bound, inherent_variance, response_logprobs
 from hf_coverage.tasks.linear_features import FeatureMap, TableFeatures
 from hf_coverage.tasks.linear_instances import (
     hard_instance,
@@ -20,6 +19,7 @@ from hf_coverage.tasks.linear_instances import (
     variance_instance,
 )
 from tests import reference
+from tests.tasks.linear_exact import enumerate_responses, feature_bound, inherent_variance, response_logprobs
 
 
 class BigramFeatures(FeatureMap):

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
+from hf_coverage.inference.prefix_cache import CACHE
+
 
 def tiny_llama(*, head_bias=False, tie=False, seed=0):
     """A random Llama over 13 tokens whose distributions are neither flat nor peaked."""
@@ -63,9 +65,9 @@ class AutogradRow:
             with torch.no_grad():
                 self.hidden = self.model(
                     torch.tensor([self.ids[start:]]),
-                    past_key_values=self.cache,
                     use_cache=self.cache is not None,
                     output_hidden_states=True,
+                    **{CACHE: self.cache},
                 ).hidden_states[-1][0, -1]
             self.read = len(self.ids)
         return self.head(self.hidden.float())

@@ -17,6 +17,7 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
+from hf_coverage.inference.prefix_cache import CACHE
 from tests.ttt.head_reference import tiny_llama
 
 RANK = 3
@@ -99,7 +100,7 @@ class NetworkRow:
         self.ids = list(prompt[:1]) if on_prompt else list(prompt)
         if stale and len(self.ids) > 1:
             with torch.no_grad():
-                self.model(torch.tensor([self.ids[:-1]]), past_key_values=self.cache, use_cache=True)
+                self.model(torch.tensor([self.ids[:-1]]), use_cache=True, **{CACHE: self.cache})
         for token in prompt[len(self.ids) :]:
             self.step(token)
 
@@ -107,7 +108,7 @@ class NetworkRow:
         if not self.stale:
             return self.model(torch.tensor([self.ids]), use_cache=False).logits[0, -1].float()
         cache = copy.deepcopy(self.cache)
-        logits = self.model(torch.tensor([self.ids[-1:]]), past_key_values=cache, use_cache=True).logits[0, -1]
+        logits = self.model(torch.tensor([self.ids[-1:]]), use_cache=True, **{CACHE: cache}).logits[0, -1]
         if self.kept is None:
             for layer in cache.layers:
                 layer.keys, layer.values = layer.keys.detach(), layer.values.detach()

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.generation.utils import StopCheck
 
 import hf_coverage
+from hf_coverage.inference.prefix_cache import CACHE
 from hf_coverage.ttt.generate import ttt_generate
 from hf_coverage.ttt.mixin import TestTimeTrainingMixin
 from hf_coverage.ttt.processor import TTTLogitsProcessor
@@ -244,9 +245,9 @@ def test_refusals(settings, message):
 def test_a_prompt_that_a_cache_knows_cannot_be_followed():
     model, cache = tiny_llama(), DynamicCache()
     with torch.no_grad():
-        model(torch.tensor([PROMPTS[0][:2]]), past_key_values=cache)
+        model(torch.tensor([PROMPTS[0][:2]]), **{CACHE: cache})
     with pytest.raises(ValueError, match="the prompt of 4 tokens in this call, but its head saw 2"):
-        decode(model, rows=1, ttt_on_prompt=True, past_key_values=cache)
+        decode(model, rows=1, ttt_on_prompt=True, **{CACHE: cache})
     embeddings = model.get_input_embeddings()(torch.tensor([PROMPTS[0]])).detach()
     settings = {"custom_generate": ttt_generate, "ttt_lr": LR, "max_new_tokens": 2}
     assert model.generate(inputs_embeds=embeddings, **settings).shape == (1, 2)

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.streamers import BaseStreamer
 
+from hf_coverage.inference.prefix_cache import CACHE
 from hf_coverage.ttt.processor import TTTLogitsProcessor
 from tests.ttt.head_reference import Recorder, reference_logits, tiny_llama
 
@@ -61,7 +62,7 @@ RIGHT = {
     "logits at all positions": lambda: {"logits_to_keep": 0},
     "the same without a cache": lambda: {"logits_to_keep": 0, "use_cache": False},
     "prefill in chunks": lambda: {"prefill_chunk_size": 2},
-    "own cache": lambda: {"past_key_values": DynamicCache()},
+    "own cache": lambda: {CACHE: DynamicCache()},
     "rows that end": lambda: {
         "do_sample": True,
         "eos_token_id": [12],

@@ -99,8 +99,8 @@ def test_probabilities_of_all_responses_sum_to_one(settings):
 def test_half_precision_adapts_in_float32():
     model = tiny_llama(head_bias=True).bfloat16()
     noted = []
-    handle = model.lm_head.register_forward_hook(lambda m, args, out: noted.append((args[0][:, -1], out[:, -1])))
     with TTTLogitsProcessor(model, 0.4) as processor:
+        handle = model.lm_head.register_forward_hook(lambda m, args, out: noted.append((args[0][:, -1], out[:, -1])))
         result = generate(model, [[3, 4, 5]], processor, steps=12)
     handle.remove()
     hidden = torch.stack([h for h, _ in noted], dim=1).float()

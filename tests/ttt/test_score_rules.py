@@ -11,7 +11,7 @@ from hf_coverage.inference import forward
 from hf_coverage.measure.engine import ScoringEngine
 from hf_coverage.measure.scoring import PLAIN, score_responses, score_rules
 from tests.ttt.head_reference import tiny_llama
-from tests.ttt.test_scoring import draw_corpus
+from tests.ttt.test_adapted_heads import draw_corpus
 
 HEADS = {
     "small": StepRule(0.1),
@@ -50,7 +50,13 @@ def passes(monkeypatch):
 @pytest.mark.parametrize("kind", ["untied", "tied", "bias"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"batch_tokens": 8, "logits_memory": 400}, {"logits_memory": 2000}, {"share_prefixes": False}],
+    [
+        {},
+        {"batch_tokens": 8, "logits_memory": 400},
+        {"logits_memory": 2000},
+        {"share_prefixes": False},
+        {"batch_invariant": True},
+    ],
     ids=str,
 )
 def test_each_folder_has_the_bytes_of_scoring_it_alone(kind, options, tmp_path):

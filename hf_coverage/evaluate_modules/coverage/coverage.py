@@ -7,7 +7,7 @@ import datasets
 import evaluate
 
 # The loader of `evaluate` tells users without this package to `pip install` what the trailing comment names.
-from hf_coverage.functional import checks, coverage, statistics  # From: hf-coverage
+from hf_coverage.functional import checks, coverage_profile, statistics  # From: hf-coverage
 
 _DESCRIPTION = """
 Coverage profile of a language model: Cov_N is the share of the reference's responses that the model gives N times less
@@ -83,10 +83,10 @@ class Coverage(evaluate.Metric):
         codes = None if groups is None else statistics.group_codes(groups)
         results: dict[str, float] = {}
         for value in n if isinstance(n, Iterable) else [n]:
-            hits = coverage.reached(log_ratios, value)
+            hits = coverage_profile.reached(log_ratios, value)
             share = statistics.clustered_mean(hits, groups=codes)
             interval = statistics.proportion_interval(hits, groups=codes, confidence=confidence)
-            results |= _entries(f"cov_{checks.metric_key(value)}", share, interval)
+            results |= _entries(checks.coverage_key(value), share, interval)
         for key, values in (("kl", log_ratios), ("cross_entropy", -logprobs)):
             estimate = statistics.clustered_mean(values, groups=codes)
             results |= _entries(key, estimate, statistics.mean_interval(estimate, confidence))

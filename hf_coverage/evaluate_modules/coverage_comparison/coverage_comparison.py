@@ -7,7 +7,7 @@ import datasets
 import evaluate
 
 # The loader of `evaluate` tells users without this package to `pip install` what the trailing comment names.
-from hf_coverage.functional import checks, coverage, paired, statistics  # From: hf-coverage
+from hf_coverage.functional import checks, coverage_profile, paired, statistics  # From: hf-coverage
 
 _DESCRIPTION = """
 Compares the coverage of two language models on the same reference responses. Cov_N is the share of the responses that
@@ -91,8 +91,8 @@ class CoverageComparison(evaluate.Comparison):
         results: dict[str, float] = {}
         for value in n if isinstance(n, Iterable) else [n]:
             test = paired.paired_coverage_difference(ratios1, ratios2, value, groups=codes, confidence=confidence)
-            levels = coverage.coverage(ratios1, value), coverage.coverage(ratios2, value)
-            results |= _entries(f"cov_{checks.metric_key(value)}", levels, test)
+            levels = coverage_profile.coverage(ratios1, value), coverage_profile.coverage(ratios2, value)
+            results |= _entries(checks.coverage_key(value), levels, test)
         test = paired.paired_kl_difference(ratios1, ratios2, groups=codes, confidence=confidence)
         return results | _entries("kl", (ratios1.mean(), ratios2.mean()), test)
 

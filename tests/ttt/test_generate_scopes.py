@@ -14,6 +14,7 @@ from transformers import DynamicCache, GenerationConfig, MambaConfig, MambaForCa
 from transformers.models.t5 import T5Config, T5ForConditionalGeneration
 
 from hf_coverage.functional.ttt_config import TTTConfig
+from hf_coverage.inference.prefix_cache import CACHE
 from hf_coverage.ttt.generate import ttt_generate
 from hf_coverage.ttt.row_models import RowModels
 from hf_coverage.ttt.row_networks import RowAdapters
@@ -379,7 +380,7 @@ def test_steps_that_are_far_too_large_are_refused(scope):
 def filled_cache(model):
     cache = DynamicCache()
     with torch.no_grad():
-        model(torch.tensor([PROMPTS[0][:2]]), past_key_values=cache)
+        model(torch.tensor([PROMPTS[0][:2]]), **{CACHE: cache})
     return cache
 
 
@@ -407,8 +408,8 @@ def test_refusals(scope, settings, message):
 def test_prompts_that_are_no_token_ids_are_refused(scope):
     model = tiny_model("llama")
     asked = f'`ttt_scope="{scope}"` reads token ids alone, but '
-    with pytest.raises(ValueError, match=f"{asked}`past_key_values` knows 2 of them already"):
-        decode(model, rows=1, past_key_values=filled_cache(model), **settings_of(scope, "exact"))
+    with pytest.raises(ValueError, match=f"{asked}`{CACHE}` knows 2 of them already"):
+        decode(model, rows=1, **{CACHE: filled_cache(model)}, **settings_of(scope, "exact"))
     embeddings = model.get_input_embeddings()(torch.tensor([PROMPTS[0]])).detach()
     with pytest.raises(ValueError, match=f"{asked}the model also gets `inputs_embeds`"):
         model.generate(
@@ -454,10 +455,14 @@ def test_models_that_cannot_be_trained_are_refused():
         RowModels(tiny_model("llama"), ids, config=TTTConfig(0.1))
 
 
-def test_models_without_keys_and_values():
+def tiny_mamba():
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=13, hidden_size=8, num_hidden_layers=1, state_size=4, bos_token_id=0)
-    model, ids = MambaForCausalLM(config).eval(), torch.tensor([[3, 4]])
+    return MambaForCausalLM(config).eval()
+
+
+def test_models_without_keys_and_values():
+    model, ids = tiny_mamba(), torch.tensor([[3, 4]])
     with pytest.raises(ValueError, match='`cache="stale"` needs a model that keeps keys and values'):
         RowModels(model, ids, config=TTTConfig(0.1, scope="lora", cache="stale"))
     settings = {"custom_generate": ttt_generate, "max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0}
@@ -468,3 +473,12 @@ def test_models_without_keys_and_values():
         response = result.sequences[:, 2:].tolist()
         expected = single_rows(model, [[3, 4]], response, TTTConfig(0.1, scope=scope))
         torch.testing.assert_close(torch.stack(result.scores, dim=1), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(CACHE != "cache", reason="a recurrent state has a name of its own before transformers 5.24")
+def test_a_recurrent_state_that_knows_tokens_is_refused():
+    model, ids = tiny_mamba(), torch.tensor([[3, 4]])
+    with torch.no_grad():
+        state = model(ids[:, :1], use_cache=True).cache
+    with pytest.raises(ValueError, match="`cache` knows some of them already, under the plain model"):
+        model.generate(ids, custom_generate=ttt_generate, ttt_lr=0.1, ttt_scope="lora", max_new_tokens=2, cache=state)

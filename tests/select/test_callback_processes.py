@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.select.callback_runs import rows_in
 
 SCRIPT = Path(__file__).with_name("callback_two_ranks.py")
@@ -27,6 +29,7 @@ def start(folder, *launcher):
     return json.loads((folder / "facts.json").read_text()), {run: rows_in(folder / run) for run in RUNS}
 
 
+@pytest.mark.xdist_group("ranks")
 def test_two_ranks_do_as_one(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from hf_coverage.functional import bounds
-from hf_coverage.functional.coverage import stopped_kl
+from hf_coverage.functional.coverage_profile import stopped_kl
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.measure.scoring import score_encoded

@@ -11,6 +11,7 @@ import pytest
 
 from hf_coverage import tournament
 from hf_coverage.functional.predictiveness import rank_correlations
+from recipes import seeds
 
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "recipes" / "graph_search" / "small.yaml"
@@ -30,26 +31,19 @@ TINY = {
 }
 
 
-def run(output: Path, *seeds: str) -> str:
-    words = [str(ROOT / "recipes" / "seeds.py"), "--config", str(SMALL), "--output_dir", str(output)]
+def run(output: Path, *numbers: str) -> str:
+    words = ["-m", "recipes.seeds", "--config", str(SMALL), "--output_dir", str(output)]
     for name, value in TINY.items():
         words += [f"--{name}", str(value)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *words, "--seeds", *seeds], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, *words, "--seeds", *numbers], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-@pytest.fixture
-def seeds(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    import seeds
-
-    return seeds
-
-
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 def test_one_seed_is_run_judged_and_only_read_when_asked_again(tmp_path):
     output = tmp_path / "runs"
@@ -68,15 +62,16 @@ def test_one_seed_is_run_judged_and_only_read_when_asked_again(tmp_path):
     assert (output / "table.md").read_text() == table
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 def test_a_seed_can_join_later(tmp_path):
-    for seeds in (("0",), ("0", "1")):
-        run(tmp_path / "late", *seeds)
+    for so_far in (("0",), ("0", "1")):
+        run(tmp_path / "late", *so_far)
     run(tmp_path / "both", "0", "1")
     assert (tmp_path / "late" / "table.md").read_text() == (tmp_path / "both" / "table.md").read_text()
 
 
-def made_up(seeds, rng, number):
+def made_up(rng, number):
     """A run of three checkpoints with a real tournament at N = 16 and 4."""
     tables = {f"checkpoint-{step}": -rng.exponential(2, size=50) for step in (24, 4, 8)}
     result = tournament(tables, 16, sweep=(4, 3), bootstrap=0)
@@ -93,8 +88,8 @@ def made_up(seeds, rng, number):
     return seeds.SeedRun(number, [0, 4, 8], rng.random(3), {2.0: rng.random(3)}, curves, found, facts), result
 
 
-def test_rules_choose_what_the_tournament_says(seeds):
-    run, result = made_up(seeds, np.random.default_rng(0), 0)
+def test_rules_choose_what_the_tournament_says():
+    run, result = made_up(np.random.default_rng(0), 0)
     winners = {16: result.winner} | {point.n: point.winner for point in result.sweep}
     names = list(result.names)
     assert run.choice("cross-entropy", 4) == names.index(result.cross_entropy_choice)
@@ -105,9 +100,9 @@ def test_rules_choose_what_the_tournament_says(seeds):
     assert unsuggested.choice("tournament, suggested N", 8) == names.index(winners[16])
 
 
-def test_correlations_are_averaged_over_seeds(seeds):
+def test_correlations_are_averaged_over_seeds():
     rng = np.random.default_rng(2)
-    runs = [made_up(seeds, rng, number)[0] for number in range(3)]
+    runs = [made_up(rng, number)[0] for number in range(3)]
     ((guide, cell),) = seeds.guide_table(runs).rows
     assert guide == "KL"
     assert cell.value == pytest.approx(np.mean([run.correlations.values for run in runs]))
@@ -115,9 +110,9 @@ def test_correlations_are_averaged_over_seeds(seeds):
     assert seeds.guide_table([*runs, dataclasses.replace(runs[0], correlations=constant)]).rows == [["KL", None]]
 
 
-def test_gains_are_differences_within_a_seed(seeds):
+def test_gains_are_differences_within_a_seed():
     rng = np.random.default_rng(1)
-    runs = [made_up(seeds, rng, number)[0] for number in range(4)]
+    runs = [made_up(rng, number)[0] for number in range(4)]
     rules = ["cross-entropy", "tournament, N = 16"]
     (row,) = seeds.gain_table(runs, rules).rows
     for place, n in ((1, 4), (3, 8)):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from hf_coverage import CoverageProfile
+from recipes import horizon
 
 ROOT = Path(__file__).parents[2]
 GRAPH_SEARCH = ROOT / "recipes" / "graph_search"
@@ -33,7 +34,7 @@ TINY = {
 
 def command(output: Path) -> list[str]:
     config = GRAPH_SEARCH / "horizon_small.yaml"
-    words = [str(ROOT / "recipes" / "horizon.py"), "--config", str(config), "--output_dir", str(output)]
+    words = ["-m", "recipes.horizon", "--config", str(config), "--output_dir", str(output)]
     for name, value in TINY.items():
         words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
     return [sys.executable, *words]
@@ -49,6 +50,7 @@ def run(output: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 def test_killed_half_way_it_ends_as_if_nothing_had_been(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -72,15 +74,7 @@ def test_killed_half_way_it_ends_as_if_nothing_had_been(tmp_path):
         assert (whole / file).read_bytes() == (killed / file).read_bytes()
 
 
-@pytest.fixture
-def horizon(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    import horizon
-
-    return horizon
-
-
-def test_a_coin_loses_a_factor_of_two_at_every_fork(horizon):
+def test_a_coin_loses_a_factor_of_two_at_every_fork():
     task = horizon.GraphSearch.figure_2(8, nodes_per_layer=2, num_names=40, prompt_format="aligned")
     coin = horizon.coin_profile(task, [0.94, 0.05, 0.01], 2000)
     assert coin.kind == "density"
@@ -96,7 +90,7 @@ def test_a_coin_loses_a_factor_of_two_at_every_fork(horizon):
     assert coin.cov(14) == 0
 
 
-def test_ratios_are_of_medians(horizon):
+def test_ratios_are_of_medians():
     rng = np.random.default_rng(0)
     coin = CoverageProfile.from_logprobs([-3.0, -0.1], [0.0, -0.1])
     results = [
@@ -114,7 +108,7 @@ def test_ratios_are_of_medians(horizon):
 
 
 @pytest.mark.parametrize("name", ["horizon_small", "horizon_paper"])
-def test_settings_are_whole(horizon, name):
+def test_settings_are_whole(name):
     settings = horizon.read_settings(
         ["--config", str(GRAPH_SEARCH / f"{name}.yaml")], list(horizon.SECTIONS), description=None
     )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_coverage.functional.coverage import coverage, reached
+from hf_coverage.functional.coverage_profile import coverage, reached
 from hf_coverage.functional.paired import PairedDifference, paired_coverage_difference
 
 __all__ = ["BestEvaluation", "WatchState", "Worsening", "update_watch"]
@@ -113,23 +113,26 @@ def update_watch(
         (1, 0.1, 0.35)
     """
     ratios = np.asarray(log_ratios, dtype=np.float64)
-    now = BestEvaluation(step, coverage(ratios, n), cross_entropy, np.packbits(reached(ratios, n)).tobytes().hex())
+    bits = np.packbits(reached(ratios, n)).tobytes().hex()
+    now = BestEvaluation(int(step), coverage(ratios, n), float(cross_entropy), bits)
     best, seen = state.best, state.evaluations
     if best is None or (now.coverage, now.cross_entropy) < (best.coverage, best.cross_entropy):
         return replace(state, evaluations=seen + 1, best=now), None
-    if len(best.reached) != len(now.reached):
+    then = _hits(best.reached)
+    # whole bytes hide a few rows more or fewer, of which the share of hits knows
+    if len(best.reached) != len(now.reached) or then.sum() / ratios.size != best.coverage:
         raise ValueError(f"`log_ratios` must describe the same rows at every evaluation, but now has {ratios.size}.")
     state = replace(state, evaluations=seen + 1)
     # Cov_N is at least the best here, so a difference that is significant at all is a worsening.
     if state.warned or not now.cross_entropy < best.cross_entropy:
         return state, None
-    test = paired_coverage_difference(ratios, _as_ratios(best.reached, ratios.size, n), n, groups=groups)
+    before = np.where(then[: ratios.size], math.inf, math.log(n) - 1.0)
+    test = paired_coverage_difference(ratios, before, n, groups=groups)
     if not test.p_value < alpha / (seen * (seen + 1)):
         return state, None
     return replace(state, warned=True), Worsening(best, now.coverage, cross_entropy, test)
 
 
-def _as_ratios(packed: str, num_rows: int, n: float) -> np.ndarray:
-    """Log ratios that reach log N on just the rows whose bit is set, for the test that takes ratios."""
-    bits = np.unpackbits(np.frombuffer(bytes.fromhex(packed), dtype=np.uint8), count=num_rows)
-    return np.where(bits == 1, math.inf, math.log(n) - 1.0)
+def _hits(packed: str) -> np.ndarray:
+    """The rows whose bit is set, and zeros up to a whole byte."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(packed), dtype=np.uint8)).astype(bool)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from hf_coverage.measure.coverage_watch import WatchState, update_watch
+from hf_coverage.functional.coverage_watch import WatchState, update_watch
 
 
 def ratios_with(covered: int, rows: int = 1000) -> np.ndarray:
