@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from hf_coverage import CoverageCallback, CoverageProfile
 from hf_coverage.functional.checks import FloatArray, metric_key
+from hf_coverage.inference.loading import load_whole
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Cell, Interval, Table
 from hf_coverage.tasks.graph_search import GraphSearch, GraphSearchDataset, collate_rows
@@ -122,7 +123,7 @@ def train_one(
     if settings["warm"]:
         rows = GraphSearchDataset(task, task_args.warm_weights, rows_seen(warm_args), seed=(seed, 1))
         warm = Trainer(model, warm_args, data_collator=collate_rows, train_dataset=rows)
-        model = GPT2LMHeadModel.from_pretrained(train(warm))
+        model = load_whole(GPT2LMHeadModel, train(warm))
     coverage = CoverageCallback(task.corpus(measure.rows, task_args.weights, seed=0), n=measure.n)
     trainer = Trainer(
         model=model,

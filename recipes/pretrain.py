@@ -28,6 +28,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 from transformers.utils import logging
 
 from hf_coverage import CoverageCallback
+from hf_coverage.inference.loading import load_whole
 from hf_coverage.measure.corpus import encode_corpus, reference_kind
 from hf_coverage.tasks.graph_search import GraphSearch, GraphSearchDataset, collate_rows
 from recipes.checkpoint_report import report_checkpoints
@@ -102,7 +103,7 @@ def main() -> None:
     pretrained = pretrain(task, task_args, model_args, pretrain_args, seed=run.seed)
     coverage = CoverageCallback(corpus, n=measure.n)
     trainer = Trainer(
-        model=GPT2LMHeadModel.from_pretrained(pretrained),
+        model=load_whole(GPT2LMHeadModel, pretrained),
         args=finetune_args,
         data_collator=collate_rows,
         train_dataset=GraphSearchDataset(  # fresh data: every row is seen once, in order

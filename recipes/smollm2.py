@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_coverage.inference.loading import load_whole
+
 __all__ = ["SMOLLM2", "load_model", "load_tokenizer"]
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
@@ -18,7 +20,7 @@ def load_model(name: str = SMOLLM2) -> PreTrainedModel:
         ImportError: If the package that holds SmolLM2-135M-Instruct is not installed.
     """
     place, source = _source_of(name)
-    return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **source).eval()
+    return load_whole(AutoModelForCausalLM, place, dtype=torch.float32, **source).eval()
 
 
 def load_tokenizer(name: str = SMOLLM2) -> PreTrainedTokenizerBase:

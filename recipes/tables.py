@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_coverage.report.terminal import rich_table
 from rich.console import Console
 
 from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.statistics import clustered_mean, mean_interval
 from hf_coverage.inference.files import write_atomically
-from hf_coverage.report.table import Interval, Table
+from hf_coverage.report.table import Interval, Table, rich_table
 
 __all__ = ["interval_of", "show", "write_tables"]
 

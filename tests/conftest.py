@@ -9,15 +9,28 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from recipes.smollm2 import load_model, load_tokenizer
+from tests.jobs_in_turn import pytest_runtest_protocol as pytest_runtest_protocol
 
 
 @pytest.fixture(scope="session")
-def smollm2():
-    """SmolLM2-135M-Instruct in float32 and its tokenizer."""
-    return load_model(), load_tokenizer()
+def smollm2(tmp_path_factory):
+    """SmolLM2-135M-Instruct in float32 and its tokenizer: decoded from its file by one worker, read by the others."""
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
+    file = place / "smollm2.pt"
+    lock = FileLock(place / "smollm2.lock")
+    with lock:
+        if not file.exists():
+            torch.save((load_model(), load_tokenizer()), file)
+        shared = torch.load(file, weights_only=False, mmap=True)
+    yield shared
+    with lock:
+        file.unlink(missing_ok=True)
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def test_metric_agrees_with_loops_from_the_definition(load, corpus):
         assert (results[f"cov_{n}_low"], results[f"cov_{n}_high"]) == pytest.approx((wilson.low, wilson.high))
     for key, values in (
         ("kl", [d - p for d, p in zip(references, predictions)]),
-        ("cross_entropy", [-p for p in predictions]),
+        ("sequence_cross_entropy", [-p for p in predictions]),
     ):
         mean = sum(values) / len(values)
         low, high = stats.t.interval(0.95, len(values) - 1, mean, stats.sem(values))
@@ -74,7 +74,7 @@ def test_metric_agrees_with_loops_from_the_definition(load, corpus):
 def test_results_are_plain_floats_under_the_documented_keys(load, corpus):
     references, first, second, _ = corpus
     metric = load().compute(predictions=first, references=references)
-    names = [f"cov_{n}" for n in (2, 4, 8, 16)] + ["kl", "cross_entropy"]
+    names = [f"cov_{n}" for n in (2, 4, 8, 16)] + ["kl", "sequence_cross_entropy"]
     assert list(metric) == [name + end for name in names for end in ("", "_stderr", "_low", "_high")]
     comparison = load("coverage_comparison").compute(predictions1=first, predictions2=second, references=references)
     ends = ("_1", "_2", "_difference", "_difference_low", "_difference_high", "_difference_p")
@@ -101,7 +101,7 @@ def test_groups_widen_the_intervals_and_confidence_sets_their_level(load, corpus
 def test_minus_infinity_is_a_legal_prediction(load):
     results = load().compute(predictions=[-INF, -1.0, -1.0], references=[-1.0, -1.0, -1.0], n=[2, 1e9])
     assert results["cov_2"] == results["cov_1000000000"] == pytest.approx(1 / 3)
-    assert results["kl"] == results["cross_entropy"] == INF
+    assert results["kl"] == results["sequence_cross_entropy"] == INF
     assert math.isnan(results["kl_stderr"])
     assert math.isnan(results["kl_low"])
 
@@ -262,7 +262,7 @@ print(repr(results))
 """
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.jobs
 def test_two_processes_share_the_rows_and_rank_0_gets_the_result(load, tmp_path):
     ranks = [
         subprocess.Popen(

@@ -94,6 +94,7 @@ def sample(
     corpus = _build(kind, rows, column, words, model, settings)
     if is_main_process():
         from hf_coverage.inference.files import written_whole
+        from hf_coverage.inference.fingerprint import vocabulary_fingerprint
 
         asked = {"command": running_command(), "source": source, "from": kind.value, "teacher": teacher}
         # windows and samples are token ids, which contain their end already: nothing is appended when they are scored
@@ -101,7 +102,8 @@ def sample(
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(output_dir) as part:
             corpus.save_to_disk(part)
-            write_origin(part, asked | settings | final | {"versions": versions()})
+            made = {"tokenizer_fingerprint": vocabulary_fingerprint(words), "versions": versions()}
+            write_origin(part, asked | settings | final | made)
     _report(corpus, output_dir)
 
 
@@ -118,13 +120,15 @@ def _build(
     kind: Source, rows: "Dataset", column: str | None, tokenizer: Any, model: Any, settings: dict[str, Any]
 ) -> "Dataset":
     from hf_coverage.measure.builders import sample_corpus, teacher_scored_corpus, windows_corpus
+    from hf_coverage.measure.corpus_columns import template_kwargs
 
     progress = is_main_process()
     if kind is Source.pairs:
         return teacher_scored_corpus(rows, model, tokenizer, progress=progress, **settings)
     values = _column(rows, column)
     if kind is Source.prompts:
-        return sample_corpus(model, tokenizer, values, progress=progress, **settings)
+        own = template_kwargs(rows)
+        return sample_corpus(model, tokenizer, values, chat_template_kwargs=own, progress=progress, **settings)
     corpus = windows_corpus(values, tokenizer, **settings)
     return corpus if model is None else teacher_scored_corpus(corpus, model, tokenizer, progress=progress)
 

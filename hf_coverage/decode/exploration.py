@@ -27,7 +27,7 @@ from hf_coverage.inference.forward_batches import Batch, Limits, Step, build_ste
 from hf_coverage.inference.prefix_cache import continue_lines
 from hf_coverage.inference.processes import map_over_processes
 from hf_coverage.inference.sampler import require_room
-from hf_coverage.inference.self_check import Reading
+from hf_coverage.inference.self_check import Reading, find_reading
 from hf_coverage.measure.corpus import encode_corpus, encode_prompts
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def response_features(
         arXiv 2510.11686, Section 3.
     """
     encoded = encode_corpus(corpus, tokenizer, append_eos=append_eos)
-    return _features(model, encoded, dim, batch_tokens, progress=progress)
+    return _features(model, encoded, dim, batch_tokens, progress=progress)[0]
 
 
 def select_diverse(
@@ -140,7 +140,7 @@ def select_diverse(
     if k < 1 or small is not None:
         has = "" if small is None else f"; the prompt of row {small[0]} has {len(small)} responses"
         raise ValueError(f"`k` must be at least 1 and at most the responses of each prompt, but is {k}{has}.")
-    features = _features(model, encoded, dim, batch_tokens, progress=progress)
+    features, _ = _features(model, encoded, dim, batch_tokens, progress=progress)
     chosen = [rows[elliptical_selection(_centered(features[rows], center), k, lam=lam)] for rows in groups]
     return samples.select(np.concatenate(chosen))
 
@@ -196,6 +196,7 @@ class ExplorationReward:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.lam, self.dim, self.center, self.batch_tokens = lam, dim, center, batch_tokens
+        self._reading: Reading | None = None
         self.__name__ = "exploration_reward"  # what TRL's logs call it
 
     def __call__(self, prompts: Sequence[Any], completion_ids: Sequence[list[int]], **columns: Any) -> list[float]:
@@ -213,7 +214,7 @@ class ExplorationReward:
         rank = PartialState().process_index
         everywhere = gather_object([(rank, *pair) for pair in mine])
         encoded = EncodedCorpus([row[1] for row in everywhere], [row[2] for row in everywhere])
-        features = _features(self.model, encoded, self.dim, self.batch_tokens)
+        features, self._reading = _features(self.model, encoded, self.dim, self.batch_tokens, reading=self._reading)
         rewards = np.empty(len(encoded))
         for rows in _groups(encoded.prompts):
             rewards[rows] = elliptical_bonus(_centered(features[rows], self.center), lam=self.lam)
@@ -233,9 +234,15 @@ def _centered(features: FloatArray, center: bool) -> FloatArray:
 
 
 def _features(
-    model: nn.Module, encoded: EncodedCorpus, dim: int | None, batch_tokens: int, *, progress: bool = False
-) -> FloatArray:
-    """Projected features of all rows, equal ones computed once."""
+    model: nn.Module,
+    encoded: EncodedCorpus,
+    dim: int | None,
+    batch_tokens: int,
+    *,
+    progress: bool = False,
+    reading: Reading | None = None,
+) -> tuple[FloatArray, Reading]:
+    """Projected features of all rows, equal ones computed once, and how rows may be read, where it was not known."""
     for name, value in (("dim", dim), ("batch_tokens", batch_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
@@ -250,7 +257,13 @@ def _features(
         probe = forward.probe()
         _check_rows(forward.model, encoded, probe.logits.shape[-1])
         limits = Limits(batch_tokens, positions=sys.maxsize)
-        reading = Reading.SHARED if probe.repeatable else Reading.PADDED
+        if reading is None:
+            reading = find_reading(
+                [forward],
+                read,
+                vocab_size=probe.logits.shape[-1],
+                fastest=Reading.SHARED if probe.repeatable else Reading.PADDED,
+            )
         batches = plan_batches(read, range(len(read)), limits, reading=reading)
         hidden = not (progress and PartialState().is_main_process)
         with tqdm(total=len(read), desc="Reading", unit="response", disable=hidden) as bar:
@@ -271,7 +284,7 @@ def _features(
             f"`model` gave NaN or infinite hidden states for row {bad[0]}; load it in float32 or bfloat16."
         )
     size = features.shape[1]
-    return features if dim is None or dim >= size else features @ sparse_projection(size, dim)
+    return features if dim is None or dim >= size else features @ sparse_projection(size, dim), reading
 
 
 def _mean_states(forward: HeadForward, corpus: EncodedCorpus, batch: Batch) -> Tensor:

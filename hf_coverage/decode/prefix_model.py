@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from abc import ABC, abstractmethod
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +28,7 @@ from hf_coverage.functional.prefix_tree import Prefix
 from hf_coverage.inference.forward import HeadForward, inference
 from hf_coverage.inference.prefix_cache import is_repeatable
 from hf_coverage.inference.sampler import Sampling
+from hf_coverage.inference.self_check import Readout, agree, rounding
 
 __all__ = ["NextTokens", "PrefixModel", "PrefixReader", "PrefixVerifier", "Recent"]
 
@@ -204,11 +206,19 @@ _Added = tuple[Cache, list[Prefix], int]
 """A cache with the keys and values that a pass has added, its prefixes, and how many tokens of each it has read."""
 
 
+logger = logging.getLogger(__name__)
+
+# Batches whose shortest and longest prefix are read once more, alone.
+_PROOFS = 3
+
+
 class PrefixReader:
     """A causal language model that reads of a prefix the last token, and of the others those it has forgotten.
 
     Prefixes of several lengths run together, padded on the left as `generate` pads. Where an architecture's cache does
-    not hold keys and values by token (recurrent states), prompt and prefix are read as a whole each time.
+    not hold keys and values by token (recurrent states), prompt and prefix are read as a whole each time; so they are
+    where the first answers show that the model says something else of what it reads alone, and if that changes them
+    still, one by one.
 
     Args:
         model: any causal language model.
@@ -220,34 +230,61 @@ class PrefixReader:
         self._forward = HeadForward(model)
         self._prompt = list(prompt)
         self._kept: _KeptTokens | None = None
+        self._together, self._unproved = True, _PROOFS
         # Wrappers, such as an adapter's, do not say what the model in them takes.
         inner = next((part for part in self._forward.model.modules() if isinstance(part, PreTrainedModel)), None)
         self._takes_positions = inner is not None and "position_ids" in inspect.signature(inner.forward).parameters
         one = np.zeros((1, 1), dtype=np.int64)
         with inference(self._forward.model):
             cache = self._forward(one, one[0], keep_cache=True).cache
-            # Prefix tuning brings a cache of its own.
+            # Prefix tuning brings a cache of its own, and what replaces a given one leaves that empty.
             if inner is not None and cache is not None and is_repeatable(cache) and cache.get_seq_length() == 1:
-                self._kept = _KeptTokens(cache, len(self._prompt), size)
-                self._kept.keep(*self._read([()], [[]], self._kept)[1])
+                kept = _KeptTokens(cache, len(self._prompt), size)
+                _, added = self._read([()], [[]], kept)
+                if all(layer.keys is not None for layer, pool in zip(added[0].layers, kept.pools) if pool is not None):
+                    kept.keep(*added)
+                    self._kept = kept
 
     def logits(self, prefixes: Sequence[Prefix]) -> Tensor:
         """Logits `(B, V)` after the prefixes, as the model returns them."""
         with inference(self._forward.model):
-            if self._kept is None:
-                return self._read_whole(prefixes)
-            paths = [self._kept.path(prefix) for prefix in prefixes]
-            groups: dict[int, list[int]] = defaultdict(list)
-            for row, (prefix, path) in enumerate(zip(prefixes, paths)):
-                groups[len(prefix) - len(path)].append(row)  # equally many tokens to read
-            parts = [
-                self._read([prefixes[row] for row in rows], [paths[row] for row in rows], self._kept)
-                for rows in groups.values()
-            ]
-            for _, added in parts:  # now that all have been read: what is kept may take another one's slot
-                self._kept.keep(*added)
+            found = self._read_all(prefixes)
+            if self._unproved and any(prefixes):
+                self._unproved -= 1
+                chosen = {min(prefixes, key=len), max(prefixes, key=len)}
+                alone = {prefix: self._read_whole([prefix])[0] for prefix in chosen}
+                while (self._kept is not None or self._together) and not all(
+                    self._agrees(found[prefixes.index(prefix)], logits) for prefix, logits in alone.items()
+                ):
+                    self._together, self._kept = self._kept is not None, None
+                    logger.debug("Prefixes are read %s.", "whole" if self._together else "one by one")
+                    found = self._read_all(prefixes)
+        return found
+
+    def _read_all(self, prefixes: Sequence[Prefix]) -> Tensor:
+        """Logits `(B, V)` after the prefixes, read in the fastest way that is still taken to be right."""
+        if self._kept is None:
+            lines = [prefixes] if self._together else [[prefix] for prefix in prefixes]
+            return torch.cat([self._read_whole(together) for together in lines])
+        paths = [self._kept.path(prefix) for prefix in prefixes]
+        groups: dict[int, list[int]] = defaultdict(list)
+        for row, (prefix, path) in enumerate(zip(prefixes, paths)):
+            groups[len(prefix) - len(path)].append(row)  # equally many tokens to read
+        parts = [
+            self._read([prefixes[row] for row in rows], [paths[row] for row in rows], self._kept)
+            for rows in groups.values()
+        ]
+        for _, added in parts:  # now that all have been read: what is kept may take another one's slot
+            self._kept.keep(*added)
         order = torch.tensor([row for rows in groups.values() for row in rows])
         return torch.cat([logits for logits, _ in parts])[order.argsort()]
+
+    def _agrees(self, found: Tensor, alone: Tensor) -> bool:
+        """Whether two readings of a prefix give its likeliest next tokens the same probabilities."""
+        likeliest = alone.topk(min(32, len(alone))).indices
+        epsilon = rounding(self._forward.model, alone)
+        first, second = (log_softmax(logits)[likeliest].double().cpu() for logits in (found, alone))
+        return agree(Readout(first, epsilon), Readout(second, epsilon))
 
     def _read(self, prefixes: list[Prefix], paths: list[list[int]], kept: _KeptTokens) -> tuple[Tensor, _Added]:
         """Continue from what is kept of each prefix, by equally many tokens: logits `(B, V)`, and what to keep."""
@@ -287,7 +324,7 @@ class _KeptTokens:
     def __init__(self, template: Cache, prompt_length: int, size: int) -> None:
         self._template, self._prompt_length, self._size = template, prompt_length, size
         self._slots: OrderedDict[Prefix, int] = OrderedDict()
-        self._pools = [_Pool(layer) if layer.is_initialized else None for layer in template.layers]
+        self.pools = [_Pool(layer) if layer.is_initialized else None for layer in template.layers]
 
     def path(self, prefix: Prefix) -> list[int]:
         """Slots of the prompt and of the tokens after it up to the first unknown one; the last token is left out."""
@@ -310,7 +347,7 @@ class _KeptTokens:
         # Layers that share another one's keys have none of their own.
         cache.layers = [
             copy.copy(layer) if pool is None else _ContinuedLayer(pool, torch.from_numpy(slots), layer.is_sliding)
-            for layer, pool in zip(self._template.layers, self._pools)
+            for layer, pool in zip(self._template.layers, self.pools)
         ]
         return cache
 
@@ -328,7 +365,7 @@ class _KeptTokens:
                     room -= 1
         if places:
             rows, columns = map(list, zip(*places.values()))
-            for layer, pool in zip(cache.layers, self._pools):
+            for layer, pool in zip(cache.layers, self.pools):
                 if pool is not None:
                     pool.put(list(places), layer.keys[rows, :, columns], layer.values[rows, :, columns])
 

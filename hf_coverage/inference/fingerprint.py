@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_coverage.inference.forward import is_sharded, unwrap
 
-__all__ = ["config_fingerprint", "tokenizer_fingerprint", "weight_fingerprint"]
+__all__ = ["config_fingerprint", "tokenizer_fingerprint", "vocabulary_fingerprint", "weight_fingerprint"]
 
 # Where a model came from, how it is trained and how it generates: none of it changes what it predicts.
 _VOLATILE = (
@@ -87,6 +87,31 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     content = [type(tokenizer).__name__, tokenizer.get_vocab(), special, tokenizer.chat_template]
     return _digest(json.dumps(content, sort_keys=True).encode())
+
+
+def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> str:
+    """Hash which token each id is: what ids that were written with one tokenizer mean to another one.
+
+    Template, special roles and the rules that cut a text are left out, which change no id that is there already.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        size: Leave out ids from here on, such as tokens that were added later; None: all are hashed.
+
+    Returns:
+        One more than the largest id, a dash, and 32 hexadecimal digits.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1})))
+        >>> before = vocabulary_fingerprint(words)
+        >>> _ = words.add_tokens(["c"])
+        >>> before == vocabulary_fingerprint(words), before == vocabulary_fingerprint(words, size=2)
+        (False, True)
+    """
+    entries = sorted((index, token) for token, index in tokenizer.get_vocab().items() if size is None or index < size)
+    return f"{entries[-1][0] + 1 if entries else 0}-{_digest(json.dumps(entries).encode())}"
 
 
 def _entries(model: nn.Module) -> Iterator[tuple[str, Any]]:

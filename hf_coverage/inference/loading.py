@@ -1,5 +1,8 @@
 """How a causal language model and its tokenizer are loaded: one description for everything that loads them."""
 
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -8,7 +11,19 @@ if TYPE_CHECKING:
     from accelerate import PartialState
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ModelOptions", "changed_settings", "join_job", "load_model", "load_tokenizer", "model_name"]
+__all__ = [
+    "ModelOptions",
+    "changed_settings",
+    "join_job",
+    "load_model",
+    "load_tokenizer",
+    "load_whole",
+    "model_name",
+    "some",
+]
+
+_NUMBER = re.compile(r"\.\d+\.")  # of a layer, in the name of a weight
+_SHOWN = 4  # weights that an error names
 
 
 def _option(default: Any, text: str) -> Any:
@@ -60,7 +75,11 @@ def changed_settings(options: Any, *always: str) -> dict[str, Any]:
 
 
 def load_model(name: str, options: ModelOptions) -> "PreTrainedModel":
-    """A causal language model, on its device and in evaluation mode."""
+    """A causal language model, on its device and in evaluation mode.
+
+    Raises:
+        ValueError: if the checkpoint is not whole, see `load_whole`.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -68,13 +87,34 @@ def load_model(name: str, options: ModelOptions) -> "PreTrainedModel":
     state = join_job(options.device)
     if not state.is_main_process:
         logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        name,
-        dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
-        revision=options.revision,
-        gguf_file=options.gguf_file,
-    )
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    model = load_whole(AutoModelForCausalLM, name, dtype=dtype, revision=options.revision, gguf_file=options.gguf_file)
     return model.to(options.device or state.device).eval()
+
+
+def load_whole(kind: Any, name: str, **how: Any) -> "PreTrainedModel":
+    """A model all of whose weights come from its checkpoint: transformers draws those at random that do not.
+
+    Tied weights and buffers that are computed are not missing. What a checkpoint holds beyond its model is of no
+    matter (a reward's head, a vision tower), unless it says that the network was another one: further layers of a
+    stack that the model has, or a bias where the model has none.
+
+    Args:
+        kind: a model class of transformers, or one of its `AutoModelFor...`.
+        name: folder or Hub id of a model, or of an adapter, whose base is then looked at as well.
+        how: see `from_pretrained`.
+
+    Raises:
+        ValueError: naming the weights that are missing, of another shape, or left out.
+    """
+    base = _base_of(name, how.get("revision"))
+    if base is not None:
+        model = load_whole(kind, base, **how)
+        report = model.load_adapter(name, adapter_kwargs={"revision": how.get("revision")}).to_dict()
+    else:
+        model, report = kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **how)
+    _require_whole(how.get("gguf_file") or name, model, report)
+    return model
 
 
 def load_tokenizer(name: str, options: ModelOptions) -> "PreTrainedTokenizerBase":
@@ -99,3 +139,50 @@ def join_job(device: str | None) -> "PartialState":
     from accelerate import PartialState
 
     return PartialState(cpu=device == "cpu" or (device is None and not torch.accelerator.is_available()))
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    shown, more = ", ".join(names[:_SHOWN]), len(names) - _SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _base_of(name: str, revision: str | None) -> str | None:
+    """The model that an adapter is for; None for what is no adapter, or has its base beside it."""
+    from transformers.utils import CONFIG_NAME, find_adapter_config_file, is_peft_available
+
+    if not is_peft_available() or (Path(name) / CONFIG_NAME).is_file():
+        return None
+    config = find_adapter_config_file(name, revision=revision)
+    return None if config is None else json.loads(Path(config).read_text("utf-8"))["base_model_name_or_path"]
+
+
+def _require_whole(name: str, model: "PreTrainedModel", report: Mapping[str, Any]) -> None:
+    parts = {
+        "no weights for": report["missing_keys"],
+        "weights of another shape for": [
+            f"{key} {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in report["mismatched_keys"]
+        ],
+        "weights that the model has no place for,": _left_out(model, report["unexpected_keys"]),
+    }
+    faults = [f"{what} {some(sorted(keys))}" for what, keys in parts.items() if keys]
+    if faults:
+        raise ValueError(
+            f"The checkpoint {name} is not whole, or its config.json is another model's: it has "
+            f"{' and '.join(faults)}. What is missing would be random, and so would every number; save or download "
+            "the checkpoint again."
+        )
+
+
+def _left_out(model: "PreTrainedModel", unexpected: Iterable[str]) -> list[str]:
+    """Those weights of a checkpoint without which the model is another network than the one that was saved."""
+    layers = {_NUMBER.sub(".*.", key) for key in model.state_dict()}
+    leaves = {name for name, module in model.named_modules() if not any(module.children())}
+    # layers for the prediction of several tokens follow the others, and are not part of the causal model
+    further = not getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0)
+    return [
+        key
+        for key in unexpected
+        if (further and _NUMBER.search(key) and _NUMBER.sub(".*.", key) in layers)
+        or (key.endswith(".bias") and key.removesuffix(".bias") in leaves)
+    ]

@@ -97,13 +97,19 @@ def agree(first: Readout, second: Readout) -> bool:
 
 
 def _gaps(first: Readout, second: Readout) -> Tensor:
-    """Differences, nats; 0 where both exclude a token, infinite where one does or gives NaN."""
-    gaps = (first.logprobs - second.logprobs).nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
-    return gaps.masked_fill(first.logprobs == second.logprobs, 0.0)
+    """Differences, nats; 0 where both exclude a token or give NaN, infinite where one does."""
+    before, after = first.logprobs, second.logprobs
+    gaps = (before - after).nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
+    return gaps.masked_fill((before == after) | (before.isnan() & after.isnan()), 0.0)
 
 
 def find_reading(
-    forwards: Sequence[HeadForward], corpus: EncodedCorpus, *, vocab_size: int, fastest: Reading, most_positions: int
+    forwards: Sequence[HeadForward],
+    corpus: EncodedCorpus,
+    *,
+    vocab_size: int,
+    fastest: Reading,
+    most_positions: int = _POSITIONS,
 ) -> Reading:
     """Find the fastest way of reading rows that gives each the log-probabilities that it has alone.
 

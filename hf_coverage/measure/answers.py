@@ -14,11 +14,14 @@ from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.sampler import Sampler, Sampling, end_token_ids, require_room
 from hf_coverage.measure.corpus import encode_prompts
 from hf_coverage.measure.corpus_columns import (
+    check_tokenizer,
     check_values,
     read_column,
     read_logprobs,
+    read_prompts,
     require_columns,
     require_dataset,
+    template_kwargs,
 )
 from hf_coverage.measure.encoding import eos_token_id, tokenize
 from hf_coverage.measure.scoring import score_encoded
@@ -225,7 +228,10 @@ def _read_answers(
     if empty is not None:
         raise ValueError(f"Row {empty}, column `answer`: expected an answer, got an empty one; drop the row.")
     reference = read_logprobs(corpus, "reference_answer_logprob")
-    prompts = encode_prompts(read_column(corpus, "prompt"), tokenizer)
+    prompt_kind, rows = read_prompts(corpus)
+    if "token ids" in (kind, prompt_kind):
+        check_tokenizer(corpus, tokenizer)
+    prompts = encode_prompts(rows, tokenizer, chat_template_kwargs=template_kwargs(corpus))
     return prompts, answers, np.zeros(len(answers)) if reference is None else reference
 
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
+from hf_coverage.inference.fingerprint import vocabulary_fingerprint
 from hf_coverage.inference.sampler import Sampler, Sampling, end_token_ids
 from hf_coverage.measure.corpus import encode_prompts, validate_corpus
+from hf_coverage.measure.corpus_columns import TOKENIZER_COLUMN, read_pairs
 from hf_coverage.measure.encoding import eos_token_id, special_prefix, tokenize
 from hf_coverage.measure.scoring import score_responses
 
@@ -51,8 +53,9 @@ def windows_corpus(
         seed: Seed of that choice.
 
     Returns:
-        Dataset with `prompt` and `completion` (token ids) and `document`, the index of the document where the window
-        begins; windows of one document are not independent, so take intervals with `groups=corpus["document"]`.
+        Dataset with `prompt` and `completion` (token ids), `tokenizer_fingerprint`, by which they are known to be this
+        tokenizer's, and `document`, the index of the document where the window begins; windows of one document are not
+        independent, so take intervals with `groups=corpus["document"]`.
 
     Raises:
         TypeError: If `texts` is one string or holds something else than strings.
@@ -95,6 +98,7 @@ def windows_corpus(
     return _ids_dataset(
         np.hstack([head, windows[:, :prompt_tokens]]).tolist(),
         windows[:, prompt_tokens:].tolist(),
+        tokenizer,
         document=np.searchsorted(bounds, starts, side="right") - 1,
     )
 
@@ -104,6 +108,7 @@ def sample_corpus(
     tokenizer: PreTrainedTokenizerBase | None,
     prompts: Sequence[Any],
     *,
+    chat_template_kwargs: Sequence[dict[str, Any] | None] | None = None,
     k: int,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -129,6 +134,7 @@ def sample_corpus(
         teacher: Any causal language model; all processes of a job have to call, and each samples its part.
         tokenizer: Its tokenizer; may be None if prompts are token ids.
         prompts: Text, lists of chat messages, or lists of token ids.
+        chat_template_kwargs: For chat messages, what the chat template is given for each prompt.
         k: Responses per prompt.
         max_new_tokens: Most tokens of a response.
         temperature: What logits are divided by; 1 is the teacher itself.
@@ -143,8 +149,9 @@ def sample_corpus(
 
     Returns:
         Dataset with `prompt` and `completion` (token ids), `reference_logprob` (nats), `finished` (whether the
-        response ends with an end-of-sequence token) and, with a tokenizer, `prompt_text` and `completion_text` to
-        read; k rows per prompt, in the order of the prompts, on every process.
+        response ends with an end-of-sequence token) and, with a tokenizer, `tokenizer_fingerprint`, by which the ids
+        are known to be its own, and `prompt_text` and `completion_text` to read; k rows per prompt, in the order of
+        the prompts, on every process.
 
     Raises:
         TypeError: If a prompt has the wrong type.
@@ -166,13 +173,14 @@ def sample_corpus(
     """
     if k < 1:
         raise ValueError(f"`k` must be at least 1, got {k}.")
-    ids = encode_prompts(prompts, tokenizer)
+    ids = encode_prompts(prompts, tokenizer, chat_template_kwargs=chat_template_kwargs)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, end_token_ids(eos_token_id, teacher, tokenizer))
     sampler = Sampler(teacher, sampling, batch_size=batch_size, seed=seed)
     samples = sampler.draw([prompt for prompt in ids for _ in range(k)], progress=progress)
     corpus = _ids_dataset(
         [prompt for prompt in ids for _ in range(k)],
         [sample.ids for sample in samples],
+        tokenizer,
         reference_logprob=[sample.logprob for sample in samples],
         finished=[sample.finished for sample in samples],
     )
@@ -209,7 +217,8 @@ def teacher_scored_corpus(
         progress: Whether to show a progress bar on the main process.
 
     Returns:
-        The corpus with `reference_logprob` (nats), on every process.
+        The corpus with `reference_logprob` (nats), and token ids with `tokenizer_fingerprint` if a tokenizer is given,
+        on every process.
 
     Raises:
         TypeError: If the corpus is not valid, see `validate_corpus`.
@@ -240,7 +249,10 @@ def teacher_scored_corpus(
             f"Row {excluded[0]}, column `completion`: the teacher gives it probability 0, so it is no sample of the "
             f"teacher; drop the {len(excluded)} such rows."
         )
-    return _with_column(corpus, "reference_logprob", logprobs.tolist())
+    corpus = _with_column(corpus, "reference_logprob", logprobs.tolist())
+    if tokenizer is None or TOKENIZER_COLUMN in corpus.column_names or read_pairs(corpus)[0] != "token ids":
+        return corpus
+    return _with_tokenizer(corpus, tokenizer)
 
 
 def single_answer_corpus(prompts: Sequence[Any], answers: Sequence[Any]) -> Dataset:
@@ -295,12 +307,19 @@ def _tokenize_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase
     return [document + end for document in documents]
 
 
-def _ids_dataset(prompts: list[list[int]], completions: list[list[int]], **columns: Any) -> Dataset:
+def _ids_dataset(
+    prompts: list[list[int]], completions: list[list[int]], tokenizer: PreTrainedTokenizerBase | None, **columns: Any
+) -> Dataset:
     ids = Features({"prompt": List(Value("int64")), "completion": List(Value("int64"))})
     corpus = Dataset.from_dict({"prompt": prompts, "completion": completions}, features=ids)
     for name, values in columns.items():
         corpus = _with_column(corpus, name, values)
-    return corpus
+    return corpus if tokenizer is None else _with_tokenizer(corpus, tokenizer)
+
+
+def _with_tokenizer(corpus: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Say in each row whose token ids it holds."""
+    return _with_column(corpus, TOKENIZER_COLUMN, [vocabulary_fingerprint(tokenizer)] * len(corpus))
 
 
 def _with_column(corpus: Dataset, name: str, values: Any) -> Dataset:

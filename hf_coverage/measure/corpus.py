@@ -6,13 +6,20 @@ or both lists of token ids, and, where it is known, `reference_logprob = log D(y
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
 from hf_coverage.inference.encoded_rows import EncodedCorpus
-from hf_coverage.measure.corpus_columns import check_values, read_logprobs, read_pairs, require_dataset
+from hf_coverage.measure.corpus_columns import (
+    check_tokenizer,
+    check_values,
+    read_logprobs,
+    read_pairs,
+    require_dataset,
+    template_kwargs,
+)
 from hf_coverage.measure.encoding import (
     encode_chat_pairs,
     encode_chat_prompts,
@@ -102,8 +109,10 @@ def encode_corpus(
       encoded as one string, and the ids are split at the length of the prompt's own ids. These are the ids that
       lm-evaluation-harness scores. A prompt without tokens becomes the BOS token, or else the EOS token.
     - Chat messages pass through the chat template, which also ends the completion. The prompt is rendered with its
-      generation prompt and its ids must be a prefix of the ids of the whole conversation.
-    - Token ids pass as they are.
+      generation prompt and its ids must be a prefix of the ids of the whole conversation, and what follows must hold
+      all that the completion says. A column `chat_template_kwargs` has the template's arguments for each row.
+    - Token ids pass as they are. A column `tokenizer_fingerprint`, which corpora made by this library have, says whose
+      they are: it is compared with the tokenizer.
 
     Args:
         corpus: A reference corpus, see `validate_corpus`.
@@ -119,7 +128,8 @@ def encode_corpus(
     Raises:
         TypeError: If `corpus` is not a `datasets.Dataset`, or a value has the wrong type.
         ValueError: If the corpus is not valid, a completion has no tokens, a token id is out of range, `append_eos`
-            meets chat messages or token ids, or the tokenizer cannot encode this corpus.
+            meets chat messages or token ids, token ids are of another tokenizer, the tokenizer cannot encode this
+            corpus, or its chat template leaves out a part of a completion.
 
     Example:
         >>> corpus = Dataset.from_dict({"prompt": [[3, 4], [3]], "completion": [[5, 0], [6, 7, 0]]})
@@ -132,6 +142,7 @@ def encode_corpus(
         ends = "the chat template ends them" if kind == "chat messages" else "they are final"
         raise ValueError(f"`append_eos=True` is for text only, got {kind}: {ends}.")
     if kind == "token ids":
+        check_tokenizer(corpus, tokenizer)
         prompt_ids, completion_ids = prompts, completions
         if vocab_size is not None:
             _require_range(prompt_ids, "prompt", vocab_size)
@@ -139,7 +150,7 @@ def encode_corpus(
     elif tokenizer is None:
         raise ValueError(f"`tokenizer` must be given for a corpus of {kind}, got None.")
     elif kind == "chat messages":
-        prompt_ids, completion_ids = encode_chat_pairs(prompts, completions, tokenizer)
+        prompt_ids, completion_ids = encode_chat_pairs(prompts, completions, tokenizer, template_kwargs(corpus))
     else:
         end = eos_token_id(tokenizer) if append_eos else None
         prompt_ids, completion_ids = encode_text_pairs(prompts, completions, tokenizer, end=end)
@@ -147,12 +158,18 @@ def encode_corpus(
     return EncodedCorpus(_with_prefix(prompt_ids, tokenizer), completion_ids)
 
 
-def encode_prompts(prompts: Iterable[Any], tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
+def encode_prompts(
+    prompts: Iterable[Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    chat_template_kwargs: Sequence[dict[str, Any] | None] | None = None,
+) -> list[list[int]]:
     """Turn prompts alone into the token ids that a model continues.
 
     Args:
         prompts: Text, which is kept to its last space, or lists of chat messages, or lists of token ids.
         tokenizer: The tokenizer of the model; may be None for token ids if no prompt is empty.
+        chat_template_kwargs: For chat messages, what the template is given for each prompt.
 
     Returns:
         One list of token ids per prompt, never empty; BOS, or else EOS, stands for a prompt without tokens.
@@ -176,7 +193,7 @@ def encode_prompts(prompts: Iterable[Any], tokenizer: PreTrainedTokenizerBase | 
     if tokenizer is None:
         raise ValueError(f"`tokenizer` must be given for prompts of {kind}, got None.")
     if kind == "chat messages":
-        return encode_chat_prompts(rows, tokenizer)
+        return encode_chat_prompts(rows, tokenizer, chat_template_kwargs)
     special_prefix(tokenizer)
     return _with_prefix(encode_texts(rows, tokenizer), tokenizer)
 

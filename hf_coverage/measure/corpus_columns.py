@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
+from hf_coverage.inference.fingerprint import vocabulary_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 __all__ = [
+    "TOKENIZER_COLUMN",
+    "check_fingerprints",
+    "check_tokenizer",
     "check_values",
     "read_column",
     "read_logprobs",
@@ -17,10 +25,17 @@ __all__ = [
     "read_prompts",
     "require_columns",
     "require_dataset",
+    "template_kwargs",
 ]
 
 # A density can exceed 1 by rounding only: a sum of float32 log-softmax terms of a near-certain response does so.
 _POSITIVE_ROUNDING = 1e-6
+
+TOKENIZER_COLUMN = "tokenizer_fingerprint"
+"""Beside token ids, in every row: the `vocabulary_fingerprint` of the tokenizer that they are of.
+
+A column, because it goes wherever rows go: through `select`, `concatenate_datasets`, folders and files of any format.
+"""
 
 _KINDS = "text, a list of chat messages, or a list of token ids"
 
@@ -63,7 +78,9 @@ def read_prompts(corpus: Dataset) -> tuple[str, list[Any]]:
     require_dataset(corpus)
     require_columns(corpus, ("prompt",))
     prompts = read_column(corpus, "prompt")
-    return check_values(prompts, "prompt"), prompts
+    kind = check_values(prompts, "prompt")
+    _refuse_tools(corpus, kind)
+    return kind, prompts
 
 
 def read_pairs(corpus: Dataset) -> tuple[str, list[Any], list[Any]]:
@@ -78,9 +95,13 @@ def read_pairs(corpus: Dataset) -> tuple[str, list[Any], list[Any]]:
             f"The columns `prompt` and `completion` must be of one kind, got {prompt_kind} and {completion_kind}."
         )
     kind = completion_kind
-    if kind == "chat messages" and "tools" in corpus.column_names:
-        raise ValueError("A column `tools` is not rendered; apply the chat template yourself and give token ids.")
+    _refuse_tools(corpus, kind)
     return kind, prompts, completions
+
+
+def template_kwargs(corpus: Dataset) -> list[Any] | None:
+    """What each row asks its chat template to be given; None where the corpus has no column `chat_template_kwargs`."""
+    return read_column(corpus, "chat_template_kwargs") if "chat_template_kwargs" in corpus.column_names else None
 
 
 def check_values(rows: list[Any], column: str) -> str:
@@ -91,6 +112,45 @@ def check_values(rows: list[Any], column: str) -> str:
     elif kind != "text":
         _check_token_ids(rows, column)
     return kind
+
+
+def check_tokenizer(corpus: Dataset, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuse token ids that are of another tokenizer than the model's, as far as the corpus says whose they are.
+
+    Raises:
+        ValueError: If they are, or if rows are of different tokenizers.
+    """
+    if TOKENIZER_COLUMN in corpus.column_names:
+        check_fingerprints(read_column(corpus, TOKENIZER_COLUMN), tokenizer)
+
+
+def check_fingerprints(values: list[Any], tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """The same for a column `tokenizer_fingerprint`, None in rows of which nothing is known."""
+    known = {value: row for row, value in reversed(list(enumerate(values))) if value is not None}
+    remedy = (
+        "make the corpus again with this model's tokenizer, or, if the ids do mean the same, drop the column with "
+        f"`corpus.remove_columns('{TOKENIZER_COLUMN}')`."
+    )
+    if tokenizer is None and len(known) > 1:
+        first, second = sorted(known.values())[:2]
+        raise ValueError(f"Rows {first} and {second} hold token ids of different tokenizers: {remedy}")
+    for value, row in known.items():
+        size, dash, _ = str(value).partition("-")
+        if not (dash and size.isdecimal()):
+            raise ValueError(
+                f"Row {row}, column `{TOKENIZER_COLUMN}`: expected a `vocabulary_fingerprint`, got {value!r}; "
+                "drop or rename the column."
+            )
+        if tokenizer is not None and vocabulary_fingerprint(tokenizer, int(size)) != value:
+            raise ValueError(
+                f"Row {row}: the token ids were made with another tokenizer ({value}) than the given `tokenizer` "
+                f"({vocabulary_fingerprint(tokenizer)}), to which they are another text: {remedy}"
+            )
+
+
+def _refuse_tools(corpus: Dataset, kind: str) -> None:
+    if kind == "chat messages" and "tools" in corpus.column_names:
+        raise ValueError("A column `tools` is not rendered; apply the chat template yourself and give token ids.")
 
 
 def _value_kind(value: Any) -> str | None:

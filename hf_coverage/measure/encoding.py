@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +23,11 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+# What a template is called with here, whatever a row says.
+_OWN_ARGUMENTS = {"add_generation_prompt", "continue_final_message", "conversation", "return_dict", "tokenize"}
+# The names under which chat messages hold what was thought before it was said.
+_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def prefix_token_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
@@ -68,6 +76,13 @@ def encode_text_pairs(
         head_ids[row], whole_ids[row] = _split_bare(next(bare_ids), tokenizer)
     _report_merges(head_ids, whole_ids)
     completion_ids = [whole[len(head) :] for head, whole in zip(head_ids, whole_ids)]
+    for row, (ids, completion) in enumerate(zip(completion_ids, completions)):
+        if completion and not ids:
+            raise ValueError(
+                f"Row {row}, column `completion`: no token is left of {completion[:40]!r} after `prompt`: the "
+                "tokenizer drops it, or joins it to the prompt's last token, so it cannot be scored; end the prompt "
+                "at a word boundary, or give token ids."
+            )
     if end is not None:
         for row, ids in enumerate(completion_ids):
             if ids and ids[-1] == end:
@@ -127,25 +142,35 @@ def _report_merges(head_ids: list[list[int]], whole_ids: list[list[int]]) -> Non
         )
 
 
-def encode_chat_prompts(prompts: list[list[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of conversations that the model is to continue."""
+def encode_chat_prompts(
+    prompts: list[list[dict[str, Any]]],
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Sequence[dict[str, Any] | None] | None = None,
+) -> list[list[int]]:
+    """Token ids of conversations that the model is to continue, each rendered with arguments of its own."""
     if not tokenizer.chat_template:
         raise ValueError(
             "`tokenizer` has no chat template, and the corpus holds chat messages; set `tokenizer.chat_template`, or "
             "give text or token ids."
         )
     prompts = [_without_missing_keys(messages) for messages in prompts]
-    ids: Any = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=False)
-    return ids
+    arguments = _template_arguments(template_kwargs, len(prompts))
+    _report_dates(prompts, arguments, tokenizer)
+    return _rendered(prompts, arguments, tokenizer, add_generation_prompt=True, return_dict=False)
 
 
 def encode_chat_pairs(
-    prompts: list[list[dict[str, Any]]], completions: list[list[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase
+    prompts: list[list[dict[str, Any]]],
+    completions: list[list[dict[str, Any]]],
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Sequence[dict[str, Any] | None] | None = None,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids of chat pairs: the prompt with its generation prompt, the completion as the template ends it."""
-    prompt_ids = encode_chat_prompts(prompts, tokenizer)
-    wholes = [_without_missing_keys(prompt + completion) for prompt, completion in zip(prompts, completions)]
-    whole_ids: Any = tokenizer.apply_chat_template(wholes, return_dict=False)
+    prompt_ids = encode_chat_prompts(prompts, tokenizer, template_kwargs)
+    arguments = _template_arguments(template_kwargs, len(prompts))
+    heads, tails = ([_without_missing_keys(messages) for messages in rows] for rows in (prompts, completions))
+    wholes = [head + tail for head, tail in zip(heads, tails)]
+    whole_ids = _rendered(wholes, arguments, tokenizer, return_dict=False)
     for row, (head, whole) in enumerate(zip(prompt_ids, whole_ids)):
         if whole[: len(head)] != head:
             raise ValueError(
@@ -153,9 +178,132 @@ def encode_chat_pairs(
                 f"those of `prompt` + `completion`: {tokenizer.decode(head)!r} against {tokenizer.decode(whole)!r}; "
                 "use a template that keeps the prompt as it is, or give token ids."
             )
+    head_texts = _rendered(heads, arguments, tokenizer, add_generation_prompt=True, tokenize=False)
+    whole_texts = _rendered(wholes, arguments, tokenizer, tokenize=False)
+    for row, (head, whole, tail) in enumerate(zip(head_texts, whole_texts, tails)):
+        rest = whole.removeprefix(head)
+        lost = _lost(tail, rest)
+        if lost is not None:
+            raise ValueError(
+                f"Row {row}, column `completion`: the chat template leaves out {lost!r}, so another response than "
+                f"this one would be scored: {rest!r}; use a template that writes the whole turn, or give token ids."
+            )
     return prompt_ids, [whole[len(head) :] for head, whole in zip(prompt_ids, whole_ids)]
+
+
+def _rendered(
+    conversations: list[list[dict[str, Any]]],
+    arguments: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    **options: Any,
+) -> list[Any]:
+    """What the template makes of conversations, those of equal arguments in one call."""
+    alike: dict[str, list[int]] = {}
+    for row, own in enumerate(arguments):
+        alike.setdefault(json.dumps(own, sort_keys=True, default=repr), []).append(row)
+    rendered: list[Any] = [None] * len(conversations)
+    for rows in alike.values():
+        own = arguments[rows[0]]
+        found: Any = tokenizer.apply_chat_template([conversations[row] for row in rows], **options, **own)
+        for row, value in zip(rows, found, strict=True):
+            rendered[row] = value
+    return rendered
+
+
+def _template_arguments(given: Sequence[dict[str, Any] | None] | None, rows: int) -> list[dict[str, Any]]:
+    """The template's arguments for each row, as they were before Arrow gave every row the keys of all."""
+    if given is None:
+        return [{}] * rows
+    arguments: list[dict[str, Any]] = []
+    for row, own in enumerate(given):
+        if own is not None and not isinstance(own, dict):
+            raise TypeError(
+                f"Row {row}, column `chat_template_kwargs`: expected a dict of the template's arguments, got {own!r}."
+            )
+        found = _without_none(own or {})
+        taken = sorted(_OWN_ARGUMENTS & found.keys())
+        if taken:
+            raise ValueError(
+                f"Row {row}, column `chat_template_kwargs`: `{taken[0]}` is decided by what is scored; leave it out."
+            )
+        arguments.append(found)
+    return arguments
 
 
 def _without_missing_keys(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     # Arrow fills every key of every message; templates test whether a key is there.
-    return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in messages]
+    return [
+        {key: _without_none(value) for key, value in message.items() if value is not None or key == "content"}
+        for message in messages
+    ]
+
+
+def _without_none(value: Any) -> Any:
+    """A value without the keys that Arrow filled with None, at every depth: tool calls and parts of content too."""
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _lost(messages: list[dict[str, Any]], rendered: str) -> str | None:
+    """The first part of some messages that their rendering does not hold, whatever it did to whitespace."""
+    rest = _squeezed(rendered)
+    for message in messages:
+        end = 0
+        for part in _parts(message):
+            # Some templates write values as JSON.
+            forms = [_squeezed(part), _squeezed(json.dumps(part, ensure_ascii=False)[1:-1])]
+            places = [(rest.find(form), len(form)) for form in forms]
+            found = [place + length for place, length in places if place >= 0]
+            if not found:
+                return part
+            end = max(end, min(found))
+        rest = rest[end:]  # one turn does not stand for the next that says the same
+    return None
+
+
+def _parts(message: dict[str, Any]) -> Iterator[str]:
+    """The texts of a turn that are part of what was said: reasoning, content, names of the tools that it calls."""
+    content = message.get("content")
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, list):
+        yield from (part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
+    yield from (message[key] for key in _REASONING if isinstance(message.get(key), str))
+    for call in message.get("tool_calls") or ():
+        name = call.get("function", call).get("name") if isinstance(call, dict) else None
+        if isinstance(name, str):
+            yield name
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _report_dates(
+    conversations: list[list[dict[str, Any]]], arguments: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Say so if a template prints the day: the same corpus has other ids, and other scores, tomorrow."""
+    if "strftime_now" not in str(tokenizer.chat_template):  # the one way for a template to know
+        return
+    for conversation, own in zip(conversations, arguments):
+        template = tokenizer.get_chat_template(own.get("chat_template"))
+        # A macro of that name goes before the environment's function; there is no other way to another day.
+        days = (f"{{% macro strftime_now(format) %}}{day}{{% endmacro %}}{template}" for day in (1, 2))
+        one, other = (
+            tokenizer.apply_chat_template(conversation, tokenize=False, **(own | {"chat_template": day}))
+            for day in days
+        )
+        if one != other:
+            _warn_of_dates(str(tokenizer.chat_template))
+            return
+
+
+@cache
+def _warn_of_dates(template: str) -> None:
+    """Once for each template."""
+    logger.warning(
+        "The chat template prints today's date: the same corpus has other token ids, and other scores, on another "
+        "day. Fix the date in a column `chat_template_kwargs` (for example {'date_string': '26 Jul 2024'}, whatever "
+        "the template calls it), or keep the token ids."
+    )

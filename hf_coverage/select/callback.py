@@ -311,7 +311,11 @@ class TournamentCallback(CorpusCallback):
         """The rows on disk, read once."""
         if self._rows is None:
             known = self._corpus is not None
-            reference = read_reference(self._corpus, self.groups) if known else load_reference(self.folder(args))[0]
+            reference = (
+                read_reference(self._corpus, self.groups)
+                if known
+                else load_reference(self.folder(args), corpus=corpus.encoded.fingerprint)[0]
+            )
             self._rows = _RunRows(self.folder(args), corpus.encoded.fingerprint, reference, self.others)
         return self._rows
 
@@ -433,7 +437,7 @@ class _RunRows:
                 shutil.rmtree(path)
         self.by_step = {step: row for step, row in self.by_step.items() if step in steps}
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_reference(self.folder, self.reference, {"name": self.folder.name})
+        write_reference(self.folder, self.reference, {"name": self.folder.name}, corpus=self.corpus)
 
     def add(self, step: int, scores: Scores, checkpoint: Path, options: ScoringOptions) -> None:
         """Keep the row of a step, in the place of one that is there.

@@ -9,11 +9,13 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.inference.files import write_atomically
+from hf_coverage.inference.loading import some
 from hf_coverage.select.result import TournamentResult
 
 __all__ = [
@@ -198,10 +200,37 @@ def delete_old_checkpoints(folder: Path, limit: int, kept: Collection[Path], now
 
 
 def load_weights(trainer: Trainer, checkpoint: Path) -> None:
-    """Load a checkpoint into the Trainer's model, adapters and shards included, as it loads its best one."""
-    best = trainer.state.best_model_checkpoint
+    """Load a checkpoint into the Trainer's model, adapters and shards included, as it loads its best one.
+
+    Raises:
+        ValueError: if the checkpoint lacks weights, which the Trainer itself only warns of.
+    """
+    model: torch.nn.Module = trainer.model
+    best, missing = trainer.state.best_model_checkpoint, []
+    hook = model.register_load_state_dict_post_hook(lambda _, found: missing.append(set(found.missing_keys)))
     try:
         trainer.state.best_model_checkpoint = str(checkpoint)
         trainer._load_best_model()
     finally:
+        hook.remove()
         trainer.state.best_model_checkpoint = best
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:  # which load in their own way, and all or nothing
+        return
+    lost = _lost(model, set.intersection(*missing)) if missing else ["all weights"]
+    if lost:
+        raise ValueError(
+            f"The checkpoint {checkpoint} lacks {some(lost)}: the model would be part this checkpoint, part what it "
+            "was when training ended. Load another checkpoint, or this one from a backup."
+        )
+
+
+def _lost(model: torch.nn.Module, missing: set[str]) -> list[str]:
+    """Those of the weights that no shard had which are neither tied to another one nor the base of an adapter."""
+    adapters = getattr(model, "peft_config", {})
+    if any(config.is_prompt_learning for config in adapters.values()):  # PEFT loads these apart, and strictly
+        return []
+    if adapters:
+        missing = {key for key in missing if adapters.keys() & set(key.split("."))}
+    state = model.state_dict()
+    loaded = {tensor.data_ptr() for key, tensor in state.items() if key not in missing}
+    return sorted(key for key in missing if state[key].data_ptr() not in loaded)

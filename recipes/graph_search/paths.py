@@ -11,6 +11,7 @@ import numpy as np
 from transformers import GPT2LMHeadModel
 
 from hf_coverage.inference.encoded_rows import EncodedCorpus
+from hf_coverage.inference.loading import load_whole
 from hf_coverage.measure.scoring import score_encoded
 from hf_coverage.tasks.graph_search import GraphSearch
 from hf_coverage.tasks.layered_graphs import valid_paths
@@ -28,7 +29,7 @@ def main() -> None:
     # the other class's path takes the other node in both wide layers
     other = (paths != rows.paths[:, None]).sum(-1) == 2
     for checkpoint in sys.argv[1:]:
-        model = GPT2LMHeadModel.from_pretrained(checkpoint)
+        model = load_whole(GPT2LMHeadModel, checkpoint)
         p = np.exp(score_encoded(model, pairs).logprob).reshape(right.shape)
         for path_class in (0, 1):
             of_class = rows.classes == path_class

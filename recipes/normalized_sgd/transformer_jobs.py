@@ -19,6 +19,7 @@ from hf_coverage.functional.logprobs import sequence_logprobs
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.files import write_atomically
 from hf_coverage.inference.fingerprint import weight_fingerprint
+from hf_coverage.inference.loading import load_whole
 from hf_coverage.measure.builders import windows_corpus
 from hf_coverage.tasks.graph_search import GraphSearchDataset, collate_rows
 from recipes.pretrain import ModelArguments, TaskArguments, new_task, pretrain, rows_seen
@@ -73,7 +74,7 @@ def graph_job(task_args: TaskArguments, model_args: ModelArguments, args: Traini
     start = pretrain(task, task_args, model_args, args, seed=args.seed)
     weights = task_args.finetune_weights
     return Job(
-        new_model=lambda: GPT2LMHeadModel.from_pretrained(start),
+        new_model=lambda: load_whole(GPT2LMHeadModel, start),
         train_rows=lambda args: GraphSearchDataset(task, weights, rows_seen(args), seed=(args.seed, 1)),
         held_out=GraphSearchDataset(task, weights, rows, seed=(0, 2)),
         groups=np.arange(rows),

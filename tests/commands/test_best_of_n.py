@@ -118,7 +118,7 @@ def test_a_failure_is_one_line(problems, options, message):
     assert not Path("out").exists() or "profile" in options
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.jobs
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes_and_speak_once(problems, work):
     options = "best-of-n student problems.jsonl --k 4 --max-new-tokens 3 --batch-size 4 --shard-rows 8"

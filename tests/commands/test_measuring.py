@@ -163,7 +163,7 @@ def test_models_on_other_rows_are_not_compared(work):
     )
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.jobs
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes_and_speak_once(work):
     options = "score student corpus --shard-rows 8"

@@ -184,7 +184,7 @@ def test_smollm2_s_bounds_are_vacuous(smollm2):
     assert "The bounds are vacuous" in found.verdict()
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.jobs
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes_and_speak_once(work):
     options = "suggest student --data corpus -n 16 --steps 1000 --gradient-norms 3 --device cpu"

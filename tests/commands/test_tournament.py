@@ -186,7 +186,7 @@ def command_line(run, folder, *launcher):
     return [sys.executable, *launcher, "-m", "hf_coverage", "tournament", *words]
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.jobs
 @pytest.mark.slow
 def test_a_killed_command_goes_on_and_ends_the_same(text_run):
     subprocess.run(command_line(text_run, "whole"), env=ENVIRONMENT, check=True, capture_output=True)
@@ -207,7 +207,7 @@ def test_a_killed_command_goes_on_and_ends_the_same(text_run):
     assert outcome(text_run / "parts") == outcome(text_run / "whole")
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.jobs
 @pytest.mark.slow
 def test_two_processes_decide_as_one(text_run):
     for folder, start in (("one", ()), ("two", LAUNCHER), ("two", LAUNCHER)):
@@ -279,7 +279,7 @@ def run_killed(folder, rng, kills, *launcher):
     assert job.returncode == 0, errors[-6000:]
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.jobs
 @pytest.mark.slow
 def test_twenty_checkpoints_killed_again_and_again_in_one_process_and_in_two(twenty_checkpoints):
     rng = np.random.default_rng(0)

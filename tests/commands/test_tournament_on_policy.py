@@ -119,7 +119,7 @@ def test_an_interrupted_scoring_goes_on(run, monkeypatch):
     assert json.loads((run / "whole/tournament.json").read_text()) == interrupted
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.jobs
 @pytest.mark.slow
 def test_two_processes_end_the_same(run):
     command = f"{COMMAND.replace('--n 2', '-n 2')} --on-policy --device cpu --generations 12"

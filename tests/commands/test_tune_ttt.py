@@ -290,7 +290,7 @@ def test_what_is_no_number_is_a_usage_error(work, option, words):
     assert words in invoke(f"tune-ttt student --data corpus --n 4 {option}", code=2)
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.jobs
 @pytest.mark.slow
 def test_two_processes_keep_what_one_keeps_and_speak_once(work):
     options = "tune-ttt student --data corpus -n 4 --lr 0.3 --device cpu"

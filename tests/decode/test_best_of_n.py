@@ -239,7 +239,7 @@ def test_samples_of_something_else_are_not_mixed_in(finished, tmp_path):
         evaluate(tmp_path)
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.jobs
 def test_two_processes_are_equal_to_one(finished, tmp_path):
     whole, result = finished
     script = Path(__file__).with_name("best_of_n_runs.py")

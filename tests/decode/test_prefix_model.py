@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import GenerationMixin, GPT2Config, GPT2LMHeadModel
 
+from hf_coverage.decode import prefix_model
 from hf_coverage.decode.prefix_model import PrefixReader
+from hf_coverage.inference.forward import inference
+from tests.inference.odd_models import ForgetsItsCache, llama, quantised, subclass
 from tests.measure.test_scoring_architectures import ARCHITECTURES, VOCABULARY, build
 
 PROMPT = [5, 4, 9, 30, 12, 7, 21, 8, 3]
@@ -39,6 +42,7 @@ def read(monkeypatch):
         return call(self, *args, **arguments)
 
     monkeypatch.setattr(torch.nn.Module, "__call__", counting)
+    monkeypatch.setattr(prefix_model, "_PROOFS", 0)  # what is read again, to see that it is the same, is not counted
     return shapes
 
 
@@ -140,3 +144,25 @@ def test_a_model_in_training_stays_so_and_keeps_no_gradients():
     assert not logits.requires_grad
     assert logits.isfinite().all()
     torch.testing.assert_close(logits, reader.logits([(1,), (2, 3)]))
+
+
+@pytest.mark.parametrize(
+    ("build_odd", "kept", "together"),
+    [
+        (lambda: subclass(ForgetsItsCache), False, True),
+        (lambda: quantised(0, 2), False, False),
+        (llama, True, True),
+    ],
+    ids=["replaces its cache", "scale of the batch", "plain"],
+)
+def test_a_model_that_says_something_else_in_company_is_read_alone(build_odd, kept, together):
+    model = build_odd()
+    prompt, prefixes = [5, 9, 4, 7], [(3,), (3, 8), (6, 4, 11), (6, 4, 11, 30, 2)]
+    reader = PrefixReader(model, prompt, size=64)
+    for _ in range(2):
+        found = reader.logits(prefixes)
+        for prefix, logits in zip(prefixes, found):
+            with inference(model):
+                expected = model(input_ids=torch.tensor([[*prompt, *prefix]]), use_cache=False).logits[0, -1]
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert (reader._kept is not None, reader._together) == (kept, together)

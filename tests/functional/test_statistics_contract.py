@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from hf_coverage.measure.coverage_watch import WatchState, update_watch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from hf_coverage.decode.best_of_n_result import BestOfNResult
 from hf_coverage.evaluate_modules.coverage.coverage import Coverage
 from hf_coverage.evaluate_modules.coverage_comparison.coverage_comparison import CoverageComparison
 from hf_coverage.functional import bounds, coverage, gradients, paired, row_steps, statistics
+from hf_coverage.functional.coverage_watch import WatchState, update_watch
 from hf_coverage.functional.objectives import distillation_weights
 from hf_coverage.functional.predictiveness import rank_correlations
 from hf_coverage.functional.tournament import OnPolicy, challenge_rates, hold_tournament

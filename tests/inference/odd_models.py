@@ -7,6 +7,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_coverage.inference.forward import inference
+from hf_coverage.inference.prefix_cache import CACHE
 
 VOCABULARY = 37
 
@@ -72,8 +73,8 @@ def quantised(*axes):
 class ForgetsItsCache(LlamaForCausalLM):
     """Replaces the cache it is given, as adapters that bring keys and values of their own do."""
 
-    def forward(self, input_ids=None, past_key_values=None, **kwargs):
-        return super().forward(input_ids=input_ids, past_key_values=None, **kwargs)
+    def forward(self, input_ids=None, **kwargs):
+        return super().forward(input_ids=input_ids, **(kwargs | {CACHE: None}))
 
 
 def subclass(kind):

@@ -10,7 +10,7 @@ import pytest
 
 from hf_coverage.inference.processes import map_over_processes, split_over_processes
 
-pytestmark = pytest.mark.xdist_group("ranks")
+pytestmark = pytest.mark.jobs
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 from tests.inference.sampling_ranks import build, results_of
 
-pytestmark = pytest.mark.xdist_group("ranks")
+pytestmark = pytest.mark.jobs
 
 
 @pytest.fixture(scope="module")

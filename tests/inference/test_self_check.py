@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.forward import HeadForward, inference
+from hf_coverage.inference.prefix_cache import CACHE
 from hf_coverage.inference.self_check import Reading, Readout, agree, find_reading, ignores_left_padding
 from hf_coverage.measure.scoring import score_encoded
 from tests.inference.odd_models import (
@@ -38,8 +39,8 @@ def corpus(shortest=9, longest=40):
 
 
 class FailsOnACache(LlamaForCausalLM):
-    def forward(self, input_ids=None, past_key_values=None, **kwargs):
-        if past_key_values is not None:
+    def forward(self, input_ids=None, **kwargs):
+        if kwargs.get(CACHE) is not None:
             raise IndexError("list index out of range")
         return super().forward(input_ids=input_ids, **kwargs)
 
@@ -47,10 +48,11 @@ class FailsOnACache(LlamaForCausalLM):
 class DependsOnLength(LlamaForCausalLM):
     """Scales its embeddings by the length of the pass, as rotary embeddings that switch do."""
 
-    def forward(self, input_ids=None, past_key_values=None, **kwargs):
-        seen = input_ids.shape[1] + (0 if past_key_values is None else past_key_values.get_seq_length())
+    def forward(self, input_ids=None, **kwargs):
+        cache = kwargs.get(CACHE)
+        seen = input_ids.shape[1] + (0 if cache is None else cache.get_seq_length())
         embeds = self.get_input_embeddings()(input_ids) * (1.0 if seen <= 20 else 1.5)
-        return super().forward(inputs_embeds=embeds, past_key_values=past_key_values, **kwargs)
+        return super().forward(inputs_embeds=embeds, **kwargs)
 
 
 def longrope():
@@ -206,6 +208,7 @@ def test_tolerance(epsilon):
 
     assert same(zeros, zeros + noise)
     assert same(excluded, excluded)
+    assert same(zeros + torch.nan, zeros + torch.nan)  # damaged weights are refused by what comes after
     assert not same(zeros, excluded)
     assert not same(zeros, zeros + torch.nan)
     assert not same(zeros, zeros + 3 * epsilon**0.5)

@@ -1,17 +1,29 @@
 """Corpora are built with the density they state: windows, samples, scores of a teacher, single answers."""
 
+import copy
 import math
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig, MambaConfig, MambaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
+from hf_coverage.decode.prompt_table import PromptTable
+from hf_coverage.measure.answers import score_answers
 from hf_coverage.measure.builders import sample_corpus, single_answer_corpus, teacher_scored_corpus, windows_corpus
-from hf_coverage.measure.corpus import reference_kind, validate_corpus
+from hf_coverage.measure.corpus import encode_corpus, reference_kind, validate_corpus
 from hf_coverage.measure.scoring import score_responses
 from tests.measure.small_tokenizers import gpt2_like, llama_like, with_chat, words
 
@@ -334,3 +346,94 @@ class TestSingleAnswers:
             single_answer_corpus(["a", "b", "a"], ["1", "2", "3"])
         with pytest.raises(ValueError, match="got an empty dataset"):
             single_answer_corpus([], [])
+
+
+@cache
+def wide_teacher() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=700, n_positions=32)).eval()
+
+
+def shifted():
+    """Another tokenizer of as many tokens as `gpt2_like`, each of them with another id."""
+    vocabulary = gpt2_like().get_vocab()
+    moved = {token: (index + 1) % len(vocabulary) for token, index in vocabulary.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(moved, unk_token="</s>")))
+
+
+def later(**changes):
+    """The tokenizer of `gpt2_like` after changes that move no id."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=gpt2_like().backend_tokenizer, eos_token="</s>")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = changes.get("chat_template")
+    tokenizer.add_tokens(changes.get("tokens", []))
+    return tokenizer
+
+
+MADE = {
+    "windows": lambda teacher, tokenizer: windows_corpus(
+        ["The quick brown fox jumps"] * 2, tokenizer, prompt_tokens=1, response_tokens=2
+    ),
+    "samples": lambda teacher, tokenizer: sample_corpus(
+        teacher, tokenizer, ["The", "one"], k=1, max_new_tokens=2, progress=False
+    ),
+    "scored ids": lambda teacher, tokenizer: teacher_scored_corpus(
+        Dataset.from_dict({"prompt": [[1], [2]], "completion": [[3], [4]]}), teacher, tokenizer, progress=False
+    ),
+}
+TRAVELS = {
+    "as it is": lambda corpus, folder: corpus,
+    "a folder": lambda corpus, folder: corpus.save_to_disk(folder / "c") or load_from_disk(folder / "c"),
+    "select": lambda corpus, folder: corpus.select([1]),
+    "filter": lambda corpus, folder: corpus.filter(lambda row: True, load_from_cache_file=False),
+    "concatenated": lambda corpus, folder: concatenate_datasets(
+        [Dataset.from_dict({"prompt": [[9]], "completion": [[2]]}), corpus.select_columns(IDS_AND_OWNER)]
+    ),
+    "a file": lambda corpus, folder: (
+        corpus.to_json(folder / "c.jsonl") and Dataset.from_json(str(folder / "c.jsonl"), cache_dir=str(folder))
+    ),
+}
+IDS_AND_OWNER = ["prompt", "completion", "tokenizer_fingerprint"]
+
+
+class TestIdsKnowTheirTokenizer:
+    @pytest.mark.parametrize("travel", TRAVELS.values(), ids=TRAVELS.keys())
+    @pytest.mark.parametrize("make", MADE.values(), ids=MADE.keys())
+    def test_another_tokenizer_is_refused_wherever_the_rows_went(self, tmp_path, make, travel):
+        corpus = travel(make(wide_teacher(), gpt2_like()), tmp_path)
+        encode_corpus(corpus, gpt2_like())
+        encode_corpus(corpus, None)
+        encode_corpus(corpus, later(chat_template="{{ messages }}", tokens=["[new]"]))
+        for other in (shifted(), llama_like(), words()):
+            with pytest.raises(ValueError, match=r"the token ids were made with another tokenizer"):
+                encode_corpus(corpus, other)
+            with pytest.raises(ValueError, match=r"the token ids were made with another tokenizer"):
+                PromptTable.from_corpus(corpus).encode(other)
+        encode_corpus(corpus.remove_columns("tokenizer_fingerprint"), shifted())
+
+    def test_answers_and_scores_too(self):
+        corpus = MADE["windows"](wide_teacher(), gpt2_like())
+        with pytest.raises(ValueError, match="made with another tokenizer"):
+            score_responses(wide_teacher(), shifted(), corpus, progress=False)
+        with pytest.raises(ValueError, match="made with another tokenizer"):
+            score_answers(
+                wide_teacher(),
+                shifted(),
+                corpus.rename_column("completion", "answer"),
+                separator=None,
+                samples=2,
+                max_reasoning_tokens=2,
+            )
+
+    def test_two_tokenizers_in_one_corpus(self):
+        pair = [
+            MADE["samples"](wide_teacher(), tokenizer).select_columns(IDS_AND_OWNER)
+            for tokenizer in (gpt2_like(), llama_like())
+        ]
+        with pytest.raises(ValueError, match="Rows 0 and 2 hold token ids of different tokenizers"):
+            encode_corpus(concatenate_datasets(pair), None)
+
+    def test_what_is_no_fingerprint(self):
+        corpus = Dataset.from_dict({"prompt": [[1]], "completion": [[2]], "tokenizer_fingerprint": ["mine"]})
+        with pytest.raises(ValueError, match="expected a `vocabulary_fingerprint`, got 'mine'"):
+            encode_corpus(corpus, words())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.jobs
 def test_two_ranks(tmp_path):
     script = Path(__file__).with_name("callback_two_ranks.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]

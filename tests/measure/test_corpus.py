@@ -1,5 +1,6 @@
 """A corpus is checked by row and column, and tokenised to the ids that lm-evaluation-harness scores."""
 
+import json
 import logging
 from functools import cache
 
@@ -143,6 +144,17 @@ class TestEndOfSequence:
         with pytest.raises(ValueError, match=r"Row 1, column `completion`: ends with the EOS token already"):
             encode_corpus(text_corpus([("a", " b"), ("a", " b </s>")]), words(), append_eos=True)
 
+    @pytest.mark.parametrize("append_eos", [False, True])
+    def test_a_token_that_holds_prompt_and_completion_is_refused(self, append_eos):
+        pair = next(
+            (token[:cut], token[cut:])
+            for token in gpt2_like().get_vocab()
+            for cut in range(1, len(token))
+            if token.isascii() and token.isalpha() and len(gpt2_like()(token[:cut])["input_ids"]) == 1
+        )
+        with pytest.raises(ValueError, match=f"Row 1, column `completion`: no token is left of '{pair[1]}'"):
+            encode_corpus(text_corpus([("a", " b"), pair]), gpt2_like(), append_eos=append_eos)
+
     def test_needs_an_eos_token(self):
         bare = PreTrainedTokenizerFast(tokenizer_object=words().backend_tokenizer)
         with pytest.raises(ValueError, match=r"set `tokenizer.eos_token`"):
@@ -206,6 +218,110 @@ class TestChat:
         empty = Dataset.from_dict({"prompt": [messages, []], "completion": [messages, messages]})
         with pytest.raises(ValueError, match="Row 1, column `prompt`: expected at least one chat message"):
             validate_corpus(empty)
+
+
+def chat_tokenizer(template: str) -> PreTrainedTokenizerFast:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=gpt2_like().backend_tokenizer, eos_token="</s>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def turns(body: str, head: str = "") -> str:
+    """A template that writes `body` for each message, and nothing to ask for an answer."""
+    return head + "{% for m in messages %}" + body + "{% endfor %}"
+
+
+ASKED = [{"role": "user", "content": "q"}]
+REASONED = {"role": "assistant", "content": "four", "reasoning_content": "two and two"}
+CALLED = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+PARTS = {"role": "assistant", "content": [{"type": "text", "text": "four"}, {"type": "text", "text": "five"}]}
+
+
+class TestTheCompletionSurvivesTheTemplate:
+    @pytest.mark.parametrize(
+        ("body", "completion", "lost"),
+        [
+            ("[{{ m.content }}]", [REASONED], "two and two"),
+            ("[{{ m.content }}]", [CALLED], "add"),
+            ("[{{ m.content[:3] }}]", [{"role": "assistant", "content": "four"}], "four"),
+            ("[{{ m.content | lower }}]", [{"role": "assistant", "content": "Four"}], "Four"),
+            ("[{{ m.content.split('</t>')[-1] }}]", [{"role": "a", "content": "<t>why</t>four"}], "<t>why</t>four"),
+            ("[{{ m.content if m.content is string else m.content[0].text }}]", [PARTS], "five"),
+            (
+                "{{ '' if m.role == 'tool' else m.content }}",
+                [{"role": "assistant", "content": "a"}, {"role": "tool", "content": "a"}],
+                "a",
+            ),
+        ],
+    )
+    def test_a_part_left_out_is_refused(self, body, completion, lost):
+        corpus = Dataset.from_list([{"prompt": ASKED, "completion": completion}])
+        with pytest.raises(ValueError, match=r"Row 0, column `completion`: the chat template leaves out") as caught:
+            encode_corpus(corpus, chat_tokenizer(turns(body)))
+        assert repr(lost) in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("body", "completion"),
+        [
+            ("[{{ m.content | trim }}]", [{"role": "assistant", "content": " four\n"}]),
+            ("[{{ m.reasoning_content }}|{{ m.content }}]", [REASONED]),
+            ("[{{ m.content | tojson }}]", [{"role": "assistant", "content": 'a "b"\nc é'}]),
+            ("[{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls else '' }}]", [CALLED]),
+        ],
+    )
+    def test_what_is_written_another_way_passes(self, body, completion):
+        corpus = Dataset.from_list([{"prompt": ASKED, "completion": completion}])
+        assert encode_corpus(corpus, chat_tokenizer(turns(body))).completions[0]
+
+    def test_none_is_no_key_at_any_depth(self):
+        first = {"name": "f", "arguments": {"x": 1}}
+        second = {"name": "g", "arguments": {"y": [{"z": 2}, {"w": 3}]}}
+        rows = [
+            {
+                "prompt": ASKED,
+                "completion": [{"role": "assistant", "content": "", "tool_calls": [{"function": call}]}],
+            }
+            for call in (first, second)
+        ]
+        tokenizer = chat_tokenizer(turns("{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls else '' }}"))
+        encoded = encode_corpus(Dataset.from_list(rows), tokenizer)
+        for ids, call in zip(encoded.completions, (first, second)):
+            assert json.loads(tokenizer.decode(ids)) == [{"function": call}]
+
+
+class TestArgumentsOfTheTemplate:
+    TEMPLATE = turns("{{ m.content }};", "{{ 'think;' if thinking else '' }}{{ 'NONE' if other is none else '' }}")
+
+    def corpus(self, arguments):
+        return chat_corpus("one", "two").select([0] * len(arguments)).add_column("chat_template_kwargs", arguments)
+
+    def test_each_row_has_its_own(self):
+        arguments = [{"thinking": True, "other": None}, {"thinking": False, "other": "x"}, {"thinking": None}, None]
+        tokenizer = chat_tokenizer(self.TEMPLATE)
+        corpus = self.corpus(arguments)
+        starts = [tokenizer.decode(ids).startswith("think;") for ids in encode_corpus(corpus, tokenizer).prompts]
+        assert starts == [True, False, False, False]
+        prompts = encode_prompts(corpus["prompt"], tokenizer, chat_template_kwargs=corpus["chat_template_kwargs"])
+        assert prompts == encode_corpus(corpus, tokenizer).prompts
+        assert not any("NONE" in tokenizer.decode(ids) for ids in prompts)
+
+    def test_what_is_not_theirs_to_decide(self):
+        with pytest.raises(ValueError, match="Row 0, column `chat_template_kwargs`: `tokenize` is decided"):
+            encode_corpus(self.corpus([{"tokenize": False}]), with_chat())
+        with pytest.raises(TypeError, match="Row 0, column `chat_template_kwargs`: expected a dict"):
+            encode_corpus(self.corpus(["thinking"]), with_chat())
+
+    @pytest.mark.parametrize(("head", "told"), [("{{ strftime_now('%d %b %Y') }}", True), ("{{ 'strftime' }}", False)])
+    def test_the_day_is_told_once(self, head, told, caplog):
+        tokenizer = chat_tokenizer(turns("{{ m.content }};", head))
+        for _ in range(2):
+            encode_corpus(chat_corpus("one", "two"), tokenizer)
+        assert caplog.text.count("prints today's date") == told
+
+    def test_a_date_that_the_row_gives_is_no_news(self, caplog):
+        template = turns("{{ m.content }};", "{{ date_string if date_string is defined else strftime_now('%d %b') }}")
+        encode_corpus(self.corpus([{"date_string": "26 Jul"}]), chat_tokenizer(template))
+        assert "today" not in caplog.text
 
 
 class TestTokenIds:

@@ -245,7 +245,7 @@ def test_rows_without_a_response_are_refused_by_name():
         measure_inherent_variance(make_llama(tied=False), None, corpus.remove_columns("completion"), progress=False)
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.jobs
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -11,7 +11,7 @@ import pytest
 from hf_coverage.inference.fingerprint import weight_fingerprint
 from tests.measure import scoring_ranks
 
-pytestmark = pytest.mark.xdist_group("ranks")
+pytestmark = pytest.mark.jobs
 
 ROOT = Path(__file__).parents[2]
 

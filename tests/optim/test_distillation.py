@@ -329,7 +329,7 @@ def job(tmp_path_factory):
     return [(dict(np.load(f"{path}.npz")), json.loads(Path(f"{path}.json").read_text())) for path in ranks]
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.jobs
 @pytest.mark.parametrize("name", distillation_ranks.RUNS)
 def test_two_ranks_agree_with_one_process(job, tmp_path, name):
     """Two sequences to a rank and accumulation step, against eight at once."""
@@ -347,7 +347,7 @@ def test_two_ranks_agree_with_one_process(job, tmp_path, name):
             assert job[0][1]["evaluation"][key] == pytest.approx(evaluation[key], rel=1e-4), key
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.jobs
 def test_sharded_models_agree_with_whole_ones(job, tmp_path):
     expected = distillation_ranks.train_sharded(tmp_path, 0, 1)
     for results, _ in job:

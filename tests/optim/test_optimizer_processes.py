@@ -13,7 +13,7 @@ from tests.optim import optimizer_ranks
 from tests.optim.optimizers import FACTORIES, NO_DTENSOR, build_model, train, weights
 from tests.optim.trainer_runs import make_trainer
 
-pytestmark = pytest.mark.xdist_group("ranks")
+pytestmark = pytest.mark.jobs
 
 ROOT = Path(__file__).parents[2]
 

@@ -50,7 +50,7 @@ def run(output: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.jobs
 @pytest.mark.slow
 def test_killed_half_way_it_ends_as_if_nothing_had_been(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -20,7 +20,7 @@ from recipes import pretrain
 from recipes.checkpoint_report import pass_at_n
 from recipes.settings import parse_section, read_settings, refuse_other_settings
 
-pytestmark = pytest.mark.xdist_group("ranks")
+pytestmark = pytest.mark.jobs
 
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "recipes" / "graph_search" / "small.yaml"

@@ -43,7 +43,7 @@ def run(output: Path, *numbers: str) -> str:
     return done.stdout
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.jobs
 @pytest.mark.slow
 def test_one_seed_is_run_judged_and_only_read_when_asked_again(tmp_path):
     output = tmp_path / "runs"
@@ -62,7 +62,7 @@ def test_one_seed_is_run_judged_and_only_read_when_asked_again(tmp_path):
     assert (output / "table.md").read_text() == table
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.jobs
 @pytest.mark.slow
 def test_a_seed_can_join_later(tmp_path):
     for so_far in (("0",), ("0", "1")):

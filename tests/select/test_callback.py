@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, GPT2LMHeadModel
 from typer.testing import CliRunner
 
@@ -24,6 +25,7 @@ from hf_coverage.cli import app
 from hf_coverage.measure.callback import CoverageCallback
 from hf_coverage.select import callback as callback_module
 from hf_coverage.select.callback import TournamentCallback
+from hf_coverage.select.checkpoints import load_weights
 from tests.measure.callback_runs import (
     StopAt,
     coverage_history,
@@ -235,6 +237,20 @@ def test_the_winner_is_loaded_at_the_end(tmp_path, monkeypatch, other_best):
     assert not has_weights(trainer.model, weights_of(tmp_path, 8))
     # The Trainer's own choice is left alone.
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{6 if other_best else 4}")
+
+
+def test_a_winner_that_lacks_a_weight_is_not_loaded(tmp_path, monkeypatch):
+    trainer = train(monkeypatch, SECOND_WINS, tmp_path, SetWeights(), TournamentCallback(CORPUS, 8))
+    path = tmp_path / "checkpoint-4" / "model.safetensors"
+    whole = load_file(path)
+    load_weights(trainer, path.parent)
+    for lost in whole:
+        save_file({name: value for name, value in whole.items() if name != lost}, path, {"format": "pt"})
+        with pytest.raises(ValueError, match=rf"{re.escape(str(path.parent))} lacks .*{re.escape(lost)}:"):
+            load_weights(trainer, path.parent)
+    path.unlink()
+    with pytest.raises(ValueError, match="lacks all weights"):
+        load_weights(trainer, path.parent)
 
 
 # peft asks by the old name, its new one not being in all versions of transformers that it supports.
@@ -496,7 +512,7 @@ def left_by(folder):
     return rows_in(folder), steps_in(folder), without_times(logs), best, model
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.jobs
 @pytest.mark.slow
 def test_a_training_killed_again_and_again_ends_the_same(tmp_path):
     def start(folder):

@@ -29,7 +29,7 @@ def start(folder, *launcher):
     return json.loads((folder / "facts.json").read_text()), {run: rows_in(folder / run) for run in RUNS}
 
 
-@pytest.mark.xdist_group("ranks")
+@pytest.mark.jobs
 def test_two_ranks_do_as_one(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

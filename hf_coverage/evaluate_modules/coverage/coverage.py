@@ -27,7 +27,7 @@ Args:
 Returns:
     cov_<n>: share of rows with log D - log p >= log n, for each n; lower is better.
     kl: mean of log D - log p, nats; inf where a response has probability 0.
-    cross_entropy: mean of -log p, nats a response.
+    sequence_cross_entropy: mean of -log p, nats a response.
     Each of them also with its standard error <key>_stderr and its interval from <key>_low to <key>_high; NaN where
     there is none.
 Raises:
@@ -37,7 +37,7 @@ Examples:
     >>> import hf_coverage
     >>> metric = evaluate.load(hf_coverage.evaluate_module("coverage"))
     >>> results = metric.compute(predictions=[-1.0, -2.0, -9.0, -1.0], references=[-1.0, -1.0, -1.0, -1.0], n=[2, 16])
-    >>> results["cov_2"], results["cov_16"], results["kl"], results["cross_entropy"]
+    >>> results["cov_2"], results["cov_16"], results["kl"], results["sequence_cross_entropy"]
     (0.5, 0.25, 2.25, 3.25)
     >>> round(results["cov_16_low"], 4), round(results["cov_16_high"], 4)
     (0.0456, 0.6994)
@@ -87,7 +87,7 @@ class Coverage(evaluate.Metric):
             share = statistics.clustered_mean(hits, groups=codes)
             interval = statistics.proportion_interval(hits, groups=codes, confidence=confidence)
             results |= _entries(checks.coverage_key(value), share, interval)
-        for key, values in (("kl", log_ratios), ("cross_entropy", -logprobs)):
+        for key, values in (("kl", log_ratios), ("sequence_cross_entropy", -logprobs)):
             estimate = statistics.clustered_mean(values, groups=codes)
             results |= _entries(key, estimate, statistics.mean_interval(estimate, confidence))
         return results
