@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hf_coverage.measure.inherent_variance import InherentVariance, measure_inherent_variance
     from hf_coverage.measure.profile import CoverageProfile
     from hf_coverage.measure.score_table import ScoreTable
-    from hf_coverage.measure.scoring import score_responses
+    from hf_coverage.measure.scoring import score_responses, score_rules
     from hf_coverage.optim.distillation import DistillationMixin
     from hf_coverage.optim.groups import layer_groups
     from hf_coverage.optim.normalized import NormalizedGradient
@@ -80,6 +80,7 @@ _HOMES = {
     "sample_corpus": "measure.builders",
     "score_answers": "measure.answers",
     "score_responses": "measure.scoring",
+    "score_rules": "measure.scoring",
     "select_diverse": "decode.exploration",
     "single_answer_corpus": "measure.builders",
     "teacher_scored_corpus": "measure.builders",
@@ -131,6 +132,7 @@ __all__ = [
     "sample_corpus",
     "score_answers",
     "score_responses",
+    "score_rules",
     "select_diverse",
     "single_answer_corpus",
     "teacher_scored_corpus",

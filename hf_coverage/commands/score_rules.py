@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hf_coverage.commands.console import is_main_process, say
 from hf_coverage.report.provenance import running_command
 
@@ -14,12 +17,10 @@ if TYPE_CHECKING:
     from hf_coverage.functional.ttt_config import TTTConfig
     from hf_coverage.measure.reference import Reference
 
-__all__ = ["score_rules"]
-
-_PLAIN = "plain"
+__all__ = ["score_settings"]
 
 
-def score_rules(
+def score_settings(
     model: "PreTrainedModel",
     rows: "Dataset",
     rules: Sequence["TTTConfig"],
@@ -28,9 +29,9 @@ def score_rules(
     *,
     facts: dict[str, Any],
     tokenizer: Any,
-    shard_rows: int | None = None,
+    append_eos: bool,
     **options: Any,
-) -> list[list[float]]:
+) -> list[NDArray[np.float64]]:
     """Score plain decoding and each rule into a folder of its own; every process of a job calls it.
 
     Args:
@@ -41,8 +42,8 @@ def score_rules(
         folder: where the score folders go.
         facts: what is written beside the scores.
         tokenizer: the model's.
-        shard_rows: rows per file; None: more where they are scored in one pass than where token by token.
-        options: see `score_responses`.
+        append_eos: whether the end-of-sequence token is part of every response.
+        options: see `score_rules`.
 
     Returns:
         Log p(y|x) of all rows, for each rule and then for plain decoding.
@@ -50,28 +51,40 @@ def score_rules(
     Raises:
         ValueError: if no response is long enough for a step to matter.
     """
+    from hf_coverage.measure.corpus import encode_corpus
     from hf_coverage.measure.reference import write_reference
-    from hf_coverage.measure.scoring import score_responses
+    from hf_coverage.measure.scoring import PLAIN, score_rules
     from hf_coverage.select.ttt_settings import rule_name
 
-    only_responses = not any(rule.on_prompt for rule in rules)
-    found = []
-    # Plain decoding comes last: a model whose head cannot make a step is refused before anything is scored.
-    for index, rule in enumerate([*rules, None], start=1):
-        name = _PLAIN if rule is None else rule_name(rule)
-        own = folder / name.replace(", ", "_").replace(" ", "-")
-        say(f"{index} of {len(rules) + 1}: {name}")
-        usual = 1024 if rule is None or rule.scope == "head" else 16
-        options["shard_rows"] = usual if shard_rows is None else shard_rows
-        scored = score_responses(
-            model, tokenizer, rows, ttt=rule, output_dir=own, progress=is_main_process(), **options
-        )
-        if is_main_process():
-            write_reference(own, reference, {"name": name, "command": running_command()} | facts)
-        if only_responses and max(scored["num_tokens"][:]) < 2:
+    if not any(rule.on_prompt for rule in rules):
+        encoded = encode_corpus(rows, tokenizer, append_eos=append_eos)
+        if max(map(len, encoded.completions)) < 2:
             raise ValueError(
                 "every response is one token long, and test-time training changes what comes after it: give longer "
                 "responses."
             )
-        found.append(scored["logprob"][:])
-    return found
+    named = {rule_name(rule): rule for rule in rules}
+    folders = {name: name.replace(", ", "_").replace(" ", "-") for name in (PLAIN, *named)}
+    # Plain decoding and all that the head does are one reading; each of the others is complete when it is done.
+    heads = [name for name, rule in named.items() if rule.scope == "head"]
+    readings = ([heads] if heads else []) + [[name] for name in named if name not in heads]
+    found: dict[str, NDArray[np.float64]] = {}
+    for index, names in enumerate(readings, start=1):
+        say(f"{index} of {len(readings)}: {'; '.join(names if index > 1 else [PLAIN, *names])}")
+        scores = score_rules(
+            model,
+            tokenizer,
+            rows,
+            {folders[name]: named[name] for name in names},
+            append_eos=append_eos,
+            output_dir=folder,
+            progress=is_main_process(),
+            **options,
+        )
+        for name in (PLAIN, *names):
+            found[name] = scores[folders[name]].logprob
+            if is_main_process():
+                write_reference(
+                    folder / folders[name], reference, {"name": name, "command": running_command()} | facts
+                )
+    return [found[name] for name in (*named, PLAIN)]

@@ -11,13 +11,14 @@ import typer
 from hf_coverage.commands.console import is_main_process, print_table, say
 from hf_coverage.commands.inputs import leave_job, read_corpus
 from hf_coverage.commands.options import BatchTokens, CorpusOptions, output_folder
-from hf_coverage.commands.score_rules import score_rules
+from hf_coverage.commands.score_rules import score_settings
 from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer
 from hf_coverage.report.provenance import provenance
 from hf_coverage.report.table import Cell, Column, Table
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from numpy.typing import ArrayLike
     from transformers import PreTrainedModel
 
     from hf_coverage.functional.ttt_config import TTTConfig
@@ -160,7 +161,7 @@ def tune_ttt(
     encoding: dict[str, Any] = {"tokenizer": load_tokenizer(model, loading), "append_eos": reading.append_eos}
     if sizes is None:
         rules = grid(default_sizes(judged, rows, rules, **encoding))
-    scores = score_rules(
+    scores = score_settings(
         judged,
         rows,
         rules,
@@ -209,9 +210,9 @@ def default_sizes(
 
 
 def choose(
-    scores: Sequence[Sequence[float]], rules: Sequence["TTTConfig"], n: float, reference: "Reference", seed: int
+    scores: Sequence["ArrayLike"], rules: Sequence["TTTConfig"], n: float, reference: "Reference", seed: int
 ) -> "TTTChoice":
-    """The choice among rules, from what `score_rules` returned for them."""
+    """The choice among rules, from what `score_settings` returned for them."""
     from hf_coverage.select.tune_ttt import tune_ttt as choose_rule
 
     return choose_rule(
@@ -230,8 +231,12 @@ def show(choice: "TTTChoice") -> None:
     from hf_coverage.select.ttt_settings import generation_settings
 
     print_table(_search_table(choice))
-    print_table(comparison_table(choice.plain, [choice.adapted], [choice.n]))
+    if choice.adapted is not None:
+        print_table(comparison_table(choice.plain, [choice.adapted], [choice.n]))
     say(choice.sentence)
+    if choice.rule is None:
+        say("Decode plainly.")
+        return
     settings = ", ".join(f"{name}={value!r}" for name, value in generation_settings(choice.rule).items())
     if choice.helps:
         say(f"Decode with model.generate(**inputs, do_sample=True, custom_generate=ttt_generate, {settings})")
@@ -246,9 +251,13 @@ def _search_table(choice: "TTTChoice") -> Table:
     columns: list[Column | str] = ["decoding", Column(choice.plain.label(choice.n), "lower")]
     columns += [Column("cross-entropy (nats)", "lower"), ""]
     rows: list[list[Cell]] = []
-    for profile in choice.searched:
-        mark = "chosen" if profile.name == choice.adapted.name else ""
-        rows.append([profile.name, coverage_cell(profile, choice.n), profile.cross_entropy, mark])
+    chosen = "plain" if choice.adapted is None else choice.adapted.name
+    for name, profile in choice.results.items():
+        if profile is None:
+            rows.append([name, None, None, "diverged"])
+        else:
+            mark = "chosen" if name == chosen else ""
+            rows.append([name, coverage_cell(profile, choice.n), profile.cross_entropy, mark])
     caption = (
         f"On the {choice.searched[0].num_groups:,} prompts that choose, with 95 % confidence intervals: the best of "
         "several looks better here than it is."

@@ -50,14 +50,14 @@ class HeadOutput:
     Args:
         hidden: Inputs of the head `(M, d)` at the chosen positions.
         cache: The key-value cache, where one was asked for and the model has one.
-        logits: Logits `(m, V)` of the first m positions, as the model returns them.
+        logits: Logits `(m, V)` of the first m positions, as the model returns them; None: of none of them.
         head: What gives the logits of the others.
     """
 
-    def __init__(self, hidden: Tensor, cache: Cache | None, logits: Tensor, head: OutputHead) -> None:
+    def __init__(self, hidden: Tensor, cache: Cache | None, logits: Tensor | None, head: OutputHead) -> None:
         self.hidden = hidden
         self.cache = cache
-        self._first: Tensor | None = logits
+        self._first = logits
         self._head = head
 
     def take_logits(self, chunk: slice) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -17,14 +17,22 @@ from hf_coverage.functional.logprobs import collision_probability, logsumexp, to
 from hf_coverage.functional.ttt_config import TTTConfig
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.forward import HeadForward, HeadOutput
-from hf_coverage.inference.forward_batches import Batch, BatchPasses, passes_missed, tokens_read
+from hf_coverage.inference.forward_batches import (
+    Batch,
+    BatchPasses,
+    Step,
+    passes_missed,
+    predicted_tokens,
+    tokens_read,
+)
+from hf_coverage.inference.output_head import OutputHead
 from hf_coverage.inference.processes import map_over_processes
 from hf_coverage.inference.self_check import Reading
 from hf_coverage.measure.scores import Scores
-from hf_coverage.ttt.adapted_heads import require_adaptable, score_heads
+from hf_coverage.ttt.adapted_heads import HeadReading, read_batch, require_adaptable, score_heads
 from hf_coverage.ttt.adapted_rows import RowScorer
 
-__all__ = ["ScoringEngine", "ScoringOptions", "score_plain"]
+__all__ = ["ScoringEngine", "ScoringOptions", "refuse_nan", "score_plain"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,32 @@ class ScoringEngine:
         Raises:
             ValueError: If a token id or a row's length does not fit, a model is not causal, or it returns NaN.
         """
+        (scores,) = self.score_rules(corpus, rows, [self.options.ttt], advance)
+        refuse_nan(scores, rows, self.options.ttt)
+        return scores
+
+    def score_rules(
+        self,
+        corpus: EncodedCorpus,
+        rows: range,
+        rules: Sequence[TTTConfig | None],
+        advance: Callable[[int], Any],
+    ) -> list[Scores]:
+        """Score consecutive rows under several rules from one reading of each; see `score`.
+
+        Args:
+            corpus: Token ids of all rows.
+            rows: Which rows to score.
+            rules: What makes a step after each token: that of `options`, or if that is of the head, any of the head,
+                and None for the model as it is.
+            advance: Called after every round of batches with the number of tokens it took care of.
+
+        Returns:
+            For each rule the scores of the rows, NaN where it has led the model there.
+
+        Raises:
+            ValueError: If a token id or a row's length does not fit, or a model is not causal.
+        """
         self.check(corpus, rows)
         if self._reading is None:
             self._find_reading(corpus)
@@ -125,9 +159,12 @@ class ScoringEngine:
                 self._passes.run_along(passes_missed(together, own))
             advance(sum(tokens_read(corpus, row) for batch in together for row in batch.rows))
 
-        found = map_over_processes(partial(self._score_batch, corpus), batches, after_round=keep_pace)
-        parts = [(batch.rows, values) for batch, values in zip(batches, found)]
-        return _assemble(parts, corpus, rows, self.options)
+        score_batch = partial(self._score_batch, corpus, rules=rules)
+        found = map_over_processes(score_batch, batches, after_round=keep_pace)
+        return [
+            _assemble([(batch.rows, values) for batch, values in zip(batches, own)], corpus, rows, self.options)
+            for own in zip(*found)
+        ]
 
     def _find_reading(self, corpus: EncodedCorpus) -> None:
         """Find out, once, what of the corpus the model may read together."""
@@ -143,14 +180,24 @@ class ScoringEngine:
             return self._rows.plan(corpus, rows, together=not alone, padding=self._left_padding)
         return self._passes.plan(corpus, rows, share_prefixes=self.options.share_prefixes)
 
-    def _score_batch(self, corpus: EncodedCorpus, batch: Batch) -> dict[str, NDArray]:
-        """Per-token values of a batch, row after row in the order of `batch.rows`."""
+    def _score_batch(
+        self, corpus: EncodedCorpus, batch: Batch, rules: Sequence[TTTConfig | None]
+    ) -> list[dict[str, NDArray]]:
+        """For each rule the per-token values of a batch, row after row in the order of `batch.rows`."""
         if self._rows is not None:
-            return {"token_logprobs": self._rows.score(corpus, batch)}
-        if self.options.ttt is not None:
-            memory = self.options.logits_memory
-            return {"token_logprobs": score_heads(self._passes, corpus, batch, self.options.ttt, memory=memory)}
-        return score_plain(self._passes, corpus, batch, head_statistics=self.options.head_statistics)
+            return [{"token_logprobs": self._rows.score(corpus, batch)}]
+        heads = [rule for rule in rules if rule is not None]
+        if not heads:
+            return [score_plain(self._passes, corpus, batch, head_statistics=self.options.head_statistics)]
+        reading = read_batch(self._passes, corpus, batch, on_prompt=any(rule.on_prompt for rule in heads))
+        head, memory = require_adaptable(self._passes), self.options.logits_memory
+        adapted = iter(score_heads(reading, corpus, batch, head, heads, memory=memory))
+        return [
+            _plain_values(_response_passes(reading, corpus, batch, head), corpus, batch, self._passes.positions)
+            if rule is None
+            else {"token_logprobs": next(adapted)}
+            for rule in rules
+        ]
 
 
 def _assemble(
@@ -166,18 +213,9 @@ def _assemble(
         for name, column in values.items():
             for row, line in zip(batch_rows, np.split(column, ends[:-1])):
                 tokens[name][row - rows.start] = line
-    logprob = _reduce(np.sum, tokens["token_logprobs"])
-    if np.isnan(logprob).any():
-        row = rows[int(np.isnan(logprob).argmax())]
-        why = "its weights are damaged, or its logits overflow in this dtype; load it in float32 or bfloat16"
-        if options.ttt is not None:
-            why = (
-                f"its steps with lr {options.ttt.lr} led it there; take a smaller one, or a ball (`radius`) for `ttt`"
-            )
-        raise ValueError(f"`model` gave NaN for row {row}: {why}.")
     statistics = "hidden_norm" in tokens
     return Scores(
-        logprob=logprob,
+        logprob=_reduce(np.sum, tokens["token_logprobs"]),
         num_tokens=np.array([len(corpus.completions[row]) for row in rows], dtype=np.int64),
         token_logprobs=tokens["token_logprobs"] if options.per_token else None,
         token_kl=tokens.get("token_kl"),
@@ -185,6 +223,20 @@ def _assemble(
         inherent_variance=_reduce(np.sum, tokens["inherent_variance"]) if statistics else None,
         sampled_variance=_reduce(np.sum, tokens["sampled_variance"]) if statistics else None,
     )
+
+
+def refuse_nan(scores: Scores, rows: range, ttt: TTTConfig | None) -> None:
+    """Refuse scores of consecutive rows with NaN among them, and say what may have led there.
+
+    Raises:
+        ValueError: If there is one; names the row.
+    """
+    bad = np.isnan(scores.logprob)
+    if bad.any():
+        why = "its weights are damaged, or its logits overflow in this dtype; load it in float32 or bfloat16"
+        if ttt is not None:
+            why = f"its steps with lr {ttt.lr} led it there; take a smaller one, or a ball (`radius`) for `ttt`"
+        raise ValueError(f"`model` gave NaN for row {rows[int(bad.argmax())]}: {why}.")
 
 
 def _reduce(function: Callable[..., Any], lines: list[NDArray]) -> NDArray[np.float64]:
@@ -226,14 +278,49 @@ def score_plain(
     """
     lengths = [len(corpus.completions[row]) for row in batch.rows]
     slots = dict(zip(batch.rows, accumulate(lengths, initial=0)))
+    passed = passes.run(corpus, batch, slots, first=passes.positions)
+    return _plain_values(passed, corpus, batch, passes.positions, head_statistics=head_statistics)
+
+
+def _response_passes(
+    reading: HeadReading, corpus: EncodedCorpus, batch: Batch, head: OutputHead
+) -> Iterator[tuple[Step, list[HeadOutput]]]:
+    """The passes of a reading as they would be had it been of the responses alone: to the bit the same numbers."""
+    lines = [predicted_tokens(corpus, row, on_prompt=reading.on_prompt) for row in batch.rows]
+    befores = [len(line) - len(corpus.completions[row]) for row, line in zip(batch.rows, lines)]
+    inside = np.concatenate([np.arange(len(line)) >= before for line, before in zip(lines, befores)])
+    places = np.cumsum(inside) - 1
+    for step, hidden in reading.passes:
+        chosen = inside[step.slots]
+        kept, pick = np.unique(step.pick[chosen], return_inverse=True)
+        own = replace(
+            step,
+            positions=step.positions[kept],
+            pick=pick,
+            labels=step.labels[chosen],
+            slots=places[step.slots[chosen]],
+        )
+        yield own, [HeadOutput(hidden[torch.from_numpy(kept).to(hidden.device)], None, None, head)]
+
+
+def _plain_values(
+    passed: Iterable[tuple[Step, list[HeadOutput]]],
+    corpus: EncodedCorpus,
+    batch: Batch,
+    positions: int,
+    *,
+    head_statistics: bool = False,
+) -> dict[str, NDArray]:
+    """Values of a batch's response tokens from its passes, with the logits of so many positions at once."""
+    total = sum(len(corpus.completions[row]) for row in batch.rows)
     values: dict[str, NDArray] = {}
-    for step, outputs in passes.run(corpus, batch, slots, first=passes.positions):
-        for start in range(0, len(step.positions), passes.positions):
-            chunk = slice(start, start + passes.positions)
+    for step, outputs in passed:
+        for start in range(0, len(step.positions), positions):
+            chunk = slice(start, start + positions)
             inside = (step.pick >= chunk.start) & (step.pick < chunk.stop)
             pick, labels = step.pick[inside] - chunk.start, step.labels[inside]
             for name, column in _token_values(outputs, chunk, pick, labels, head_statistics).items():
-                place = values.setdefault(name, np.empty(sum(lengths), dtype=np.float32))
+                place = values.setdefault(name, np.empty(total, dtype=np.float32))
                 place[step.slots[inside]] = column.cpu().numpy()
     return values
 

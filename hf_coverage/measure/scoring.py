@@ -7,10 +7,11 @@ float32 token log-probabilities; prompt tokens do not count.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,11 +30,14 @@ from hf_coverage.inference.forward import inference, unwrap
 from hf_coverage.inference.forward_batches import tokens_read
 from hf_coverage.inference.processes import on_main_process
 from hf_coverage.measure.corpus import encode_corpus
-from hf_coverage.measure.engine import ScoringEngine, ScoringOptions
+from hf_coverage.measure.engine import ScoringEngine, ScoringOptions, refuse_nan
 from hf_coverage.measure.score_table import ScoreTable
 from hf_coverage.measure.scores import Scores
 
-__all__ = ["Scores", "score_encoded", "score_responses"]
+__all__ = ["PLAIN", "Scores", "score_encoded", "score_responses", "score_rules"]
+
+PLAIN = "plain"
+"""What `score_rules` calls the model as it is."""
 
 
 def score_encoded(
@@ -190,8 +194,109 @@ def score_responses(
             settings = {"shard_rows": shard_rows, "options": _describe_options(options) | {"append_eos": append_eos}}
             metadata = _describe_run(model, teacher, tokenizer, encoded, settings)
             table = on_main_process(lambda: ScoreTable.begin(output_dir, metadata))
-            scores = _score_into_table(engine, encoded, table, bar)
+            (scores,) = _score_into_tables(engine, encoded, [config], [table], bar, refused=[config])
     return concatenate_datasets([corpus.with_format(None), scores.to_dataset()], axis=1)
+
+
+def score_rules(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    corpus: Dataset,
+    rules: Mapping[str, StepRule],
+    *,
+    append_eos: bool = False,
+    batch_tokens: int = ScoringOptions.batch_tokens,
+    logits_memory: int = ScoringOptions.logits_memory,
+    share_prefixes: bool = True,
+    per_token: bool = False,
+    batch_invariant: bool = False,
+    output_dir: str | os.PathLike[str] | None = None,
+    shard_rows: int | None = None,
+    progress: bool = True,
+) -> dict[str, Scores]:
+    """Score what several rules of test-time training make of a model, and the model as it is.
+
+    The numbers are those of `score_responses(..., ttt=rule)`, to the bit. What the output head does leaves everything
+    before it as it is: all rules of `scope="head"` and the model itself take one reading of the corpus together. The
+    others have one each.
+
+    A rule may diverge: its steps lead to log-probabilities that are NaN, or `-inf` where the model's own are finite.
+    That is a result, `tune_ttt` takes it for one, and does not keep other rules from theirs. NaN of the model itself
+    is an error.
+
+    Args:
+        model: See `score_responses`.
+        tokenizer: See there.
+        corpus: See there.
+        rules: The rules by name, the name of a folder; `plain` is taken.
+        append_eos: See `score_responses`.
+        batch_tokens: See there.
+        logits_memory: Bytes for what the steps keep, and as many for the logits that rules share.
+        share_prefixes: See `score_responses`.
+        per_token: Whether to give `token_logprobs`, one float32 per response token.
+        batch_invariant: See `score_responses`.
+        output_dir: Folder of a folder for each rule, and of `plain`, with the `ScoreTable` that `score_responses`
+            would write into it. What is there is not scored again, whichever of the two wrote it.
+        shard_rows: Rows per shard of the tables: what an interruption costs. None: 1024, and 16 where responses are
+            read token by token.
+        progress: Whether to show a progress bar, on the main process.
+
+    Returns:
+        Scores of all rows by name on every process, `plain` first.
+
+    Raises:
+        ValueError: If a row, a size or a rule does not fit, the model is not causal or returns NaN, or a folder holds
+            the scores of something else.
+        RuntimeError: If the architecture has no single output head over its hidden states.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> _ = torch.manual_seed(0)
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=11, n_positions=32))
+        >>> corpus = Dataset.from_dict({"prompt": [[1, 2]], "completion": [[3, 3, 3, 3, 3]]})
+        >>> rules = {f"lr {lr}": StepRule(lr) for lr in (0.1, 1.0)}
+        >>> scores = score_rules(model, None, corpus, rules, progress=False)
+        >>> {name: scored.logprob.round(1).tolist() for name, scored in scores.items()}
+        {'plain': [-11.6], 'lr 0.1': [-9.3], 'lr 1.0': [-4.9]}
+
+    References:
+        arXiv 2510.15020, Equations (22) and (23).
+    """
+    if PLAIN in rules:
+        raise ValueError(f"`rules` must not have the name {PLAIN!r}, which is that of the model as it is.")
+    if shard_rows is not None and shard_rows < 1:
+        raise ValueError(f"`shard_rows` must be at least 1, got {shard_rows}.")
+    configs = {name: TTTConfig.of(rule) for name, rule in rules.items()}
+    plain = ScoringOptions(batch_tokens, logits_memory, share_prefixes, per_token, batch_invariant=batch_invariant)
+    options = {PLAIN: plain} | {name: replace(plain, ttt=config) for name, config in configs.items()}
+    readings = [[PLAIN, *(name for name, config in configs.items() if config.scope == "head")]]
+    readings += [[name] for name, config in configs.items() if config.scope != "head"]
+    encoded = encode_corpus(corpus, tokenizer, append_eos=append_eos)
+    found: dict[str, Scores] = {}
+    with inference(model):
+        # All of them first: a model that cannot make a step is refused before anything is scored.
+        engines = [ScoringEngine(model, None, options[names[-1]]) for names in readings]
+        tables: dict[str, ScoreTable] = {}
+        if output_dir is not None:
+            run = _describe_run(model, None, tokenizer, encoded, {"shard_rows": shard_rows, "options": {}})
+            for name, own in options.items():
+                slow = own.ttt is not None and own.ttt.scope != "head"
+                metadata = run | {
+                    "shard_rows": shard_rows or (16 if slow else 1024),
+                    "options": _describe_options(own) | {"append_eos": append_eos},
+                }
+                tables[name] = on_main_process(partial(ScoreTable.begin, Path(output_dir) / name, metadata))
+        for engine, names in zip(engines, readings):
+            asked = [options[name].ttt for name in names]
+            with _progress_bar(encoded, progress) as bar:
+                if output_dir is None:
+                    scores = engine.score_rules(encoded, range(len(encoded)), asked, bar.update)
+                else:
+                    own_tables = [tables[name] for name in names]
+                    scores = _score_into_tables(engine, encoded, asked, own_tables, bar, refused=[None])
+            found |= dict(zip(names, scores))
+            refuse_nan(found[PLAIN], range(len(encoded)), None)
+    return {name: found[name] for name in options}
 
 
 @contextmanager
@@ -200,20 +305,36 @@ def _engine(model: nn.Module, teacher: nn.Module | None, options: ScoringOptions
         yield ScoringEngine(model, teacher, options)
 
 
-def _score_into_table(engine: ScoringEngine, corpus: EncodedCorpus, table: ScoreTable, bar: tqdm) -> Scores:
-    """Score the shards that are missing, and read the others."""
-    missing = on_main_process(table.missing)
-    parts = []
-    for index in range(table.num_shards):
-        rows = table.shard_rows(index)
-        if index in missing:
-            scores = engine.score(corpus, rows, bar.update)
-            on_main_process(partial(table.write, index, scores))
-        else:
-            scores = on_main_process(partial(table.read, index))
+def _score_into_tables(
+    engine: ScoringEngine,
+    corpus: EncodedCorpus,
+    rules: Sequence[TTTConfig | None],
+    tables: Sequence[ScoreTable],
+    bar: tqdm,
+    *,
+    refused: Sequence[TTTConfig | None],
+) -> list[Scores]:
+    """Score the shards that are missing, and read the others; NaN of some rules is refused, and not written."""
+    missing = on_main_process(lambda: [table.missing() for table in tables])
+    parts: list[list[Scores]] = [[] for _ in tables]
+    for index in range(tables[0].num_shards):
+        rows = tables[0].shard_rows(index)
+        todo = [place for place, gaps in enumerate(missing) if index in gaps]
+        scored = engine.score_rules(corpus, rows, [rules[place] for place in todo], bar.update) if todo else []
+        found = dict(zip(todo, scored))
+        for place in range(len(tables)):
+            if place not in found:
+                found[place] = on_main_process(partial(tables[place].read, index))
+        for place, rule in enumerate(rules):
+            if rule in refused:
+                refuse_nan(found[place], rows, rule)
+        for place in todo:
+            on_main_process(partial(tables[place].write, index, found[place]))
+        if not todo:
             bar.update(sum(tokens_read(corpus, row) for row in rows))
-        parts.append(scores)
-    return Scores.concatenate(parts)
+        for place, part in enumerate(parts):
+            part.append(found[place])
+    return [Scores.concatenate(part) for part in parts]
 
 
 def _describe_run(

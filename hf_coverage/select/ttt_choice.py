@@ -24,56 +24,47 @@ class TTTChoice:
 
     Attributes:
         n: the N of Cov_N.
-        rule: the chosen steps.
+        rule: the chosen steps; None, as all that is said of them, where all diverged: plain decoding is the choice.
         rules: all that were tried, in the order given.
         decided_by: what chose among them: Cov_N, or where the least Cov_N was several's, cross-entropy, or the order.
-        searched: profiles on the choosing half: plain decoding, then each of `rules`.
+        searched: profiles on the choosing half: plain decoding, then each of `rules` that did not diverge.
         plain: plain decoding on the other half.
         adapted: the chosen steps on the other half.
         difference: Cov_N (its upper bound on a plain corpus) of `adapted` minus that of `plain`; below 0 is better.
         cross_entropy_difference: the same of cross-entropy, nats a response.
         confidence: level of both intervals.
+        diverged: those of `rules` that lead to log-probabilities which are no numbers, in the order given.
     """
 
     n: float
-    rule: StepRule
+    rule: StepRule | None
     rules: tuple[StepRule, ...] = field(repr=False)
-    decided_by: Literal["coverage", "cross-entropy", "order"]
+    decided_by: Literal["coverage", "cross-entropy", "order"] | None
     searched: tuple[CoverageProfile, ...] = field(repr=False)
     plain: CoverageProfile = field(repr=False)
-    adapted: CoverageProfile = field(repr=False)
-    difference: PairedDifference
-    cross_entropy_difference: PairedDifference = field(repr=False)
+    adapted: CoverageProfile | None = field(repr=False)
+    difference: PairedDifference | None
+    cross_entropy_difference: PairedDifference | None = field(repr=False)
     confidence: float = field(repr=False)
+    diverged: tuple[StepRule, ...] = ()
 
     @property
     def helps(self) -> bool:
         """Whether the chosen steps cover more than plain decoding by more than chance."""
-        return bool(self.difference.high < 0)
+        return self.difference is not None and bool(self.difference.high < 0)
+
+    @property
+    def results(self) -> dict[str, CoverageProfile | None]:
+        """Profiles on the choosing half by name, plain decoding first; None where the steps diverged."""
+        followed = iter(self.searched)
+        names = {"plain": next(followed)}
+        return names | {rule_name(rule): None if rule in self.diverged else next(followed) for rule in self.rules}
 
     @property
     def sentence(self) -> str:
         """What was chosen and whether it helps, in plain words."""
-        quantity = self.plain.label(self.n)
-        before, *_ = at = [profile.level(self.n) for profile in self.searched]
-        chosen = at[1 + self.rules.index(self.rule)]
-        parts = [self._verdict(quantity)]
-        loss = self.cross_entropy_difference
-        if math.isfinite(loss.difference):
-            between = f"{loss.low:.4g} to {loss.high:.4g}"
-            parts.append(f"Cross-entropy differs by {loss.difference:.4g} nats a response ({between}).")
-        parts.append(
-            f"Chosen among {len(self.rules)} on the other {self.searched[0].num_groups:,} prompts, where its "
-            f"{quantity} is {chosen:.4g} against {before:.4g}{'' if chosen < before else ': no gain there either'}."
-        )
-        if self.decided_by != "coverage":
-            parts.append(f"Several had the least {quantity}; the choice between them is by {self.decided_by}.")
-        scope = TTTConfig.of(self.rule).scope  # step sizes of two scopes are not to be compared
-        rates = sorted({float(rule.lr) for rule in self.rules if TTTConfig.of(rule).scope == scope})
-        if len(rates) > 1 and self.rule.lr in (rates[0], rates[-1]):
-            edge = "smallest" if self.rule.lr == rates[0] else "largest"
-            parts.append(f"Its lr is the {edge} that was tried: one beyond it may be better.")
-        if self.plain.is_upper_bound:
+        parts = [*self._verdict(), *self._divergence()]
+        if self.plain.is_upper_bound and self.rule is not None:
             parts.append("The corpus does not tell D(y|x), so that only bounds were compared, and not Cov_N itself.")
         return " ".join(parts)
 
@@ -84,23 +75,30 @@ class TTTChoice:
             path: file to write.
             more: further entries, such as where the scores came from.
         """
-        names = ["plain", *map(rule_name, self.rules)]
+        chosen = "plain" if self.rule is None else rule_name(self.rule)
+        judged = {"plain": self.plain} | ({} if self.adapted is None else {chosen: self.adapted})
         facts = {
             "format": _FORMAT,
             "n": self.n,
             "quantity": self.plain.quantity,
-            "chosen": rule_name(self.rule),
-            "generation_settings": generation_settings(self.rule),
+            "chosen": chosen,
+            "generation_settings": {} if self.rule is None else generation_settings(self.rule),
             "helps": self.helps,
             "sentence": self.sentence,
             "decided_by": self.decided_by,
-            "difference": self.difference._asdict(),
-            "cross_entropy_difference": self.cross_entropy_difference._asdict(),
+            "difference": None if self.difference is None else self.difference._asdict(),
+            "cross_entropy_difference": (
+                None if self.cross_entropy_difference is None else self.cross_entropy_difference._asdict()
+            ),
             "confidence": self.confidence,
+            "diverged": [rule_name(rule) for rule in self.diverged],
             "choosing_half": {
                 "num_rows": self.searched[0].num_rows,
                 "num_prompts": self.searched[0].num_groups,
-                "results": {name: profile.metrics([self.n]) for name, profile in zip(names, self.searched)},
+                "results": {
+                    name: None if profile is None else profile.metrics([self.n])
+                    for name, profile in self.results.items()
+                },
             },
             "other_half": {
                 "num_rows": self.plain.num_rows,
@@ -108,22 +106,57 @@ class TTTChoice:
                 "results": {
                     name: profile.metrics([self.n])
                     | {f"{profile.key(self.n)}_interval": profile.interval(self.n, self.confidence)}
-                    for name, profile in (("plain", self.plain), (rule_name(self.rule), self.adapted))
+                    for name, profile in judged.items()
                 },
             },
         }
         return strict_json(facts | more, path)
 
-    def _verdict(self, quantity: str) -> str:
-        found = self.difference
+    def _verdict(self) -> list[str]:
+        """Sentences on what was chosen."""
+        found, loss = self.difference, self.cross_entropy_difference
+        if self.rule is None or self.adapted is None or found is None or loss is None:
+            return ["Every setting diverged, so that plain decoding is the choice."]
+        quantity = self.plain.label(self.n)
         words = "does not clearly change coverage: the interval includes 0, so that it is not shown to help"
         if self.helps:
             words = "covers more than plain decoding"
         elif found.low > 0:
             words = "covers less than plain decoding, so that it does not help"
         after, before = (f"{profile.level(self.n):.4g}" for profile in (self.adapted, self.plain))
-        return (
+        parts = [
             f"Test-time training with {rule_name(self.rule)} {words}. On {self.plain.num_groups:,} prompts that did "
             f"not choose it, the {quantity} is {after} against {before}, a difference of {found.difference:.4g} "
             f"({100 * self.confidence:g} % interval {found.low:.4g} to {found.high:.4g}). Lower is better."
-        )
+        ]
+        if math.isfinite(loss.difference):
+            between = f"{loss.low:.4g} to {loss.high:.4g}"
+            parts.append(f"Cross-entropy differs by {loss.difference:.4g} nats a response ({between}).")
+        return parts + self._search(self.rule, quantity)
+
+    def _search(self, rule: StepRule, quantity: str) -> list[str]:
+        """Sentences on how it was chosen."""
+        levels = {name: profile.level(self.n) for name, profile in self.results.items() if profile is not None}
+        chosen, before = levels[rule_name(rule)], levels["plain"]
+        parts = [
+            f"Chosen among {len(levels) - 1} on the other {self.searched[0].num_groups:,} prompts, where its "
+            f"{quantity} is {chosen:.4g} against {before:.4g}{'' if chosen < before else ': no gain there either'}."
+        ]
+        if self.decided_by != "coverage":
+            parts.append(f"Several had the least {quantity}; the choice between them is by {self.decided_by}.")
+        scope = TTTConfig.of(rule).scope  # step sizes of two scopes are not to be compared
+        rates = sorted({float(tried.lr) for tried in self.rules if TTTConfig.of(tried).scope == scope})
+        if len(rates) > 1 and rule.lr in (rates[0], rates[-1]):
+            edge = "smallest" if rule.lr == rates[0] else "largest"
+            parts.append(f"Its lr is the {edge} that was tried: one beyond it may be better.")
+        return parts
+
+    def _divergence(self) -> list[str]:
+        """A sentence on the steps that led nowhere."""
+        if not self.diverged:
+            return []
+        names = "; ".join(map(rule_name, self.diverged))
+        return [
+            f"Steps that diverged, to log-probabilities that are NaN or infinite where those of plain decoding are "
+            f"finite, could not be chosen: {names}. Smaller ones or a ball (`radius`) may not diverge."
+        ]

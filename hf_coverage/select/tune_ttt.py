@@ -42,8 +42,9 @@ def tune_ttt(
 
     Args:
         plain: `(R,)` log p(y|x) of the model as it is, nats.
-        adapted: `(R,)` log p_TTT(y|x) of the same rows for each rule, `score_responses(..., ttt=rule)`, nats. Rules
-            are `TTTConfig`s, or `StepRule`s for the head; `ttt_grid` makes many.
+        adapted: `(R,)` log p_TTT(y|x) of the same rows for each rule, of `score_rules` or `score_responses(...,
+            ttt=rule)`, nats. Rules are `TTTConfig`s, or `StepRule`s for the head; `ttt_grid` makes many. A rule that
+            has NaN or -inf for a row where `plain` is finite has diverged: it is named, and not chosen.
         n: the N of Cov_N, a real number > 1.
         reference_logprobs: `(R,)` log D(y|x), nats; 0 where one response is right; None where it is not known: then
             the upper bound on Cov_N chooses.
@@ -52,7 +53,7 @@ def tune_ttt(
         seed: of the halves.
 
     Returns:
-        The choice.
+        The choice; plain decoding if all rules diverged.
 
     Raises:
         ValueError: if there are fewer than four prompts, a rule is none that `ttt_generate` can follow, rows do not
@@ -71,12 +72,18 @@ def tune_ttt(
     if not isinstance(adapted, Mapping):
         raise TypeError(f"`adapted` must map each `StepRule` to its log-probabilities, got {type(adapted).__name__}.")
     rules = check_rules(list(adapted), n)
-    profiles = _profiles(plain, adapted, reference_logprobs, groups)
-    if all(profile.level(n) == 1 for profile in profiles):
+    diverged = tuple(rule for rule, values in adapted.items() if _has_diverged(values, plain))
+    followed = {rule: values for rule, values in adapted.items() if rule not in diverged}
+    profiles = _profiles(plain, followed, reference_logprobs, groups)
+    if followed and all(profile.level(n) == 1 for profile in profiles):
         raise ValueError(_too_small(profiles[0], n))
     codes = profiles[0].groups
     first = split_groups(np.arange(profiles[0].num_rows, dtype=np.uint64) if codes is None else codes, seed)
     searched = tuple(_rows(profile, first) for profile in profiles)
+    before = _rows(profiles[0], ~first)
+    choice = TTTChoice(n, None, rules, None, searched, before, None, None, None, confidence, diverged)
+    if not followed:
+        return choice
     levels = [profile.level(n) for profile in searched]
     losses = [profile.cross_entropy for profile in searched]
     best = min(range(1, len(profiles)), key=lambda k: (levels[k], losses[k]))
@@ -84,19 +91,15 @@ def tune_ttt(
     decided_by: Literal["coverage", "cross-entropy", "order"] = "coverage"
     if len(rivals) > 1:
         decided_by = "cross-entropy" if rivals.count(losses[best]) == 1 else "order"
-    before, after = (_rows(profile, ~first) for profile in (profiles[0], profiles[best]))
+    after = _rows(profiles[best], ~first)
     pair = after.log_ratios, before.log_ratios
-    return TTTChoice(
-        n=n,
-        rule=rules[best - 1],
-        rules=rules,
+    return replace(
+        choice,
+        rule=list(followed)[best - 1],
         decided_by=decided_by,
-        searched=searched,
-        plain=before,
         adapted=after,
         difference=paired_coverage_difference(*pair, n, groups=before.groups, confidence=confidence),
         cross_entropy_difference=paired_kl_difference(*pair, groups=before.groups, confidence=confidence),
-        confidence=confidence,
     )
 
 
@@ -130,6 +133,13 @@ def split_groups(groups: Iterable[Any], seed: int = 0) -> NDArray[np.bool_]:
     drawn = np.zeros(labels.size, dtype=np.bool_)
     drawn[np.random.default_rng(seed).permutation(labels.size)[: labels.size // 2]] = True
     return drawn[inverse]
+
+
+def _has_diverged(values: ArrayLike, plain: ArrayLike) -> bool:
+    """Whether a rule lost a response that plain decoding has."""
+    after, before = np.asarray(values, dtype=np.float64), np.asarray(plain, dtype=np.float64)
+    lost = np.isnan(after) | np.isneginf(after)
+    return lost.shape == before.shape and bool((lost & np.isfinite(before)).any())
 
 
 def _profiles(

@@ -1,6 +1,6 @@
-"""Log-probabilities of responses under a head that makes a step after each of their tokens, from one forward pass.
+"""Log-probabilities of responses under heads that make a step after each of their tokens, from one forward pass.
 
-The steps change the head alone, so the hidden states of a response are those of the model as it is.
+The steps change the head alone, so the hidden states of a response are those of the model as it is, whatever the rule.
 
 References:
     arXiv 2510.15020, Equations (22) and (23).
@@ -8,23 +8,25 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, chain, pairwise, zip_longest
+from itertools import accumulate, chain, count, pairwise, zip_longest
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_coverage.functional.checks import IntArray
+from hf_coverage.functional.fast_weights import FastWeights
 from hf_coverage.functional.head_training import POSITIONS, branch_fast_weights, follow_tokens, squared_head_norm
 from hf_coverage.functional.ttt_config import StepRule, TTTConfig
 from hf_coverage.inference.encoded_rows import EncodedCorpus
-from hf_coverage.inference.forward_batches import Batch, BatchPasses, predicted_tokens
+from hf_coverage.inference.forward_batches import Batch, BatchPasses, Step, predicted_tokens
 from hf_coverage.inference.output_head import OutputHead
 
-__all__ = ["adapted_logprobs", "require_adaptable", "score_heads"]
+__all__ = ["HeadReading", "adapted_logprobs", "read_batch", "require_adaptable", "score_heads"]
 
 _Branching = tuple[IntArray, dict[int, IntArray]]
 """What lines begin with, and how each of some rows goes on from there, longest first."""
@@ -51,41 +53,88 @@ def require_adaptable(passes: BatchPasses) -> OutputHead:
     return head
 
 
-def score_heads(
-    passes: BatchPasses, corpus: EncodedCorpus, batch: Batch, config: TTTConfig, *, memory: int
-) -> NDArray[np.float32]:
-    """Score the responses of a batch, row after row, under heads that follow them.
+class HeadReading(NamedTuple):
+    """What the head of a model got while a batch was read: all that its steps depend on.
+
+    Args:
+        on_prompt: Whether at the positions that predict a token of the prompt as well.
+        passes: Each forward pass, and the head's inputs `(M, d)` at its positions.
+    """
+
+    on_prompt: bool
+    passes: list[tuple[Step, Tensor]]
+
+
+def read_batch(passes: BatchPasses, corpus: EncodedCorpus, batch: Batch, *, on_prompt: bool) -> HeadReading:
+    """Read a batch once.
 
     Args:
         passes: The model.
         corpus: Token ids of all rows.
         batch: The rows.
-        config: How the head makes a step, and whether on the prompts as well.
-        memory: Bytes for what the steps keep; a longer line takes what it takes, alone.
+        on_prompt: Whether a head will make steps on the prompts as well.
 
     Returns:
-        `log p_TTT(y_h | x, y_<h)` of all tokens, nats.
+        What its head got.
     """
-    lines = [predicted_tokens(corpus, row, on_prompt=config.on_prompt) for row in batch.rows]
+    lengths = [len(predicted_tokens(corpus, row, on_prompt=on_prompt)) for row in batch.rows]
+    slots = dict(zip(batch.rows, accumulate(lengths, initial=0)))
+    # The head is called when all its inputs are there, and a pass needs at least one position.
+    passed = passes.run(corpus, batch, slots, first=1, on_prompt=on_prompt)
+    return HeadReading(on_prompt, [(step, output.hidden) for step, (output,) in passed])
+
+
+def score_heads(
+    reading: HeadReading,
+    corpus: EncodedCorpus,
+    batch: Batch,
+    head: OutputHead,
+    rules: Sequence[TTTConfig],
+    *,
+    memory: int,
+) -> list[NDArray[np.float32]]:
+    """Score the responses of a batch, row after row, under heads that follow them.
+
+    Args:
+        reading: What `read_batch` gave for it, with the prompts where a rule is to follow them.
+        corpus: Token ids of all rows.
+        batch: The rows.
+        head: The head.
+        rules: How it makes a step, and whether on the prompts as well.
+        memory: Bytes for what the steps keep, and as many for the logits that several rules share; a longer line takes
+            what it takes, alone.
+
+    Returns:
+        For each rule `log p_TTT(y_h | x, y_<h)` of all tokens, nats.
+    """
+    lines = [predicted_tokens(corpus, row, on_prompt=reading.on_prompt) for row in batch.rows]
     starts = list(accumulate(map(len, lines), initial=0))
     followed = np.empty((2, starts[-1]), dtype=np.int64)
     followed[1] = list(chain.from_iterable(lines))
-    inputs: list[Tensor] = []
-    # The head is called when all its inputs are there, and a pass needs at least one position.
-    passed = passes.run(corpus, batch, dict(zip(batch.rows, starts)), first=1, on_prompt=config.on_prompt)
-    for step, (output,) in passed:
-        followed[0, step.slots] = step.pick + sum(map(len, inputs))
-        inputs.append(output.hidden)
-    logprobs = adapted_logprobs(
-        torch.cat(inputs),
-        [followed[:, start:stop] for start, stop in pairwise(starts)],
-        [tuple(corpus.prompts[row]) for row in batch.rows],
-        [len(corpus.completions[row]) for row in batch.rows],
-        require_adaptable(passes),
-        rule=config,
-        memory=memory,
-    )
-    return np.concatenate(logprobs)
+    before = 0
+    for step, hidden in reading.passes:
+        followed[0, step.slots] = step.pick + before
+        before += len(hidden)
+    hidden = torch.cat([hidden for _, hidden in reading.passes])
+    lengths = [len(corpus.completions[row]) for row in batch.rows]
+    whole = [followed[:, start:stop] for start, stop in pairwise(starts)]
+    responses = [line[:, -length:] for line, length in zip(whole, lengths)]
+    alike: dict[tuple[bool, int], list[int]] = {}
+    for index, rule in enumerate(rules):
+        alike.setdefault((rule.on_prompt, _kept(rule, len(head.weight))), []).append(index)
+    found: dict[int, NDArray[np.float32]] = {}
+    for (on_prompt, _), indices in alike.items():
+        logprobs = adapted_logprobs(
+            hidden,
+            whole if on_prompt else responses,
+            [tuple(corpus.prompts[row]) for row in batch.rows],
+            lengths,
+            head,
+            rules=[rules[index] for index in indices],
+            memory=memory,
+        )
+        found |= dict(zip(indices, map(np.concatenate, logprobs)))
+    return [found[index] for index in range(len(rules))]
 
 
 def adapted_logprobs(
@@ -95,10 +144,12 @@ def adapted_logprobs(
     lengths: Sequence[int],
     head: OutputHead,
     *,
-    rule: StepRule,
+    rules: Sequence[StepRule],
     memory: int,
-) -> list[NDArray[np.float32]]:
+) -> list[list[NDArray[np.float32]]]:
     """Score responses, each with a head of its own that follows it; the steps on a prompt are made once.
+
+    A rule's numbers are the same bits whatever the rules beside it: these only save it the product with the head.
 
     Args:
         hidden: Inputs of the head at all positions that predict a token `(M, d)`.
@@ -107,33 +158,69 @@ def adapted_logprobs(
         prompts: What tells prompts apart; where they are equal, lines begin alike.
         lengths: How many tokens of each line are the response.
         head: The head.
-        rule: How it makes a step.
-        memory: Bytes for what the steps keep; a longer line takes what it takes, alone.
+        rules: How it makes a step; rules that keep equally much of one.
+        memory: Bytes for what the steps keep, and as many for the logits that several rules share; a longer line takes
+            what it takes, alone.
 
     Returns:
-        `log p_TTT(y_h | x, y_<h)` of each response's tokens, nats.
+        For each rule `log p_TTT(y_h | x, y_<h)` of each response's tokens, nats.
     """
-    around_zero = rule.radius is not None and rule.center == "zero"
-    follow = partial(
-        follow_tokens,
-        head=head.module,
-        rule=rule,
-        has_bias=head.bias is not None,
-        squared_norm=squared_head_norm(head.weight, head.bias) if around_zero else None,
-    )
-    found: dict[int, NDArray[np.float32]] = {}
-    for batch in _batches(_branchings(lines, prompts, lengths), len(head.weight), rule, memory):
-        state = None
-        if any(stem.shape[1] for stem, _ in batch):
-            inputs, tokens, mask = _gather(hidden, [stem for stem, _ in batch])
-            state, _ = follow(inputs, tokens, mask=mask, room=max(_longest(branches) for _, branches in batch))
-        for turn in zip_longest(*(branches.items() for _, branches in batch)):
-            rows, branches = zip(*filter(None, turn))  # those that have no more come last
-            inputs, tokens, mask = _gather(hidden, branches)
-            begun = None if state is None else branch_fast_weights(state, len(rows))
-            _, logprobs = follow(inputs, tokens, mask=mask, state=begun)
-            found |= {row: values[: lengths[row]] for row, values in zip(rows, logprobs.float().cpu().numpy())}
-    return [found[row] for row in range(len(lines))]
+    around_zero = any(rule.radius is not None and rule.center == "zero" for rule in rules)
+    squared_norm = squared_head_norm(head.weight, head.bias) if around_zero else None
+    follow = partial(follow_tokens, has_bias=head.bias is not None, squared_norm=squared_norm)
+    found: list[dict[int, NDArray[np.float32]]] = [{} for _ in rules]
+    kept = _kept(rules[0], len(head.weight))
+    for batch in _batches(_branchings(lines, prompts, lengths), len(head.weight), kept, memory):
+        shared = _SharedLogits(head.module, memory if len(rules) > 1 else 0)
+        for rule, own in zip(rules, found):
+            for row, logprobs in _follow_batch(hidden, batch, partial(follow, head=shared.begin(), rule=rule)):
+                own[row] = logprobs[: lengths[row]]
+    return [[own[row] for row in range(len(lines))] for own in found]
+
+
+class _SharedLogits:
+    """What a head that nobody changed gives for the lines of a batch, which rule after rule asks for in one order.
+
+    Args:
+        head: The head.
+        memory: Bytes that may be kept; what is beyond is computed for each rule.
+    """
+
+    def __init__(self, head: nn.Module, memory: int) -> None:
+        self._head, self._left = head, memory
+        self._blocks: dict[int, Tensor] = {}
+
+    def begin(self) -> Callable[[Tensor], Tensor]:
+        """The head, for one rule."""
+        numbers = count()
+
+        def logits(hidden: Tensor) -> Tensor:
+            number = next(numbers)
+            block = self._blocks.get(number)
+            if block is None:
+                block = self._head(hidden)
+                if block.nbytes <= self._left:
+                    self._left -= block.nbytes
+                    self._blocks[number] = block
+            return block
+
+        return logits
+
+
+def _follow_batch(
+    hidden: Tensor, batch: list[_Branching], follow: Callable[..., tuple[FastWeights, Tensor]]
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Rows of a batch, and log-probabilities of each one's response, padded."""
+    state = None
+    if any(stem.shape[1] for stem, _ in batch):
+        inputs, tokens, mask = _gather(hidden, [stem for stem, _ in batch])
+        state, _ = follow(inputs, tokens, mask=mask, room=max(_longest(branches) for _, branches in batch))
+    for turn in zip_longest(*(branches.items() for _, branches in batch)):
+        rows, branches = zip(*filter(None, turn))  # those that have no more come last
+        inputs, tokens, mask = _gather(hidden, branches)
+        begun = None if state is None else branch_fast_weights(state, len(rows))
+        _, logprobs = follow(inputs, tokens, mask=mask, state=begun)
+        yield from zip(rows, logprobs.float().cpu().numpy())
 
 
 def _branchings(lines: Sequence[IntArray], prompts: Sequence[Hashable], lengths: Sequence[int]) -> list[_Branching]:
@@ -149,9 +236,13 @@ def _branchings(lines: Sequence[IntArray], prompts: Sequence[Hashable], lengths:
     return found
 
 
-def _batches(branchings: list[_Branching], vocabulary: int, rule: StepRule, memory: int) -> Iterator[list[_Branching]]:
+def _kept(rule: StepRule, vocabulary: int) -> int:
+    """Floats that the steps on a token keep: errors, where they are cut with an int64 beside each."""
+    return rule.num_steps * (vocabulary if rule.top_k is None else min(vocabulary, 3 * (rule.top_k + 1)))
+
+
+def _batches(branchings: list[_Branching], vocabulary: int, kept: int, memory: int) -> Iterator[list[_Branching]]:
     """Put those of like length together, as many as there is memory for; the ones with most branches come first."""
-    kept = vocabulary if rule.top_k is None else min(vocabulary, 3 * (rule.top_k + 1))  # with an int64 beside each
     order = sorted(branchings, key=lambda branching: (branching[0].shape[1], _longest(branching[1])))
     while order:
         batch: list[_Branching] = []
@@ -159,7 +250,7 @@ def _batches(branchings: list[_Branching], vocabulary: int, rule: StepRule, memo
         while order:
             stem, branches = order[-1]
             before, after = max(before, stem.shape[1]), max(after, _longest(branches))
-            row = 4 * (kept * (before + after) * rule.num_steps + vocabulary * min(max(before, after), POSITIONS))
+            row = 4 * (kept * (before + after) + vocabulary * min(max(before, after), POSITIONS))
             if batch and (len(batch) + 1) * row > memory:
                 break
             batch.append(order.pop())

@@ -11,7 +11,7 @@ as `--text.documents 8`. What was stopped goes on with the text that was stopped
 import copy
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import product
@@ -27,15 +27,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_coverage.functional.ttt_config import TTTCache, TTTConfig, TTTScope
 from hf_coverage.measure.builders import sample_corpus
-from hf_coverage.measure.scoring import score_responses
+from hf_coverage.measure.scoring import PLAIN, score_responses, score_rules
 from recipes.compression_audit.compress import compression
 from recipes.reasoning.model import load_base
 from recipes.remember import remember_corpus
 from recipes.settings import Settings, parse_section, read_settings, refuse_other_settings
 from recipes.smollm2 import SMOLLM2, load_tokenizer
 from recipes.test_time_training.findings import report
-from recipes.test_time_training.following import PLAIN, Followed, follow_corpus, rule_label
-from recipes.test_time_training.measured import Known, Results, Scoped
+from recipes.test_time_training.measured import Followed, Known, Results, Scoped, rule_label
+from recipes.test_time_training.short_context import ShortContext
 from recipes.test_time_training.texts import KINDS, windows_of
 
 ITSELF = "itself"
@@ -185,6 +185,12 @@ def main() -> None:
     report(recipe.output, results)
 
 
+def follow_corpus(model: nn.Module, corpus: Dataset, rules: Mapping[str, TTTConfig], folder: Path) -> Followed:
+    """Score all responses of a corpus, which must be equally long, under all rules; what `folder` has is read."""
+    scores = score_rules(model, None, corpus, rules, per_token=True, output_dir=folder, shard_rows=1)
+    return {name: np.array(scored.token_logprobs) for name, scored in scores.items()}
+
+
 def over_texts(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Followed]]:
     """Real text, whose density nobody knows."""
     shape = recipe.text.prompt_tokens, recipe.text.response_tokens, recipe.text.documents
@@ -225,13 +231,13 @@ def over_references(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Known]]
     pairs += [("D at 1", student) for student in args.students]
     for reference, student in pairs:
         corpus = remember_corpus(folder / "corpora" / reference, partial(sampled, recipe, reference))
-        model, context = recipe.model, None
+        model: nn.Module = recipe.model
         if student.startswith("context-"):
-            context = int(student.removeprefix("context-"))
+            model = ShortContext(recipe.model, int(student.removeprefix("context-")))
         elif student != ITSELF:
             model = compression(student, calibration=calibration)(recipe.model)
         name = f"{student}, {reference}"
-        found = follow_corpus(model, corpus, recipe.rules(args.lr), folder / name, context=context)
+        found = follow_corpus(model, corpus, recipe.rules(args.lr), folder / name)
         yield name, Known(np.array(corpus["reference_logprob"][:]), found)
 
 

@@ -14,19 +14,21 @@ from matplotlib.lines import Line2D
 from hf_coverage.functional.coverage_profile import coverage
 from hf_coverage.inference.files import strict_json
 from hf_coverage.measure.profile import CoverageProfile
+from hf_coverage.measure.scoring import PLAIN
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Interval, Table
 from recipes.tables import show, write_tables
-from recipes.test_time_training.following import PLAIN, Followed, rule_label
 from recipes.test_time_training.measured import (
     BIN,
     MODES,
     Choices,
+    Followed,
     Results,
     all_choices,
     binned_changes,
     change_a_token,
     log_ratios_of,
+    rule_label,
 )
 from recipes.test_time_training.tables import known_table, safety_table, scope_table, text_table, transfer_table
 
@@ -70,9 +72,6 @@ def explain(results: Results, choices: Choices) -> list[str]:
     likelier = [f"{name} ({mode})" for (name, mode), c in choices.items() if c.cross_entropy_difference.high < 0]
     lines.append(f"Its cross-entropy there is lower, beyond chance, on: {_listed(likelier)}.")
     for name, rule in results.rules.items():
-        errors = [float(part[f"{name}, error"].max()) for part in results.texts.values() if f"{name}, error" in part]
-        if errors and max(errors) < 1:
-            lines.append(f"{name}: cutting the steps changes a last token by no more than {max(errors):.2g} nats.")
         exact = rule_label(replace(rule, top_k=None))
         both = [kind for kind, part in results.texts.items() if name in part and exact in results.safety.get(kind, {})]
         pairs = [(results.texts[kind][name], results.safety[kind][exact]) for kind in both]
@@ -87,11 +86,7 @@ def facts(results: Results, choices: Choices) -> dict[str, Any]:
 
     def changes(parts: Mapping[str, Followed]) -> dict[str, Any]:
         return {
-            kind: {
-                name: change_a_token(followed, name)._asdict()
-                for name in followed
-                if name != PLAIN and not name.endswith(", error")
-            }
+            kind: {name: change_a_token(followed, name)._asdict() for name in followed if name != PLAIN}
             for kind, followed in parts.items()
         }
 

@@ -10,15 +10,16 @@ from numpy.typing import NDArray
 
 from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.ttt_config import TTTConfig
+from hf_coverage.measure.scoring import PLAIN
 from hf_coverage.report.table import Interval
 from hf_coverage.select.tune_ttt import TTTChoice, tune_ttt
 from recipes.tables import interval_of
-from recipes.test_time_training.following import PLAIN, Followed
 
 __all__ = [
     "BIN",
     "MODES",
     "Choices",
+    "Followed",
     "Known",
     "Results",
     "Scoped",
@@ -28,10 +29,14 @@ __all__ = [
     "choose",
     "first_of",
     "log_ratios_of",
+    "rule_label",
     "telling_n",
 ]
 
 Part = TypeVar("Part")
+
+Followed = dict[str, NDArray[np.float32]]
+"""For each rule, and `plain`, the log-probability of each response token `(R, H)`, nats."""
 
 Choices = Mapping[tuple[str, str], TTTChoice]
 """By name and mode."""
@@ -87,6 +92,17 @@ class Results:
     scoped: dict[str, Scoped]
 
 
+def rule_label(rule: TTTConfig) -> str:
+    """A name for a rule, in files and tables: another one for every rule that this recipe tries."""
+    words = [] if rule.scope == "head" else [rule.scope, f"{rule.cache} cache"]
+    words += [f"lr {rule.lr:g}"]
+    words += ["prompt too"] if rule.on_prompt else []
+    words += [] if rule.radius is None else [f"radius {rule.radius:g}"]
+    words += [] if rule.decay == 0 else [f"decay {rule.decay:g}"]
+    words += [] if rule.lam is None else [f"normalised, lambda {rule.lam:g}"]
+    return ", ".join(words + ([] if rule.top_k is None else [f"top {rule.top_k}"]))
+
+
 def all_choices(results: Results) -> Iterator[tuple[tuple[str, str], TTTChoice]]:
     """The step size that one half of the texts chooses, judged on the other half, by name and mode."""
     for mode, on_prompt in MODES.items():
@@ -101,13 +117,16 @@ def choose(followed: Followed, rules: Mapping[str, TTTConfig], reference: FloatA
     """Choose among the rules that were tried by Cov_N, at an N at which the model as it is misses half of the rows."""
     rules = {name: rule for name, rule in rules.items() if name in followed}
     totals = {name: followed[name].sum(axis=1, dtype=np.float64) for name in (PLAIN, *rules)}
-    return tune_ttt(
+    choice = tune_ttt(
         totals[PLAIN],
         {rule: totals[name] for name, rule in rules.items()},
         n=telling_n(totals[PLAIN], reference),
         reference_logprobs=reference,
         groups=range(len(totals[PLAIN])),
     )
+    if choice.rule is None:
+        raise ValueError(f"{choice.sentence} Give a smaller `lr`.")
+    return choice
 
 
 def telling_n(logprobs: FloatArray, reference: FloatArray | None = None) -> float:
@@ -125,7 +144,7 @@ def binned_changes(followed: Followed) -> dict[str, list[list[float]]]:
     """Change of cross-entropy by position for each rule: mean, low and high, nats a token, of bins of `BIN` tokens."""
     found = {}
     for name in followed:
-        if name == PLAIN or name.endswith(", error"):
+        if name == PLAIN:
             continue
         change = (followed[PLAIN] - followed[name]).astype(np.float64)
         bins = [change[:, start : start + BIN].mean(axis=1) for start in range(0, change.shape[1], BIN)]

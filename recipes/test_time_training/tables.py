@@ -6,10 +6,10 @@ import numpy as np
 
 from hf_coverage.functional.coverage_profile import coverage
 from hf_coverage.functional.paired import paired_coverage_difference, paired_kl_difference
+from hf_coverage.measure.scoring import PLAIN
 from hf_coverage.report.table import Cell, Column, Interval, Table
 from hf_coverage.select.tune_ttt import split_groups
 from recipes.tables import interval_of
-from recipes.test_time_training.following import PLAIN
 from recipes.test_time_training.measured import (
     MODES,
     Choices,

@@ -125,6 +125,43 @@ def test_an_interrupted_run_goes_on_and_a_further_lr_costs_one_pass(work):
     assert list(strict("out/tune_ttt.json")["choosing_half"]["results"]) == ["plain", "lr 0.01", "lr 0.3", "lr 1.0"]
 
 
+def test_steps_that_diverge_are_a_row_of_the_table(work):
+    command = COMMAND.replace("0.01,0.3", "0.01,3e38").replace("none,0.5", "none") + " --steps 3"
+    output = invoke(command)
+    expected = library_choice(work, rules=[StepRule(0.01, num_steps=3)])
+    found, name = strict("out/tune_ttt.json"), "lr 3e+38, steps 3"
+    assert found["chosen"] == "lr 0.01, steps 3"
+    assert found["diverged"] == [name]
+    assert found["choosing_half"]["results"][name] is None
+    assert found["difference"] == pytest.approx(expected.difference._asdict())
+    assert re.search(rf"{re.escape(name)} .*–.*–.*diverged", output)
+    assert f"could not be chosen: {name}" in output
+    # which is kept as any other result
+    before = shards()
+    assert {Path(path).parent.name for path in before} == {"plain", "lr-0.01_steps-3", "lr-3e+38_steps-3"}
+    invoke(command)
+    assert shards() == before
+    assert "must hold" in error_line("profile out/scores/lr-3e+38_steps-3 --n 4 -o profile")
+
+
+def test_where_all_diverge_plain_decoding_is_the_choice(work):
+    output = invoke("tune-ttt student --data corpus --n 4 --lr 3e38 --steps 3 -o out")
+    found = strict("out/tune_ttt.json")
+    assert (found["chosen"], found["difference"], found["generation_settings"]) == ("plain", None, {})
+    assert "Every setting diverged, so that plain decoding is the choice." in output
+    assert output.count("Decode plainly") == 1
+    assert "GenerationConfig" not in output
+
+
+def test_a_damaged_model_is_no_divergence(work):
+    model, tokenizer = load(work, "student")
+    model.transformer.ln_f.weight.data[0] = float("nan")
+    model.save_pretrained("damaged")
+    tokenizer.save_pretrained("damaged")
+    assert "its weights are damaged" in error_line(COMMAND.replace("student", "damaged"))
+    assert not shards()
+
+
 def test_the_scores_are_score_folders(work):
     invoke(COMMAND)
     expected = library_choice(work, rules=[StepRule(0.3, 0.5)])
@@ -221,7 +258,7 @@ def test_responses_that_steps_cannot_reach_are_refused(work):
     Dataset.from_dict({"prompt": ["the", "a", "cat", "dog"], "completion": [" sat"] * 4}).to_json("short.jsonl")
     line = error_line(COMMAND.replace("--data corpus", "--data short.jsonl"))
     assert "every response is one token long" in line
-    assert [path.name for path in Path("out/scores").iterdir()] == ["lr-0.01"]
+    assert not Path("out").exists()
     # steps on a prompt reach them
     rows = {"prompt": [f"the {word}" for word in ("cat", "dog", "mat", "red")], "completion": [" sat"] * 4}
     Dataset.from_dict(rows).to_json("prompted.jsonl")

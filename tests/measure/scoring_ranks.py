@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_coverage.functional.ttt_config import TTTConfig
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.fingerprint import weight_fingerprint
-from hf_coverage.measure.scoring import score_encoded, score_responses
+from hf_coverage.measure.scoring import score_encoded, score_responses, score_rules
 
 ROW_COUNTS = (1, 2, 5, 14)
 
@@ -57,6 +57,18 @@ def score_to(model: torch.nn.Module, folder: Path) -> np.ndarray:
     return np.array(score_responses(model, None, corpus, output_dir=folder, shard_rows=4)["logprob"][:])
 
 
+def score_several_to(model: torch.nn.Module, folder: Path) -> dict[str, np.ndarray]:
+    """Under heads, one of which diverges, and one with adapters; `lr 0.1` goes on."""
+    encoded = make_corpus(14)
+    corpus = Dataset.from_dict({"prompt": encoded.prompts, "completion": encoded.completions})
+    rules = {"lr 0.1": TTTConfig(0.1), "head": RULES["head"], "diverging": TTTConfig(3e38, num_steps=3)}
+    rules["lora"] = RULES["lora"]
+    options = {"output_dir": folder, "shard_rows": 4, "progress": False}
+    scores = score_rules(model, None, corpus, {"lr 0.1": rules["lr 0.1"]}, **options)
+    scores |= score_rules(model, None, corpus, rules, **options)
+    return {f"several {name}": scored.logprob for name, scored in scores.items()}
+
+
 def error_of(function: Callable[..., Any], *args: Any) -> str:
     try:
         function(*args)
@@ -73,6 +85,7 @@ def main(folder: Path) -> None:
     results = {f"plain {rows}": score(model, rows) for rows in ROW_COUNTS}
     results["table"] = score_to(model, folder / "table")
     results["table again"] = score_to(model, folder / "table")
+    results |= score_several_to(model, folder / "several")
     results["fingerprint"] = np.array(weight_fingerprint(model))
     damaged = folder / "table" / "scores-00001.safetensors"
     if accelerator.is_main_process:

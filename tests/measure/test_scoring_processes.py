@@ -33,6 +33,18 @@ def job(tmp_path_factory):
     return folder, [dict(np.load(folder / f"rank{rank}.npz")) for rank in range(2)], finished.stdout + finished.stderr
 
 
+def test_several_rules_leave_the_bytes_of_one_process(job, tmp_path):
+    folder, (results, _), _ = job
+    expected = scoring_ranks.score_several_to(scoring_ranks.build(), tmp_path)
+    assert set(expected) == {name for name in results if name.startswith("several ")}
+    for name, logprob in expected.items():
+        np.testing.assert_array_equal(results[name], logprob, err_msg=name)
+    assert np.isnan(results["several diverging"]).any()
+    files = sorted(path.relative_to(tmp_path) for path in tmp_path.glob("*/*"))
+    assert len(files) == 5 * (4 + 1)
+    assert all((tmp_path / file).read_bytes() == (folder / "several" / file).read_bytes() for file in files)
+
+
 def test_ranks_agree_with_each_other(job):
     _, (first, second), _ = job
     assert first.keys() == second.keys()

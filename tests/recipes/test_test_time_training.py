@@ -16,11 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_coverage import score_responses
 from hf_coverage.functional.ttt_config import TTTConfig
+from hf_coverage.measure.engine import ScoringEngine
+from hf_coverage.measure.scoring import PLAIN
 from recipes.normalized_sgd.learners import Data
 from recipes.normalized_sgd.tokenwise import train_tokens
-from recipes.test_time_training import compare, following, texts, theorem
-from recipes.test_time_training.following import PLAIN, follow_corpus, follow_row, read_hidden, rule_label
-from recipes.test_time_training.measured import change_a_token, choose, telling_n
+from recipes.test_time_training import compare, texts, theorem
+from recipes.test_time_training.compare import follow_corpus
+from recipes.test_time_training.measured import change_a_token, choose, rule_label, telling_n
+from recipes.test_time_training.short_context import ShortContext
 
 FOLDER = Path(compare.__file__).parent
 
@@ -92,48 +95,55 @@ class TestFollowing:
         TTTConfig(0.05, lam=0.0, decay=0.1),
     )
 
-    @pytest.mark.parametrize("rule", RULES, ids=rule_label)
-    def test_it_is_what_scoring_gives(self, tiny, rule):
+    def test_it_is_what_scoring_gives(self, tiny, tmp_path):
         corpus = corpus_of()
-        scored = score_responses(tiny, None, corpus, ttt=rule, per_token=True, progress=False)
-        plain = score_responses(tiny, None, corpus, per_token=True, progress=False)
-        for row, expected, before in zip(corpus, scored["token_logprobs"], plain["token_logprobs"]):
-            found = follow_row(tiny, row["prompt"], row["completion"], {"rule": rule})
-            np.testing.assert_allclose(found["rule"], expected, atol=2e-4)
-            np.testing.assert_allclose(found[PLAIN], before, atol=2e-5)
-
-    def test_the_error_of_cut_steps_is_bounded(self, tiny):
-        row = corpus_of(1)[0]
-        exact, cut = TTTConfig(0.02), TTTConfig(0.02, top_k=8)
-        found = follow_row(tiny, row["prompt"], row["completion"], {"exact": exact, "cut": cut})
-        difference = abs(found["exact"][-1] - found["cut"][-1])
-        assert 1e-6 < difference <= found["cut, error"][0]
+        found = follow_corpus(tiny, corpus, {rule_label(rule): rule for rule in self.RULES}, tmp_path)
+        assert list(found) == [PLAIN, *map(rule_label, self.RULES)]
+        for name, rule in zip(found, (None, *self.RULES)):
+            expected = score_responses(tiny, None, corpus, ttt=rule, per_token=True, progress=False)["token_logprobs"]
+            np.testing.assert_allclose(found[name], expected[:], atol=2e-4)
 
     def test_names_tell_rules_apart(self):
         assert len({rule_label(rule) for rule in self.RULES}) == len(self.RULES)
 
     def test_a_short_context_is_read_in_blocks(self, tiny):
-        ids = torch.tensor([corpus_of(1)[0]["prompt"][:37]])
-        found = read_hidden(tiny, ids, context=8)
-        assert found.shape[:2] == (1, 37)
-        for position in range(37):
-            start = 0 if position < 8 else position // 4 * 4 - 4
-            alone = tiny.base_model(input_ids=ids[:, start : position + 1]).last_hidden_state[0, -1]
-            assert torch.allclose(found[0, position], alone, atol=1e-4), position
-        assert torch.equal(read_hidden(tiny, ids, context=64), read_hidden(tiny, ids))
+        ids = torch.tensor([corpus_of(1)[0]["prompt"][:37], corpus_of(2)[1]["prompt"][:37]])
+        with torch.no_grad():
+            found = ShortContext(tiny, 8)(ids).logits
+            assert found.shape[:2] == (2, 37)
+            for position in range(37):
+                start = 0 if position < 8 else position // 4 * 4 - 4
+                alone = tiny(input_ids=ids[:, start : position + 1]).logits[:, -1]
+                assert torch.allclose(found[:, position], alone, atol=1e-4), position
+            assert torch.equal(ShortContext(tiny, 64)(ids).logits, tiny(ids).logits)
+
+    def test_a_short_context_is_followed(self, tiny, tmp_path):
+        """Its scores are those of the logits it gives, and known as its own."""
+        corpus, rules = corpus_of(), {"rule": TTTConfig(0.01)}
+        found = follow_corpus(ShortContext(tiny, 8), corpus, rules, tmp_path)
+        ids = torch.tensor([prompt + completion for prompt, completion in zip(corpus["prompt"], corpus["completion"])])
+        with torch.no_grad():
+            logprobs = ShortContext(tiny, 8)(ids).logits.log_softmax(-1)[:, 39:-1]
+        expected = logprobs.gather(-1, ids[:, 40:, None])[..., 0]
+        np.testing.assert_allclose(found[PLAIN], expected, atol=1e-4)
+        assert found["rule"][:, 0] == pytest.approx(found[PLAIN][:, 0], abs=1e-4)  # before any step
+        for other in (tiny, ShortContext(tiny, 16)):
+            with pytest.raises(ValueError, match="scores of something else"):
+                follow_corpus(other, corpus, rules, tmp_path)
 
     def test_rows_that_are_there_are_read(self, tiny, tmp_path, monkeypatch):
         corpus, rules = corpus_of(), {"rule": TTTConfig(0.01)}
-        first = follow_corpus(tiny, corpus, rules, tmp_path / "part" / "kind")
-        (tmp_path / "part" / "kind" / "0001.safetensors").unlink()
-        calls = []
-        monkeypatch.setattr(following, "follow_row", lambda *a, **k: calls.append(1) or follow_row(*a, **k))
-        second = follow_corpus(tiny, corpus, rules, tmp_path / "part" / "kind")
-        assert len(calls) == 1
+        first = follow_corpus(tiny, corpus, rules, tmp_path)
+        for name in (PLAIN, "rule"):
+            (tmp_path / name / "scores-00001.safetensors").unlink()
+        asked, honest = [], ScoringEngine.score_rules
+        monkeypatch.setattr(ScoringEngine, "score_rules", lambda *args: asked.append(args[2]) or honest(*args))
+        second = follow_corpus(tiny, corpus, rules, tmp_path)
+        assert asked == [range(1, 2)]
         assert first["rule"].shape == (3, 50)
-        assert np.array_equal(first["rule"], second["rule"])
-        with pytest.raises(ValueError, match="other settings"):
-            follow_corpus(tiny, corpus_of(rows=2), rules, tmp_path / "part" / "kind")
+        assert all(np.array_equal(first[name], second[name]) for name in first)
+        with pytest.raises(ValueError, match="scores of something else"):
+            follow_corpus(tiny, corpus_of(rows=2), rules, tmp_path)
 
 
 class TestFindings:
@@ -195,7 +205,7 @@ class TestCompare:
         assert all((output / name).exists() for name in ("step_sizes.png", "positions.png", "known_density.png"))
         assert "| code | lora |" in report
 
-        monkeypatch.setattr(following, "follow_row", lambda *_, **__: pytest.fail("no text is followed again"))
+        monkeypatch.setattr(ScoringEngine, "score_rules", lambda *_, **__: pytest.fail("no text is followed again"))
         compare.main()
         assert (output / "report.md").read_text(encoding="utf-8") == report
         monkeypatch.setattr(sys, "argv", [*words, "--known.prompts", "4"])

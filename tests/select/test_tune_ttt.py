@@ -229,12 +229,76 @@ def test_rows_that_do_not_fit_are_refused():
     plain = np.full(8, -2.0)
     with pytest.raises(ValueError, match=r"`plain`, 8 of them, but lr 0\.1 has 7"):
         tune_ttt(plain, {RULES[0]: plain[:7]}, 16)
+    with pytest.raises(ValueError, match=r"lr 0\.1: `logprobs` must hold .* row 2 is 1\.0"):
+        tune_ttt(plain, {RULES[0]: [-1.0, -1.0, 1.0, *plain[3:]]}, 16)
+    with pytest.raises(ValueError, match=r"plain: `logprobs` must hold .* row 2 is nan"):
+        tune_ttt([-1.0, -1.0, math.nan, *plain[3:]], {RULES[0]: plain}, 16)
+    # no number where plain decoding has none either: not what a step did
     with pytest.raises(ValueError, match=r"lr 0\.1: `logprobs` must hold .* row 2 is nan"):
-        tune_ttt(plain, {RULES[0]: [-1.0, -1.0, math.nan, *plain[3:]]}, 16)
+        tune_ttt([-1.0, -1.0, -math.inf, *plain[3:]], {RULES[0]: [-1.0, -1.0, math.nan, *plain[3:]]}, 16)
     with pytest.raises(TypeError, match="got list"):
         tune_ttt(plain, [plain], 16)
     with pytest.raises(ValueError, match="at least 4 prompts"):
         tune_ttt(plain, {RULES[0]: plain}, 16, groups=[0, 1, 2, 2, 2, 2, 2, 2])
+
+
+@pytest.mark.parametrize("lost", [math.nan, -math.inf])
+def test_rules_that_diverge_are_named_and_the_others_chosen_among_as_without_them(lost):
+    plain, adapted, groups, reference = case(7)
+    known = {"reference_logprobs": reference, "groups": groups}
+    rest = {rule: adapted[rule] for rule in RULES[:2]}
+    # one row is enough, in whichever half it is
+    first = {rule: np.where(np.arange(plain.size) == row, lost, 0.0) for rule, row in zip(RULES[2:], (0, 30))}
+    choice = tune_ttt(plain, {RULES[2]: first[RULES[2]], **rest, RULES[3]: first[RULES[3]]}, 4, **known)
+    alone = tune_ttt(plain, rest, 4, **known)
+    assert choice.diverged == RULES[2:]
+    assert alone.diverged == ()
+    assert choice.rules == (RULES[2], *RULES[:2], RULES[3])
+    assert (choice.rule, choice.decided_by) == (alone.rule, alone.decided_by)
+    assert (choice.difference, choice.cross_entropy_difference) == (alone.difference, alone.cross_entropy_difference)
+    assert list(choice.results) == ["plain", *map(rule_name, choice.rules)]
+    assert [name for name, profile in choice.results.items() if profile is None] == ["lr 1.0", "lr 1.0, radius 2.0"]
+    assert "Chosen among 2 on the other" in choice.sentence
+    assert "could not be chosen: lr 1.0; lr 1.0, radius 2.0. Smaller ones" in choice.sentence
+    assert "diverged" not in alone.sentence
+    facts = json.loads(choice.to_json(), parse_constant=pytest.fail)
+    assert facts["diverged"] == ["lr 1.0", "lr 1.0, radius 2.0"]
+    assert facts["choosing_half"]["results"]["lr 1.0"] is None
+    assert facts["choosing_half"]["results"]["lr 0.1"] == choice.results["lr 0.1"].metrics([4])
+
+
+def test_a_diverging_lr_is_no_end_of_the_grid():
+    plain = np.tile([-1.0, -4.0], 6)
+    lost = np.full(12, math.nan)
+    choice = tune_ttt(plain, {StepRule(0.1): plain, StepRule(1.0): plain + 0.5, StepRule(10.0): lost}, 16)
+    assert choice.rule == StepRule(1.0)
+    assert "Its lr is" not in choice.sentence
+
+
+@pytest.mark.parametrize("n", [2, 16])
+def test_plain_decoding_is_the_choice_where_every_rule_diverges(n):
+    plain = np.tile([-1.0, -4.0], 6)
+    choice = tune_ttt(plain, {rule: np.full(12, math.nan) for rule in RULES}, n)
+    assert (choice.rule, choice.adapted, choice.difference, choice.decided_by) == (None, None, None, None)
+    assert not choice.helps
+    assert choice.diverged == RULES
+    assert choice.sentence.startswith(
+        "Every setting diverged, so that plain decoding is the choice. Steps that diverged"
+    )
+    facts = json.loads(choice.to_json(), parse_constant=pytest.fail)
+    assert (facts["chosen"], facts["helps"], facts["generation_settings"]) == ("plain", False, {})
+    assert facts["difference"] is facts["cross_entropy_difference"] is facts["decided_by"] is None
+    assert list(facts["other_half"]["results"]) == ["plain"]
+    assert facts["choosing_half"]["results"] == {
+        "plain": choice.searched[0].metrics([n]),
+        **dict.fromkeys(map(rule_name, RULES)),
+    }
+
+
+def test_a_row_that_plain_decoding_excludes_too_is_no_divergence():
+    plain = np.array([-1.0, -9.0, -math.inf, *[-4.0] * 5])
+    choice = tune_ttt(plain, {RULES[0]: plain, RULES[2]: np.where(plain == -9.0, -math.inf, plain)}, 16)
+    assert choice.diverged == (RULES[2],)
 
 
 def test_an_n_that_tells_nothing_apart_is_refused_with_one_that_does():
