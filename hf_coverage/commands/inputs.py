@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_coverage.commands.options import CorpusOptions
-from hf_coverage.inference.loading import join_job
+from hf_coverage.inference.loading import join_job, require_there
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,10 +47,13 @@ def read_dataset(
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetGenerationError
 
+    from hf_coverage.inference.files import reading
+
     path = Path(source)
     try:
         if path.is_dir():
-            found = load_from_disk(source)
+            with reading(path, "Make it again, or give another folder of `save_to_disk`."):
+                found = load_from_disk(source)
         elif path.suffix in _READERS:
             found = getattr(Dataset, _READERS[path.suffix])(_existing(path))
         elif path.suffix == ".txt":
@@ -58,9 +61,14 @@ def read_dataset(
         elif path.exists():
             raise ValueError(f"{path} must be .jsonl, .json, .parquet, .csv or .txt, or a folder of `save_to_disk`.")
         else:
+            require_there(source)
             found = load_dataset(source)
     except DatasetGenerationError as error:
         raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
+    except OSError as error:
+        if type(error) is not OSError or error.errno is not None or not path.exists():
+            raise  # of the system or of the Hub, which name what they mean; Arrow does not
+        raise ValueError(f"{path} is damaged ({error}): make it again.") from error
     if isinstance(found, DatasetDict):
         if split not in found and not (split is None and len(found) == 1):
             raise ValueError(f"`split` must be one of {', '.join(found)} for {source}, but is {split!r}.")
@@ -76,7 +84,11 @@ def read_corpus(source: str, reading: CorpusOptions) -> "tuple[Dataset, dict[str
 def read_origin(source: str) -> dict[str, Any]:
     """What `write_origin` left beside a corpus; empty for a corpus from elsewhere."""
     path = Path(source) / ORIGIN
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    from hf_coverage.inference.files import read_facts
+
+    return read_facts(path, "Sample the corpus again, or remove this file if you know how its responses end.")
 
 
 def check_origin(source: str, *, append_eos: bool) -> dict[str, Any]:

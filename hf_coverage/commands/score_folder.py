@@ -25,8 +25,9 @@ class Measured:
 
 
 def is_score_folder(source: str) -> bool:
-    """Whether `hf-coverage score` wrote a folder."""
-    return (Path(source) / "metadata.json").is_file()
+    """Whether `hf-coverage score` wrote a folder; a model's may hold a `metadata.json` too."""
+    folder = Path(source)
+    return (folder / "metadata.json").is_file() and not (folder / "config.json").is_file()
 
 
 def read_measured(source: str, group_by: str | None = None) -> Measured:
