@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ORIGIN",
+    "check_number_of_responses",
     "check_origin",
     "decided_by_main_process",
     "leave_job",
@@ -25,6 +26,8 @@ __all__ = [
 
 ORIGIN = "origin.json"
 """Beside a corpus: the command and settings that made it."""
+
+_MOST_TOKENS = 10**11  # a month of sampling on a GPU
 
 _READERS = {".jsonl": "from_json", ".json": "from_json", ".parquet": "from_parquet", ".csv": "from_csv"}
 
@@ -111,6 +114,20 @@ def write_origin(folder: Path, facts: dict[str, Any]) -> None:
     from hf_coverage.inference.files import write_atomically
 
     write_atomically(folder / ORIGIN, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_number_of_responses(prompts: int, k: int, max_new_tokens: int) -> None:
+    """Refuse what no run ends with, before a model is loaded: a typing error.
+
+    Raises:
+        ValueError: If the tokens to sample are absurdly many.
+    """
+    tokens = prompts * k * max_new_tokens
+    if tokens > _MOST_TOKENS:
+        raise ValueError(
+            f"{prompts:,} prompts, `k` {k:,} and `max_new_tokens` {max_new_tokens:,} are up to {tokens:,} tokens, and "
+            f"more than {_MOST_TOKENS:,} is taken for a typing error: lower one of them, or split the data."
+        )
 
 
 def decided_by_main_process(question: Callable[[], bool], device: str | None = None) -> bool:

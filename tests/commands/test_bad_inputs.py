@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_coverage.cli import app
-from tests.commands.shell import invoke
+from tests.commands.shell import error_line, invoke
 
 
 def outcome(command, monkeypatch):
@@ -79,8 +79,7 @@ def test_options_of_any_value(odd, monkeypatch, name):
     command, numbers, names = COMMANDS[name]
     for option, values in [*((one, NUMBERS) for one in numbers), *((one, NAMES) for one in names)]:
         for value in values:
-            if (option, value) not in (("--bootstrap", "1000000000000"),):
-                outcome([*command, option, value], monkeypatch)
+            outcome([*command, option, value], monkeypatch)
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -156,3 +155,39 @@ def test_corpus_folders_with_one_damaged_file(work, monkeypatch):
         code, output = outcome(["profile", "copy", "-o", "new"], monkeypatch)
         assert code == 1, what  # it has no scores, which is said of a whole one
         assert "copy" in output.strip().splitlines()[-1], (what, output)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("score student corpus -o new --name ..", "a model's name must be printable"),
+        (f"score student corpus -o new --name {'a' * 300}", "(300 bytes): give another `--name`"),
+        ("score student corpus -o new --device cuda:99", "`device` 'cuda:99' cannot be used"),
+        ("score student corpus -o new --device meta", "`device` must hold numbers"),
+        ("score ./missing corpus -o new", "there is no file or folder ./missing"),
+        ("best-of-n student prompts.jsonl -o new --k 1000000000", "are up to 1,280,000,000,000 tokens"),
+        ("sample prompts.jsonl --teacher teacher -o new --k 1000000000", "are up to 320,000,000,000 tokens"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(work, command, message):
+    assert message in error_line(command)
+    assert not (work / "new").exists()
+
+
+def test_numbers_beyond_all_bounds_are_a_usage_error(work):
+    assert "1000000" in invoke("tournament scores/student scores/other -o new --bootstrap 1000000000", code=2)
+    assert "10000" in invoke("suggest student --data corpus --n 4 --steps 9 --gradient-norms 100000 -o new", code=2)
+
+
+def test_a_model_with_a_file_metadata_json_is_no_score_folder(work):
+    shutil.copytree(work / "student", work / "model")
+    (work / "model" / "metadata.json").write_text("{}")
+    assert "cross-entropy" in invoke("profile model --corpus corpus -o new")
+
+
+def test_ctrl_c_says_how_to_go_on(work, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_coverage.commands.score.load_model", interrupt)
+    assert "Run the same command again to go on" in invoke("score student corpus -o new", code=130)
