@@ -5,10 +5,11 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from hf_coverage import __version__
 from hf_coverage.commands import best_of_n, compare, profile, report, sample, score, suggest, tournament, tune_ttt
-from hf_coverage.commands.console import print_error
+from hf_coverage.commands.console import print_error, print_interrupted
 from hf_coverage.commands.options import command_line
 
 __all__ = ["app"]
@@ -44,21 +45,25 @@ hf-coverage tune-ttt MODEL --data corpus --n 16
 Exit codes: 0 done, 1 something failed, 2 the command line or the configuration file is wrong.
 """
 
-# What the library raises for input that cannot be used; anything else is a bug, whose traceback is wanted.
-_EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+
+# How typer ends a command and says that the command line is wrong.
+_FRAMEWORK = (typer.Exit, typer.Abort, TyperException)
 
 
 class _Commands(TyperGroup):
-    """Commands whose errors are one line on the standard error and exit code 1."""
+    """Commands whose errors are one line on the standard error and exit code 1, or 130 after an interruption."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, BrokenPipeError):  # the framework's own
+        except (*_FRAMEWORK, BrokenPipeError):
             raise
-        except _EXPECTED as error:
+        except (Exception, KeyboardInterrupt) as error:
             if ctx.params.get("debug"):
                 raise
+            if isinstance(error, KeyboardInterrupt):
+                print_interrupted()
+                raise typer.Exit(130) from error
             print_error(error)
             raise typer.Exit(1) from error
 

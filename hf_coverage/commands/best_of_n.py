@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_coverage.commands.console import is_main_process, print_table, say
-from hf_coverage.commands.inputs import leave_job, read_dataset
+from hf_coverage.commands.inputs import check_number_of_responses, leave_job, read_dataset
 from hf_coverage.commands.options import BatchSize, Seed, Split, TopK, TopP, output_folder, parse_n
 from hf_coverage.commands.score_folder import read_measured
 from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer, model_name
@@ -108,6 +108,7 @@ def best_of_n(
         folder = output_dir or Path("best_of_n")
         if n is not None:
             _levels(n, k)  # before anything is sampled
+        check_number_of_responses(len(rows), k, max_new_tokens)
         sampling: dict[str, Any] = {
             "k": k,
             "max_new_tokens": max_new_tokens,

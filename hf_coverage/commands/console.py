@@ -8,9 +8,16 @@ from rich.text import Text
 
 from hf_coverage.report.table import Table, rich_table
 
-__all__ = ["is_main_process", "print_error", "print_table", "say"]
+__all__ = ["is_main_process", "print_error", "print_interrupted", "print_table", "say"]
 
 _WIDE = 200  # columns for output that goes to a file, where nothing limits a line
+
+# What the library raises for input that cannot be used, in words of its own.
+_EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+_ASK = (
+    "A number may be far too large, or a file damaged; if neither is, this is a fault of hf-coverage, and "
+    "`hf-coverage --debug`, before the same command, shows where."
+)
 
 
 def is_main_process() -> bool:
@@ -35,5 +42,14 @@ def print_error(error: BaseException) -> None:
     """Print an error on one line of the standard error."""
     where = "" if is_main_process() else f" (process {os.environ['RANK']})"
     message = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, _EXPECTED):
+        message = f"{type(error).__name__}: {message}. {_ASK}"
     line = Text.assemble(("Error", "bold red"), where, ": ", message)
     Console(stderr=True).print(line, soft_wrap=True)
+
+
+def print_interrupted() -> None:
+    """Say how to go on after Ctrl-C."""
+    if is_main_process():
+        text = "Interrupted. Run the same command again to go on: what was finished is kept."
+        Console(stderr=True).print(text, soft_wrap=True)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_coverage.commands.options import CorpusOptions
-from hf_coverage.inference.loading import join_job
+from hf_coverage.inference.loading import join_job, require_there
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = [
     "ORIGIN",
+    "check_number_of_responses",
     "check_origin",
     "decided_by_main_process",
     "leave_job",
@@ -25,6 +26,8 @@ __all__ = [
 
 ORIGIN = "origin.json"
 """Beside a corpus: the command and settings that made it."""
+
+_MOST_TOKENS = 10**11  # a month of sampling on a GPU
 
 _READERS = {".jsonl": "from_json", ".json": "from_json", ".parquet": "from_parquet", ".csv": "from_csv"}
 
@@ -47,10 +50,13 @@ def read_dataset(
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetGenerationError
 
+    from hf_coverage.inference.files import reading
+
     path = Path(source)
     try:
         if path.is_dir():
-            found = load_from_disk(source)
+            with reading(path, "Make it again, or give another folder of `save_to_disk`."):
+                found = load_from_disk(source)
         elif path.suffix in _READERS:
             found = getattr(Dataset, _READERS[path.suffix])(_existing(path))
         elif path.suffix == ".txt":
@@ -58,9 +64,14 @@ def read_dataset(
         elif path.exists():
             raise ValueError(f"{path} must be .jsonl, .json, .parquet, .csv or .txt, or a folder of `save_to_disk`.")
         else:
+            require_there(source)
             found = load_dataset(source)
     except DatasetGenerationError as error:
         raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
+    except OSError as error:
+        if type(error) is not OSError or error.errno is not None or not path.exists():
+            raise  # of the system or of the Hub, which name what they mean; Arrow does not
+        raise ValueError(f"{path} is damaged ({error}): make it again.") from error
     if isinstance(found, DatasetDict):
         if split not in found and not (split is None and len(found) == 1):
             raise ValueError(f"`split` must be one of {', '.join(found)} for {source}, but is {split!r}.")
@@ -76,7 +87,11 @@ def read_corpus(source: str, reading: CorpusOptions) -> "tuple[Dataset, dict[str
 def read_origin(source: str) -> dict[str, Any]:
     """What `write_origin` left beside a corpus; empty for a corpus from elsewhere."""
     path = Path(source) / ORIGIN
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    from hf_coverage.inference.files import read_facts
+
+    return read_facts(path, "Sample the corpus again, or remove this file if you know how its responses end.")
 
 
 def check_origin(source: str, *, append_eos: bool) -> dict[str, Any]:
@@ -99,6 +114,20 @@ def write_origin(folder: Path, facts: dict[str, Any]) -> None:
     from hf_coverage.inference.files import write_atomically
 
     write_atomically(folder / ORIGIN, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_number_of_responses(prompts: int, k: int, max_new_tokens: int) -> None:
+    """Refuse what no run ends with, before a model is loaded: a typing error.
+
+    Raises:
+        ValueError: If the tokens to sample are absurdly many.
+    """
+    tokens = prompts * k * max_new_tokens
+    if tokens > _MOST_TOKENS:
+        raise ValueError(
+            f"{prompts:,} prompts, `k` {k:,} and `max_new_tokens` {max_new_tokens:,} are up to {tokens:,} tokens, and "
+            f"more than {_MOST_TOKENS:,} is taken for a typing error: lower one of them, or split the data."
+        )
 
 
 def decided_by_main_process(question: Callable[[], bool], device: str | None = None) -> bool:

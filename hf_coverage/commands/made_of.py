@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_coverage.inference.files import write_atomically
+from hf_coverage.inference.files import read_facts, write_atomically
 
 __all__ = ["checkpoint_facts", "folder_names", "made_otherwise", "write_made_of"]
 
@@ -19,7 +19,7 @@ def made_otherwise(record: Path, made_of: dict[str, Any]) -> list[str] | None:
     """What finished work was made of otherwise than `made_of`, by name; None where nothing is finished."""
     if not record.is_file():
         return None
-    before = json.loads(record.read_text(encoding="utf-8"))
+    before = read_facts(record, "Remove the folder that it is in, and run the same command again.")
     return sorted(name for name in before | made_of if before.get(name) != made_of.get(name))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_coverage.commands.console import is_main_process, say
-from hf_coverage.commands.inputs import read_dataset, write_origin
+from hf_coverage.commands.inputs import check_number_of_responses, read_dataset, write_origin
 from hf_coverage.commands.options import AppendEos, BatchSize, Seed, Split, TopK, TopP, output_folder
 from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer
 from hf_coverage.report.provenance import running_command, versions
@@ -80,6 +80,8 @@ def sample(
     """
     _check_choice(kind, teacher, loading.tokenizer, output_dir)
     rows = read_dataset(source, split, document=kind is Source.texts, limit=limit)
+    if kind is Source.prompts:
+        check_number_of_responses(len(rows), k, max_new_tokens)
     words = load_tokenizer(str(teacher), loading)
     model = None if teacher is None else load_model(teacher, loading)
     settings: dict[str, Any] = {"seed": seed}

@@ -8,6 +8,7 @@ import typer
 from hf_coverage.commands.console import is_main_process, say
 from hf_coverage.commands.inputs import read_corpus
 from hf_coverage.commands.options import BatchTokens, CorpusOptions, output_folder
+from hf_coverage.commands.score_folder import check_name
 from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer, model_name
 from hf_coverage.report.provenance import running_command
 
@@ -48,7 +49,7 @@ def score(
         output_dir,
         model,
         corpus,
-        name=name or model_name(model, loading),
+        name=check_name(model_name(model, loading) if name is None else name),
         reading=reading,
         loading=loading,
         batch_tokens=batch_tokens,

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from hf_coverage.measure.profile import CoverageProfile
     from hf_coverage.measure.reference import Reference
 
-__all__ = ["Measured", "check_same_rows", "is_score_folder", "read_measured"]
+__all__ = ["Measured", "check_name", "check_same_rows", "is_score_folder", "read_measured"]
+
+_LONGEST_NAME = 200  # bytes; file systems take 255, with what is written behind the name
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,29 @@ class Measured:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+def check_name(name: str) -> str:
+    """A model's name, after checking that a folder can be called by it.
+
+    Raises:
+        ValueError: If it is empty, too long, a step up, or holds control characters.
+
+    Example:
+        >>> check_name("org/model")
+        'org/model'
+    """
+    if name.strip(". ") == "" or len(name.encode()) > _LONGEST_NAME or not name.isprintable():
+        shown = name if len(name) < 40 else f"{name[:40]}..."
+        raise ValueError(
+            f"a model's name must be printable, have other characters than dots and spaces, and at most "
+            f"{_LONGEST_NAME} bytes, but is {shown!r} ({len(name.encode()):,} bytes): give another `--name`."
+        )
+    return name
+
+
 def is_score_folder(source: str) -> bool:
-    """Whether `hf-coverage score` wrote a folder."""
-    return (Path(source) / "metadata.json").is_file()
+    """Whether `hf-coverage score` wrote a folder; a model's may hold a `metadata.json` too."""
+    folder = Path(source)
+    return (folder / "metadata.json").is_file() and not (folder / "config.json").is_file()
 
 
 def read_measured(source: str, group_by: str | None = None) -> Measured:
@@ -93,7 +115,7 @@ def _measured(logprob: Any, reference: "Reference", name: str, facts: dict[str, 
     from hf_coverage.measure.profile import CoverageProfile
 
     profile = CoverageProfile.from_logprobs(
-        logprob, reference.logprob, groups=reference.groups, kind=reference.kind, name=name
+        logprob, reference.logprob, groups=reference.groups, kind=reference.kind, name=check_name(name)
     )
     return Measured(profile, reference, facts)
 

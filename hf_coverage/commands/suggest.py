@@ -51,7 +51,10 @@ def suggest(
         str | None, typer.Option(help="Model that the responses come from, whose next-token distributions are D's.")
     ] = None,
     gradient_norms: Annotated[
-        int, typer.Option(min=0, help="Measure the gradient's norm on that many minibatches, to put beside lambda.")
+        int,
+        typer.Option(
+            min=0, max=10_000, help="Measure the gradient's norm on that many minibatches, to put beside lambda."
+        ),
     ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of those minibatches.")] = 0,
     output_dir: Annotated[

@@ -73,7 +73,9 @@ def tournament(
     ] = None,
     output_dir: Annotated[Path, output_folder("Folder for scores, the heat map and the JSON.")] = Path("tournament"),
     link: Annotated[Path | None, typer.Option(help="Symbolic link to make to the winner's folder.")] = None,
-    bootstrap: Annotated[int, typer.Option(min=0, help="How often to draw the prompts anew for win rates.")] = 1000,
+    bootstrap: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="How often to draw the prompts anew for win rates.")
+    ] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     race: Annotated[
         float | None,

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate_best_of_n", "judge_best_of_n"]
 
+_SAMPLE = ("prompt", "sample", "ids")
+
 
 def evaluate_best_of_n(
     model: PreTrainedModel,
@@ -155,7 +157,16 @@ def judge_best_of_n(
         FileNotFoundError: if there are no samples.
         ValueError: if they are not complete, or of another corpus.
     """
-    facts = on_main_process(partial(read_metadata, output_dir))
+    types = {
+        "k": int,
+        "rows_per_shard": int,
+        "batch_size": int,
+        "seed": int,
+        "corpus": str,
+        "sampling": dict,
+        "about": dict,
+    }
+    facts = on_main_process(partial(read_metadata, output_dir, **types))
     table = PromptTable.from_corpus(corpus)
     if facts["corpus"] != digest(table.codes.tolist()):
         raise ValueError(f"{output_dir} holds samples for other prompts than those of `corpus`.")
@@ -221,9 +232,9 @@ def _sampled(
     """Shards of samples, read where they are kept and else drawn."""
     size = facts["rows_per_shard"]
     for index, places in enumerate(_shard_places(prompts, facts)):
-        kept = None if shards is None else on_main_process(partial(shards.read, index))
+        kept = None if shards is None else on_main_process(partial(shards.read, index, _SAMPLE))
         if kept is not None:
-            yield kept
+            yield _of_places(kept, places, shards, index)
             continue
         samples = sampler.draw(
             [prompts[prompt] for prompt, _ in places], first_batch=index * (size // sampler.batch_size)
@@ -250,14 +261,39 @@ def _shard_places(prompts: list[list[int]], facts: dict[str, Any]) -> list[list[
 def _kept(shards: JsonShards, facts: dict[str, Any], table: PromptTable) -> Iterator[Rows]:
     """Shards of samples that must be there."""
     total = len(table) * facts["k"]
+    seen: set[tuple[int, int]] = set()
     for index in range(-(-total // facts["rows_per_shard"])):
-        rows = on_main_process(partial(shards.read, index))
+        rows = on_main_process(partial(shards.read, index, _SAMPLE))
         if rows is None:
             raise ValueError(
                 f"{shards.folder} lacks samples (the first missing file is {shards.name}-{index:05d}.jsonl): run "
                 "`evaluate_best_of_n` with the same settings to finish them."
             )
+        size = min(facts["rows_per_shard"], total - index * facts["rows_per_shard"])
+        places = {(row["prompt"], row["sample"]) for row in rows}
+        whole = len(rows) == len(places) == size
+        if not whole or places & seen or not all(_is_place(place, table, facts["k"]) for place in places):
+            raise ValueError(_damaged(shards, index))
+        seen |= places
         yield rows
+
+
+def _is_place(place: tuple[Any, Any], table: PromptTable, k: int) -> bool:
+    return all(type(part) is int and 0 <= part < size for part, size in zip(place, (len(table), k)))
+
+
+def _of_places(rows: Rows, places: list[tuple[int, int]], shards: JsonShards | None, index: int) -> Rows:
+    """A shard that was kept, if its samples are those that belong there."""
+    if [(row["prompt"], row["sample"]) for row in rows] != places:
+        raise ValueError(_damaged(shards, index))
+    return rows
+
+
+def _damaged(shards: JsonShards | None, index: int) -> str:
+    where = "" if shards is None else f"{shards.folder / shards.name}-{index:05d}.jsonl"
+    return (
+        f"{where} is damaged: its samples are not those that belong there; remove it and run the same command again."
+    )
 
 
 def _name(model: PreTrainedModel) -> str:

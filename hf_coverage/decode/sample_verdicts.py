@@ -26,6 +26,7 @@ from hf_coverage.inference.processes import on_main_process, split_over_processe
 __all__ = ["Judging", "Rows", "verifier_name"]
 
 Rows = list[dict[str, Any]]
+_VERDICT = ("prompt", "sample", "reward", "error", "message")
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class Judging:
         with ExitStack() as stack:
             judge_rows: JudgeRows | None = None
             for index, shard in enumerate(samples):
-                kept = None if shards is None else on_main_process(partial(shards.read, index))
+                kept = None if shards is None else on_main_process(partial(shards.read, index, _VERDICT))
                 if shards is not None and kept is not None and any(row["reward"] is not None for row in kept):
                     if list(map(_place, kept)) != list(map(_place, shard)):
                         raise ValueError(f"{shards.folder} holds verdicts on other samples than there are; remove it.")

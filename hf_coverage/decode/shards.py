@@ -1,12 +1,12 @@
 """Rows kept as JSON lines in a folder, shard by shard, each there whole or not at all."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from hf_coverage.inference.files import write_atomically
+from hf_coverage.inference.files import read_facts, write_atomically
 
 __all__ = ["JsonShards", "read_metadata"]
 
@@ -51,8 +51,8 @@ class JsonShards:
                 "this one if it is no longer needed."
             )
 
-    def read(self, index: int) -> list[dict[str, Any]] | None:
-        """The rows of a shard; None where it is not there.
+    def read(self, index: int, names: Collection[str] = ()) -> list[dict[str, Any]] | None:
+        """The rows of a shard, each with at least the named entries; None where it is not there.
 
         Raises:
             ValueError: if the shard is damaged.
@@ -61,9 +61,14 @@ class JsonShards:
         if not path.exists():
             return None
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            for number, row in enumerate(rows, start=1):
+                lacking = [name for name in names if name not in row] if isinstance(row, dict) else ["an object"]
+                if lacking:
+                    raise ValueError(f"line {number} lacks {', '.join(lacking)}")
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}); remove it and run the same command again.") from error
+        return rows
 
     def write(self, index: int, rows: Sequence[dict[str, Any]]) -> None:
         """Write the rows of a shard."""
@@ -73,13 +78,14 @@ class JsonShards:
         return self.folder / f"{self.name}-{index:05d}.jsonl"
 
 
-def read_metadata(folder: str | PathLike[str]) -> dict[str, Any]:
-    """What the shards in a folder are of.
+def read_metadata(folder: str | PathLike[str], **types: type) -> dict[str, Any]:
+    """What the shards in a folder are of, with at least the named entries, each of its type.
 
     Raises:
         FileNotFoundError: if there are none.
+        ValueError: if the file is damaged.
     """
     path = Path(folder) / _METADATA
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no samples of Best-of-N: there is no {_METADATA} in it.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_facts(path, "Remove the folder, or restore the file, and run the same command again.", **types)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-__all__ = ["read_json", "refuse_constant", "strict_json", "write_atomically", "written_whole"]
+__all__ = ["read_facts", "read_json", "reading", "refuse_constant", "strict_json", "write_atomically", "written_whole"]
 
 
 def write_atomically(path: str | PathLike[str], content: bytes | str) -> None:
@@ -141,6 +141,48 @@ def read_json(source: str | PathLike[str], *, version: int) -> dict[str, Any]:
     if not isinstance(facts, dict) or facts.get("format") != version or facts["format"] is True:
         found = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
         raise ValueError(f"format {found} is not {version}")
+    return facts
+
+
+@contextmanager
+def reading(what: str | PathLike[str], remedy: str) -> Iterator[None]:
+    """Say of what cannot be read which file it is and what to do.
+
+    Args:
+        what: The file or folder.
+        remedy: A sentence on what to do next.
+
+    Raises:
+        ValueError: In place of whatever the reader raises; that there is no file, or no library, is said as it is.
+
+    Example:
+        >>> with reading("notes.json", "Remove it."):
+        ...     json.loads("{")
+        Traceback (most recent call last):
+        ValueError: notes.json is damaged or was edited (JSONDecodeError: Expecting property name ...). Remove it.
+    """
+    try:
+        yield
+    except (OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # parsers raise what they like: safetensors and tokenizers bare exceptions
+        kind, message = type(error).__name__, " ".join(str(error).split())
+        raise ValueError(f"{what} is damaged or was edited ({kind}: {message}). {remedy}") from error
+
+
+def read_facts(path: Path, remedy: str, **types: type) -> dict[str, Any]:
+    """The JSON object in a file, with at least the named entries, each of its type.
+
+    Raises:
+        ValueError: If it is something else, see `reading`.
+    """
+    with reading(path, remedy):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict):
+            raise ValueError(f"a {type(facts).__name__} instead of an object")
+        for name, kind in types.items():
+            if not isinstance(facts.get(name), kind) or isinstance(facts[name], bool):
+                raise ValueError(f"{name!r} must be of type {kind.__name__}, not {facts.get(name)!r}")
     return facts
 
 

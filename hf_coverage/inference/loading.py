@@ -1,11 +1,12 @@
 """How a causal language model and its tokenizer are loaded: one description for everything that loads them."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from hf_coverage.inference.files import read_facts, reading
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -19,6 +20,7 @@ __all__ = [
     "load_tokenizer",
     "load_whole",
     "model_name",
+    "require_there",
     "some",
 ]
 
@@ -107,12 +109,14 @@ def load_whole(kind: Any, name: str, **how: Any) -> "PreTrainedModel":
     Raises:
         ValueError: naming the weights that are missing, of another shape, or left out.
     """
+    require_there(name)
     base = _base_of(name, how.get("revision"))
     if base is not None:
         model = load_whole(kind, base, **how)
         report = model.load_adapter(name, adapter_kwargs={"revision": how.get("revision")}).to_dict()
     else:
-        model, report = kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **how)
+        with reading(f"The checkpoint {name}", "Save or download it again."):
+            model, report = kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **how)
     _require_whole(how.get("gguf_file") or name, model, report)
     return model
 
@@ -121,9 +125,24 @@ def load_tokenizer(name: str, options: ModelOptions) -> "PreTrainedTokenizerBase
     """The tokenizer that the options name, or else that of the model `name`, loaded as the model is."""
     from transformers import AutoTokenizer
 
-    if options.tokenizer is not None:
-        return AutoTokenizer.from_pretrained(options.tokenizer)
-    return AutoTokenizer.from_pretrained(name, revision=options.revision, gguf_file=options.gguf_file)
+    how: dict[str, Any] = {}
+    if options.tokenizer is None:
+        how = {"revision": options.revision, "gguf_file": options.gguf_file}
+    source = options.tokenizer or name
+    require_there(source)
+    with reading(f"The tokenizer of {source}", "Save or download it again, or name another one as `tokenizer`."):
+        return AutoTokenizer.from_pretrained(source, **how)
+
+
+def require_there(name: str) -> None:
+    """Refuse what can only be a path, and is none, before the Hub is asked for a repository of that name.
+
+    Raises:
+        FileNotFoundError: if nothing is there.
+    """
+    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
+    if not is_id and not Path(name).exists():
+        raise FileNotFoundError(f"there is no file or folder {name}: check the path.")
 
 
 def model_name(name: str, options: ModelOptions) -> str:
@@ -138,6 +157,8 @@ def join_job(device: str | None) -> "PartialState":
     import torch
     from accelerate import PartialState
 
+    if device is not None:
+        _require_device(device)
     return PartialState(cpu=device == "cpu" or (device is None and not torch.accelerator.is_available()))
 
 
@@ -147,6 +168,20 @@ def some(names: Sequence[str]) -> str:
     return f"{shown} and {more} more" if more > 0 else shown
 
 
+def _require_device(device: str) -> None:
+    import torch
+
+    try:
+        usable = torch.empty(1, device=device).device.type != "meta"  # which has no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no one kind for it
+        raise ValueError(
+            f"`device` {device!r} cannot be used ({str(error).splitlines()[0]}): give `cpu`, or leave it out for an "
+            "accelerator if there is one."
+        ) from error
+    if not usable:
+        raise ValueError(f"`device` must hold numbers, but {device!r} does not: give `cpu` or an accelerator.")
+
+
 def _base_of(name: str, revision: str | None) -> str | None:
     """The model that an adapter is for; None for what is no adapter, or has its base beside it."""
     from transformers.utils import CONFIG_NAME, find_adapter_config_file, is_peft_available
@@ -154,7 +189,10 @@ def _base_of(name: str, revision: str | None) -> str | None:
     if not is_peft_available() or (Path(name) / CONFIG_NAME).is_file():
         return None
     config = find_adapter_config_file(name, revision=revision)
-    return None if config is None else json.loads(Path(config).read_text("utf-8"))["base_model_name_or_path"]
+    if config is None:
+        return None
+    facts = read_facts(Path(config), "Save or download the adapter again.", base_model_name_or_path=str)
+    return facts["base_model_name_or_path"]
 
 
 def _require_whole(name: str, model: "PreTrainedModel", report: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from datasets import Dataset
@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from hf_coverage.functional.checks import ReferenceKind
 from hf_coverage.functional.statistics import group_codes
-from hf_coverage.inference.files import write_atomically, written_whole
+from hf_coverage.inference.files import read_facts, reading, write_atomically, written_whole
 from hf_coverage.measure.corpus import reference_kind, validate_corpus
 
 __all__ = ["Reference", "load_reference", "read_reference", "write_reference"]
@@ -125,9 +125,17 @@ def load_reference(folder: str | Path, *, corpus: str | None = None) -> tuple[Re
             f"{folder} has no {_ARRAYS}, so it is not known what its rows are: run `hf-coverage score` into it once "
             "more with the same model and corpus; nothing is scored twice."
         )
-    facts = json.loads((path / _FACTS).read_text(encoding="utf-8"))
-    arrays = load_file(path / _ARRAYS)
-    reference = Reference(arrays["rows"], arrays["groups"], arrays.get("reference_logprob"), facts["kind"])
+    remedy = "Run `hf-coverage score` into this folder once more with the same model and corpus."
+    facts = read_facts(path / _FACTS, remedy, kind=str, name=str)
+    with reading(path / _FACTS, remedy):
+        if facts["kind"] not in get_args(ReferenceKind):
+            raise ValueError(f"{facts['kind']!r} is none of {', '.join(get_args(ReferenceKind))}")
+    with reading(path / _ARRAYS, remedy):
+        arrays = load_file(path / _ARRAYS)
+        sizes = {len(array) for array in arrays.values()}
+        if len(sizes) != 1:
+            raise ValueError(f"columns of unequal length, {sorted(sizes)}")
+        reference = Reference(arrays["rows"], arrays["groups"], arrays.get("reference_logprob"), facts["kind"])
     _check_binding(path, reference, facts.pop(_BINDING, None), corpus)
     return reference, facts
 

@@ -228,11 +228,15 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} holds no score table: there is no {_METADATA} in it.")
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        if not isinstance(metadata, dict):
+            raise ValueError(f"a {type(metadata).__name__} instead of an object")
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); score into a new folder.") from error
     found = metadata.get("format"), metadata.get("format_version")
     if found != (_FORMAT, _FORMAT_VERSION):
         raise ValueError(f"{path} must be of format {_FORMAT!r}, version {_FORMAT_VERSION}, got {found}.")
+    if not all(type(metadata.get(name)) is int and metadata[name] > 0 for name in ("rows", "shard_rows")):
+        raise ValueError(f"{path} is damaged (`rows` and `shard_rows` are no sizes); score into a new folder.")
     return metadata
 
 

@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -10,6 +11,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 __all__ = ["Cell", "Column", "Interval", "Table", "escape_markdown", "format_cell", "format_number", "rich_table"]
+
+# Brackets alone and underscores inside words are text, as they stand in intervals and in `Cov_16`.
+_MARKUP = re.compile(r"([\\`*~|]|(?<=\])[\[(]|(?<!\w)_|_(?!\w))")
 
 
 class Interval(NamedTuple):
@@ -139,8 +143,13 @@ def format_cell(cell: Cell) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Text as one line of Markdown that can become neither markup nor a new cell."""
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+    r"""Text as one line of Markdown that can become neither markup nor a new cell.
+
+    Example:
+        >>> print(escape_markdown("[x](url) **b** 0.2 [0.1, 0.3] Cov_16"))
+        [x]\(url) \*\*b\*\* 0.2 [0.1, 0.3] Cov_16
+    """
+    return _MARKUP.sub(r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def _number(cell: Cell) -> float:
