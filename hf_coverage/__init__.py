@@ -157,7 +157,7 @@ def evaluate_module(name: str) -> str:
         The folder's path.
 
     Raises:
-        ValueError: if there is no module of that name.
+        ValueError: If there is no module of that name.
 
     Example:
         >>> Path(evaluate_module("coverage")).name
@@ -176,7 +176,7 @@ def generate_module(name: str) -> str:
         The folder's path; `generate` asks for `trust_remote_code=True` beside it.
 
     Raises:
-        ValueError: if there is no method of that name.
+        ValueError: If there is no method of that name.
 
     Example:
         >>> Path(generate_module("test_time_training")).name

@@ -81,16 +81,16 @@ def plot_profiles(
     """Draw coverage profiles over N on a logarithmic axis, each with its confidence band.
 
     Args:
-        curves: one for each model, at most seven.
-        path: file to write, its format given by the suffix; None only returns the figure.
-        ylabel: what the vertical axis shows; a bound must say that it is one.
-        title: title above the axes.
+        curves: One for each model, at most seven.
+        path: File to write, its format given by the suffix; None only returns the figure.
+        ylabel: What the vertical axis shows; a bound must say that it is one.
+        title: Title above the axes.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: with no curve, or more than there are distinguishable colours.
+        ValueError: With no curve, or more than there are distinguishable colours.
 
     Example:
         >>> curve = ProfileCurve("model", [1, 2, 4], [0.9, 0.5, 0.1], [0.8, 0.4, 0.05], [1.0, 0.6, 0.2])
@@ -132,15 +132,15 @@ def plot_training_curves(
     Args:
         steps: `(K,)` training steps.
         kl: `(K,)` sequence-level KL, nats.
-        coverage: label and `(K,)` values of each coverage curve, at most six.
-        path: file to write, its format given by the suffix; None only returns the figure.
-        title: title above the axes.
+        coverage: Label and `(K,)` values of each coverage curve, at most six.
+        path: File to write, its format given by the suffix; None only returns the figure.
+        title: Title above the axes.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: with no coverage curve, or more than there are distinguishable colours.
+        ValueError: With no coverage curve, or more than there are distinguishable colours.
 
     Example:
         >>> figure = plot_training_curves([0, 10, 20], [1.2, 0.9, 0.8], [("Cov$_4$", [0.3, 0.1, 0.2])])
@@ -195,19 +195,19 @@ def plot_predictiveness(
     only falls, one that misleads turns back on itself.
 
     Args:
-        passes: label and `(K,)` values of Pass@N, one a panel.
+        passes: Label and `(K,)` values of Pass@N, one a panel.
         kl: `(K,)` sequence-level KL, nats.
-        coverage: label and `(K,)` values of the coverage to set against each panel's Pass@N.
-        path: file to write, its format given by the suffix; None only returns the figure.
-        kl_label: what the upper axes show.
-        notes: a text above each panel, such as the rank correlations in it; none by default.
-        title: title above the axes.
+        coverage: Label and `(K,)` values of the coverage to set against each panel's Pass@N.
+        path: File to write, its format given by the suffix; None only returns the figure.
+        kl_label: What the upper axes show.
+        notes: A text above each panel, such as the rank correlations in it; none by default.
+        title: Title above the axes.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: if there is no panel, or not one coverage for each, or notes for some of them only.
+        ValueError: If there is no panel, or not one coverage for each, or notes for some of them only.
 
     Example:
         >>> figure = plot_predictiveness(
@@ -255,17 +255,17 @@ def plot_challenges(
     """Draw the challenges of a tournament as a heat map: a column for each defender, its darkest field its score.
 
     Args:
-        names: the M candidates.
+        names: The M candidates.
         challenges: `(M, M)` how often a candidate (row) challenges another one (column); NaN is left white.
-        path: file to write, its format given by the suffix; None only returns the figure.
-        winner: the candidate whose column is framed.
-        title: title above the axes.
+        path: File to write, its format given by the suffix; None only returns the figure.
+        winner: The candidate whose column is framed.
+        title: Title above the axes.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: if there is not one row and one column for each name.
+        ValueError: If there is not one row and one column for each name.
 
     Example:
         >>> figure = plot_challenges(["a", "b"], [[0.0, 0.2], [0.1, 0.0]], winner="a")
@@ -319,17 +319,17 @@ def plot_best_of_n(
     """Draw what Best-of-N achieves over N on a logarithmic axis, each curve with its band, and predictions dashed.
 
     Args:
-        curves: observed, at least one.
-        path: file to write, its format given by the suffix; None only returns the figure.
-        lines: label and `(K,)` values of predictions, on the N of the first curve.
-        ylabel: what the vertical axis shows.
-        title: title above the axes.
+        curves: Observed, at least one.
+        path: File to write, its format given by the suffix; None only returns the figure.
+        lines: Label and `(K,)` values of predictions, on the N of the first curve.
+        ylabel: What the vertical axis shows.
+        title: Title above the axes.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: with no curve, or more curves and lines than there are distinguishable colours.
+        ValueError: With no curve, or more curves and lines than there are distinguishable colours.
 
     Example:
         >>> curve = BestOfNCurve("model", [1, 2, 4], [0.2, 0.3, 0.5], [0.1, 0.2, 0.4], [0.3, 0.4, 0.6])

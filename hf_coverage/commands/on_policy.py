@@ -31,10 +31,10 @@ class Generations:
     """How checkpoints write responses to prompts of the data.
 
     Attributes:
-        number: of responses, each to another row of the data, drawn at random; None for one to every row.
-        max_new_tokens: of a response; None for those of the longest response in the data.
-        batch_size: responses written at once.
-        seed: of the draws.
+        number: Of responses, each to another row of the data, drawn at random; None for one to every row.
+        max_new_tokens: Of a response; None for those of the longest response in the data.
+        batch_size: Responses written at once.
+        seed: Of the draws.
     """
 
     number: int | None
@@ -58,14 +58,14 @@ def offset_arguments(
     One model is loaded at a time. What is written and scored is kept in `folder`, and what is there is used again.
 
     Args:
-        sources: checkpoint folders or Hub ids, all of one tokenizer.
-        names: what to call them.
-        folder: where responses and scores go.
-        data: the corpus whose prompts are continued.
-        generations: how they are continued.
-        reading: how the corpus is read.
-        loading: how models are loaded.
-        scoring: how responses are scored, see `score_responses`.
+        sources: Checkpoint folders or Hub ids, all of one tokenizer.
+        names: What to call them.
+        folder: Where responses and scores go.
+        data: The corpus whose prompts are continued.
+        generations: How they are continued.
+        reading: How the corpus is read.
+        loading: How models are loaded.
+        scoring: How responses are scored, see `score_responses`.
 
     Returns:
         `on_policy` and `on_policy_groups` of `hf_coverage.tournament`; nothing on other processes than the main one.

@@ -133,9 +133,9 @@ class CorpusOptions:
     """How a reference corpus is read.
 
     Attributes:
-        split: of a data set that has several.
-        append_eos: whether the end-of-sequence token is part of every response.
-        group_by: column whose equal values make rows dependent; None for `document`, or else `prompt`.
+        split: Of a data set that has several.
+        append_eos: Whether the end-of-sequence token is part of every response.
+        group_by: Column whose equal values make rows dependent; None for `document`, or else `prompt`.
     """
 
     split: Split = None
@@ -154,7 +154,7 @@ def command_line(command: Callable[..., None]) -> Callable[..., None]:
     """A command as typer takes it: each dataclass that it takes becomes an option for every field; and `--config`.
 
     Args:
-        command: a function of options and arguments in typer's annotations, and of dataclasses. A field's annotation
+        command: A function of options and arguments in typer's annotations, and of dataclasses. A field's annotation
             is typer's too, or its help stands in its metadata, as transformers' `HfArgumentParser` has it.
 
     Returns:

@@ -72,11 +72,11 @@ def collect(
     """Profiles of score folders, and of models that are scored first, into `output_dir/scores`.
 
     Args:
-        sources: score folders or scored data sets; models, where `corpus` is given.
-        output_dir: where models' scores go.
-        corpus: the corpus to score models on.
-        reading: how it is read.
-        loading: how models are loaded.
+        sources: Score folders or scored data sets; models, where `corpus` is given.
+        output_dir: Where models' scores go.
+        corpus: The corpus to score models on.
+        reading: How it is read.
+        loading: How models are loaded.
     """
     measured = []
     for source in sources:

@@ -73,13 +73,13 @@ def score_into(
     """Score a model on a corpus into a score folder; every process of a job calls it.
 
     Args:
-        folder: the score folder.
-        model: the model's folder or Hub id.
-        corpus: the corpus's folder, file or Hub id.
-        name: what to call the model.
-        reading: how the corpus is read.
-        loading: how the model is loaded.
-        options: see `score_responses`.
+        folder: The score folder.
+        model: The model's folder or Hub id.
+        corpus: The corpus's folder, file or Hub id.
+        name: What to call the model.
+        reading: How the corpus is read.
+        loading: How the model is loaded.
+        options: See `score_responses`.
     """
     from accelerate import PartialState
 

@@ -112,14 +112,14 @@ def measure(
     """Measure what the theorems need; every process of a job calls it.
 
     Args:
-        model: the model.
-        rows: the corpus.
-        plan: what is wanted.
-        tokenizer: the model's.
+        model: The model.
+        rows: The corpus.
+        plan: What is wanted.
+        tokenizer: The model's.
         radius: R; None for the norm of the output head.
-        num_batches: how many minibatches' gradients to measure.
-        seed: of those minibatches.
-        scoring: see `measure_inherent_variance`.
+        num_batches: How many minibatches' gradients to measure.
+        seed: Of those minibatches.
+        scoring: See `measure_inherent_variance`.
     """
     from hf_coverage.measure.corpus import encode_corpus
     from hf_coverage.measure.inherent_variance import gradient_norms, measure_inherent_variance, require_linear_head

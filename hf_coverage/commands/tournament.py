@@ -165,13 +165,13 @@ def score_checkpoints(
     """Score those checkpoints whose scores are not there; every process of a job calls it.
 
     Args:
-        sources: checkpoint folders, Hub ids or score folders.
-        names: what to call them.
-        scores: where their scores go.
-        data: the corpus.
-        reading: how it is read.
-        loading: how models are loaded.
-        scoring: how they are scored, see `score_responses`.
+        sources: Checkpoint folders, Hub ids or score folders.
+        names: What to call them.
+        scores: Where their scores go.
+        data: The corpus.
+        reading: How it is read.
+        loading: How models are loaded.
+        scoring: How they are scored, see `score_responses`.
 
     Returns:
         The score folder of each.

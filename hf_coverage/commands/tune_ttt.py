@@ -6,14 +6,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from hf_coverage.commands.console import is_main_process, print_table, say
 from hf_coverage.commands.inputs import leave_job, read_corpus
 from hf_coverage.commands.options import BatchTokens, CorpusOptions, output_folder
-from hf_coverage.commands.score_rules import score_settings
 from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer
-from hf_coverage.report.provenance import provenance
+from hf_coverage.report.provenance import provenance, running_command
 from hf_coverage.report.table import Cell, Column, Table
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from hf_coverage.measure.reference import Reference
     from hf_coverage.select.ttt_choice import TTTChoice
 
-__all__ = ["EXAMPLES", "tune_ttt"]
+__all__ = ["EXAMPLES", "score_settings", "tune_ttt"]
 
 EXAMPLES = """\
 [bold]Examples[/]
@@ -187,11 +188,11 @@ def default_sizes(
     """Measure which step sizes each scope should try; every process of a job calls it.
 
     Args:
-        model: the model.
-        rows: the corpus.
-        rules: some of each scope, whatever their step sizes.
-        tokenizer: the model's.
-        append_eos: whether the end-of-sequence token is part of every response.
+        model: The model.
+        rows: The corpus.
+        rules: Some of each scope, whatever their step sizes.
+        tokenizer: The model's.
+        append_eos: Whether the end-of-sequence token is part of every response.
 
     Returns:
         Step sizes by scope.
@@ -283,3 +284,73 @@ def _numbers(texts: Sequence[str], option: str, *, none: bool = False) -> list[A
             allowed = "numbers or `none`" if none else "numbers"
             raise typer.BadParameter(f"{text!r} is none for `{option}`: give {allowed}, comma-separated.") from error
     return list(dict.fromkeys(found))
+
+
+def score_settings(
+    model: "PreTrainedModel",
+    rows: "Dataset",
+    rules: Sequence["TTTConfig"],
+    reference: "Reference",
+    folder: Path,
+    *,
+    facts: dict[str, Any],
+    tokenizer: Any,
+    append_eos: bool,
+    **options: Any,
+) -> list[NDArray[np.float64]]:
+    """Score plain decoding and each rule into a folder of its own; every process of a job calls it.
+
+    Args:
+        model: The model.
+        rows: The corpus.
+        rules: The rules.
+        reference: What the corpus knows of its rows.
+        folder: Where the score folders go.
+        facts: What is written beside the scores.
+        tokenizer: The model's.
+        append_eos: Whether the end-of-sequence token is part of every response.
+        options: See `score_rules`.
+
+    Returns:
+        Log p(y|x) of all rows, for each rule and then for plain decoding.
+
+    Raises:
+        ValueError: If no response is long enough for a step to matter.
+    """
+    from hf_coverage.measure.corpus import encode_corpus
+    from hf_coverage.measure.reference import write_reference
+    from hf_coverage.measure.scoring import PLAIN, score_rules
+    from hf_coverage.select.ttt_settings import rule_name
+
+    if not any(rule.on_prompt for rule in rules):
+        encoded = encode_corpus(rows, tokenizer, append_eos=append_eos)
+        if max(map(len, encoded.completions)) < 2:
+            raise ValueError(
+                "every response is one token long, and test-time training changes what comes after it: give longer "
+                "responses."
+            )
+    named = {rule_name(rule): rule for rule in rules}
+    folders = {name: name.replace(", ", "_").replace(" ", "-") for name in (PLAIN, *named)}
+    # Plain decoding and all that the head does are one reading; each of the others is complete when it is done.
+    heads = [name for name, rule in named.items() if rule.scope == "head"]
+    readings = ([heads] if heads else []) + [[name] for name in named if name not in heads]
+    found: dict[str, NDArray[np.float64]] = {}
+    for index, names in enumerate(readings, start=1):
+        say(f"{index} of {len(readings)}: {'; '.join(names if index > 1 else [PLAIN, *names])}")
+        scores = score_rules(
+            model,
+            tokenizer,
+            rows,
+            {folders[name]: named[name] for name in names},
+            append_eos=append_eos,
+            output_dir=folder,
+            progress=is_main_process(),
+            **options,
+        )
+        for name in (PLAIN, *names):
+            found[name] = scores[folders[name]].logprob
+            if is_main_process():
+                write_reference(
+                    folder / folders[name], reference, {"name": name, "command": running_command()} | facts
+                )
+    return [found[name] for name in (*named, PLAIN)]

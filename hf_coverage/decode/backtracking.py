@@ -44,26 +44,26 @@ class ValueGuidedDecoder:
     changed.
 
     Args:
-        model: any causal language model.
-        tokenizer: its tokenizer; may be None where the prompt is token ids.
-        prompt: text, chat messages or token ids.
-        verifier: see above.
-        max_new_tokens: most tokens H of a response.
-        temperature: what logits are divided by; 1 is the model itself.
-        top_k: keep the k likeliest tokens of every step; None: all. Methods that judge every child need it, or a small
+        model: Any causal language model.
+        tokenizer: Its tokenizer; may be None where the prompt is token ids.
+        prompt: Text, chat messages or token ids.
+        verifier: See above.
+        max_new_tokens: Most tokens H of a response.
+        temperature: What logits are divided by; 1 is the model itself.
+        top_k: Keep the k likeliest tokens of every step; None: all. Methods that judge every child need it, or a small
             vocabulary.
-        top_p: keep the likeliest tokens that together reach this mass; None: all.
-        eos_token_id: the tokens that end a response; None: those of the model's generation config, or else the
+        top_p: Keep the likeliest tokens that together reach this mass; None: all.
+        eos_token_id: The tokens that end a response; None: those of the model's generation config, or else the
             tokenizer's; an empty list: none.
-        columns: what else the verifier is given by name, such as an answer.
-        batch_size: prefixes that model and verifier get at once.
-        cache_size: prefixes whose next-token distributions (four bytes a token of the vocabulary), attention keys,
+        columns: What else the verifier is given by name, such as an answer.
+        batch_size: Prefixes that model and verifier get at once.
+        cache_size: Prefixes whose next-token distributions (four bytes a token of the vocabulary), attention keys,
             values and moves are remembered; 0: none.
-        progress: whether to show a progress bar.
+        progress: Whether to show a progress bar.
 
     Raises:
-        TypeError: if the verifier cannot be called, or the prompt has the wrong type.
-        ValueError: if a number is out of its range, or the verifier needs something that is not there.
+        TypeError: If the verifier cannot be called, or the prompt has the wrong type.
+        ValueError: If a number is out of its range, or the verifier needs something that is not there.
 
     Example:
         Two tokens out of four each, of which the verifier wants the larger ones:
@@ -149,18 +149,18 @@ class ValueGuidedDecoder:
             visits: K, instead of `steps`: the walk ends when it is at a whole response for the K-th time. The law
                 tends to the same, with about 4 H steps a visit and no walk thrown away; `visits=1` takes the first
                 one there is.
-            restart: with `steps`: False goes on to the next whole response instead of beginning anew, which is biased
+            restart: With `steps`: False goes on to the next whole response instead of beginning anew, which is biased
                 however many steps were made.
-            block_size: tokens of a move. None: one, and every child is judged. A number: the block is drawn from the
+            block_size: Tokens of a move. None: one, and every child is judged. A number: the block is drawn from the
                 model and it alone is judged, accepted with probability min(1, V(new) / V(old)); going back is proposed
                 as often (Metropolis). The same law, for any vocabulary; V at the prompt must then be above 0.
-            laziness: probability of staying.
-            budget: what one response may cost; None: 100,000 steps.
-            seed: what all random numbers follow from.
+            laziness: Probability of staying.
+            budget: What one response may cost; None: 100,000 steps.
+            seed: What all random numbers follow from.
 
         Raises:
-            RuntimeError: if the verifier raises.
-            ValueError: if a number is out of its range, or the verifier's values are wrong or let nothing through.
+            RuntimeError: If the verifier raises.
+            ValueError: If a number is out of its range, or the verifier's values are wrong or let nothing through.
 
         References:
             arXiv 2510.03149, Algorithm 1, Theorem 4.1.
@@ -195,12 +195,12 @@ class ValueGuidedDecoder:
 
         Args:
             num_responses: R.
-            bound: what no V of a whole response exceeds.
-            budget: what one response may cost.
-            seed: what all random numbers follow from.
+            bound: What no V of a whole response exceeds.
+            budget: What one response may cost.
+            seed: What all random numbers follow from.
 
         Raises:
-            ValueError: if a value exceeds the bound.
+            ValueError: If a value exceeds the bound.
         """
         if not bound > 0:
             raise ValueError(f"`bound` must be positive, got {bound}.")
@@ -223,9 +223,9 @@ class ValueGuidedDecoder:
             num_responses: R.
             candidates: None: each token with probability proportional to p V, every one judged. A number: so many
                 blocks are drawn from the model, and one is taken with probability proportional to V.
-            block_size: tokens of a block, where blocks are drawn.
-            budget: what one response may cost.
-            seed: what all random numbers follow from.
+            block_size: Tokens of a block, where blocks are drawn.
+            budget: What one response may cost.
+            seed: What all random numbers follow from.
         """
         _at_least_one("block_size", block_size)
         if candidates is not None:
@@ -247,9 +247,9 @@ class ValueGuidedDecoder:
         Args:
             num_responses: R.
             candidates: N, blocks drawn for each that is taken.
-            block_size: tokens of a block.
-            budget: what one response may cost.
-            seed: what all random numbers follow from.
+            block_size: Tokens of a block.
+            budget: What one response may cost.
+            seed: What all random numbers follow from.
         """
         _at_least_one("candidates", candidates)
         _at_least_one("block_size", block_size)
@@ -302,8 +302,8 @@ class GuidedResponses:
     """R responses to one prompt, and what each of them cost.
 
     Attributes:
-        responses: their tokens, the end-of-sequence token included where there is one.
-        texts: the same as text; None without a tokenizer.
+        responses: Their tokens, the end-of-sequence token included where there is one.
+        texts: The same as text; None without a tokenizer.
         logprobs: `(R,)` log p(y|x) under the sampling distribution, nats.
         values: `(R,)` V; NaN for an empty response that was not judged.
         finished: `(R,)` whether it is a whole response.
@@ -313,9 +313,9 @@ class GuidedResponses:
         verifier_calls: `(R,)` prefixes whose value it asked for.
         steps: `(R,)` steps or choices made.
         starts: `(R,)` how often it began at the prompt.
-        computed_model_calls: prefixes that the model did read for all of them together: what is shared or remembered
+        computed_model_calls: Prefixes that the model did read for all of them together: what is shared or remembered
             is read once.
-        computed_verifier_calls: prefixes that the verifier did judge.
+        computed_verifier_calls: Prefixes that the verifier did judge.
     """
 
     responses: list[list[int]]

@@ -62,36 +62,36 @@ def evaluate_best_of_n(
     as unsolved, with a named count in `errors`; never the run.
 
     Args:
-        model: any causal language model.
-        tokenizer: its tokenizer; may be None where prompts are token ids.
-        corpus: dataset with `prompt` (text, chat messages or token ids) and the columns that the verifier reads. A
+        model: Any causal language model.
+        tokenizer: Its tokenizer; may be None where prompts are token ids.
+        corpus: Dataset with `prompt` (text, chat messages or token ids) and the columns that the verifier reads. A
             column that differs between rows of one prompt is not given to the verifier.
-        verifier: a callable like TRL's reward functions, `verifier(prompts, completions, **columns) -> list[float]`,
+        verifier: A callable like TRL's reward functions, `verifier(prompts, completions, **columns) -> list[float]`,
             or one of `hf_coverage.decode.verifiers`; None: exact match with the column `answer`, or else `completion`.
-        k: responses to each prompt.
-        max_new_tokens: most tokens of a response.
-        temperature: what logits are divided by; 1 is the model itself.
-        top_k: keep the k likeliest tokens of every step; None: all.
-        top_p: keep the likeliest tokens that together reach this mass; None: all.
-        eos_token_id: the tokens that end a response; None: those of the model's generation config, or else the
+        k: Responses to each prompt.
+        max_new_tokens: Most tokens of a response.
+        temperature: What logits are divided by; 1 is the model itself.
+        top_k: Keep the k likeliest tokens of every step; None: all.
+        top_p: Keep the likeliest tokens that together reach this mass; None: all.
+        eos_token_id: The tokens that end a response; None: those of the model's generation config, or else the
             tokenizer's.
-        batch_size: responses drawn at once, and judged at once by a verifier that runs in this process.
-        seed: what all random numbers follow from; the global generators are not touched.
-        threshold: least reward that solves a prompt; None where rewards do not say that, as a reward model's.
-        timeout: seconds for one response, after which the process that the verifier runs in is killed; None runs it
+        batch_size: Responses drawn at once, and judged at once by a verifier that runs in this process.
+        seed: What all random numbers follow from; the global generators are not touched.
+        threshold: Least reward that solves a prompt; None where rewards do not say that, as a reward model's.
+        timeout: Seconds for one response, after which the process that the verifier runs in is killed; None runs it
             in this process, where nothing stops it.
-        output_dir: folder that keeps samples and judgements: an interrupted evaluation goes on there, and another
+        output_dir: Folder that keeps samples and judgements: an interrupted evaluation goes on there, and another
             verifier judges the same samples.
-        shard_rows: responses sampled between two writes: what an interruption costs.
-        name: the model's name in the result; None: its folder's, or its Hub id.
-        progress: whether to show a progress bar on the main process.
+        shard_rows: Responses sampled between two writes: what an interruption costs.
+        name: The model's name in the result; None: its folder's, or its Hub id.
+        progress: Whether to show a progress bar on the main process.
 
     Returns:
         The rewards and what follows from them.
 
     Raises:
-        TypeError: if a value has the wrong type, or the verifier cannot be sent to its process.
-        ValueError: if a number is out of its range, the verifier needs a column that is not there, or `output_dir`
+        TypeError: If a value has the wrong type, or the verifier cannot be sent to its process.
+        ValueError: If a number is out of its range, the verifier needs a column that is not there, or `output_dir`
             holds samples of something else.
 
     Example:
@@ -145,17 +145,17 @@ def judge_best_of_n(
     """Judge the samples that `evaluate_best_of_n` kept, with another verifier and without the model.
 
     Args:
-        output_dir: the folder of samples.
-        corpus: the corpus that they were sampled for.
-        verifier: see `evaluate_best_of_n`.
-        threshold: see `evaluate_best_of_n`.
-        timeout: see `evaluate_best_of_n`.
-        batch_size: responses judged at once by a verifier that runs in this process.
-        progress: whether to show a progress bar on the main process.
+        output_dir: The folder of samples.
+        corpus: The corpus that they were sampled for.
+        verifier: See `evaluate_best_of_n`.
+        threshold: See `evaluate_best_of_n`.
+        timeout: See `evaluate_best_of_n`.
+        batch_size: Responses judged at once by a verifier that runs in this process.
+        progress: Whether to show a progress bar on the main process.
 
     Raises:
-        FileNotFoundError: if there are no samples.
-        ValueError: if they are not complete, or of another corpus.
+        FileNotFoundError: If there are no samples.
+        ValueError: If they are not complete, or of another corpus.
     """
     types = {
         "k": int,

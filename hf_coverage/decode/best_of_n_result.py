@@ -44,7 +44,7 @@ class Prediction(NamedTuple):
     """What a coverage profile says that Best-of-N achieves, for each N.
 
     Attributes:
-        n: the N, 1 to k.
+        n: The N, 1 to k.
         guaranteed: `(k,)` least expected reward, whatever the reward in [0, 1]: the reference's less D.6's bound.
         exact: `(k,)` exact Pass@N where every prompt has one right answer; None otherwise.
     """
@@ -59,17 +59,17 @@ class BestOfNResult:
     """Rewards of k sampled responses to each of P prompts; higher is better.
 
     Attributes:
-        name: the model's name.
-        verifier: the verifier's name.
+        name: The model's name.
+        verifier: The verifier's name.
         rewards: `(P, k)` rewards; a response that could not be judged has 0, or the least reward that was given if
             that is negative: it is unsolved, and never chosen for having failed.
         failed: `(P, k)` which responses could not be judged.
         rows: `(P,)` the first row of each prompt in the corpus.
         prompts: `(P,)` code of each prompt, as `CoverageProfile.groups` has it.
-        errors: how many responses could not be judged, by what went wrong.
-        examples: one response for each of these errors: its row, sample, text, and the error's message.
-        threshold: least reward that solves a prompt; None where rewards do not say that.
-        settings: how the responses were sampled; `judged` names samples and verifier by all that decides the
+        errors: How many responses could not be judged, by what went wrong.
+        examples: One response for each of these errors: its row, sample, text, and the error's message.
+        threshold: Least reward that solves a prompt; None where rewards do not say that.
+        settings: How the responses were sampled; `judged` names samples and verifier by all that decides the
             rewards, and is None where not all of it can be told.
 
     Example:
@@ -96,7 +96,7 @@ class BestOfNResult:
         """A result from rewards `(P, k)` alone, for instance those of another program.
 
         Raises:
-            ValueError: if a reward is NaN or infinite.
+            ValueError: If a reward is NaN or infinite.
         """
         table = np.array(rewards, dtype=np.float64)
         best_of_n_reward(table)  # refuses what is no table of rewards
@@ -119,7 +119,7 @@ class BestOfNResult:
         """Pass@N: the share of prompts that N responses solve, unbiased.
 
         Raises:
-            ValueError: if n is not between 1 and k, or there is no `threshold`.
+            ValueError: If n is not between 1 and k, or there is no `threshold`.
         """
         return self._pass_estimate(n).mean
 
@@ -139,7 +139,7 @@ class BestOfNResult:
         """Flat metrics under the names of lm-evaluation-harness, each with its `_stderr`.
 
         Args:
-            n: the N to report; None: the powers of 2 up to k, and k.
+            n: The N to report; None: the powers of 2 up to k, and k.
 
         Returns:
             `pass@<n>` where there is a threshold, `best_of_<n>`, and `failed`, the share that could not be judged.
@@ -164,11 +164,11 @@ class BestOfNResult:
         The guarantee is `comparator_reward - min_M (Cov_M + exp(-N / (2 M)))` and holds for every reward in [0, 1].
 
         Args:
-            profile: coverage of the reference by the distribution that was sampled from: at temperature 1 the model.
-            comparator_reward: mean reward of the reference's own responses; 1 where they are right.
+            profile: Coverage of the reference by the distribution that was sampled from: at temperature 1 the model.
+            comparator_reward: Mean reward of the reference's own responses; 1 where they are right.
 
         Raises:
-            ValueError: if the profile is of other prompts, or the responses were sampled from another distribution
+            ValueError: If the profile is of other prompts, or the responses were sampled from another distribution
                 than the model itself.
         """
         changed = {key: self.settings[key] for key in ("temperature", "top_k", "top_p") if key in self.settings}
@@ -221,10 +221,10 @@ class BestOfNResult:
         """Draw Pass@N (the reward of Best-of-N without a threshold) with its 95 % band, and a profile's prediction.
 
         Args:
-            path: file to write, its format given by the suffix; None only returns the figure.
-            profile: see `predict`.
-            comparator_reward: see `predict`.
-            title: title above the axes.
+            path: File to write, its format given by the suffix; None only returns the figure.
+            profile: See `predict`.
+            comparator_reward: See `predict`.
+            title: Title above the axes.
         """
         n = range(1, self.k + 1)
         solved = self.threshold is not None
@@ -252,7 +252,7 @@ class BestOfNResult:
         """Read what `to_json` gave: its text, or the path it wrote.
 
         Raises:
-            ValueError: if the text is not a result of a known format.
+            ValueError: If the text is not a result of a known format.
         """
         text = source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text()
         try:

@@ -54,21 +54,21 @@ def response_features(
     return the same.
 
     Args:
-        model: any causal language model with an output head.
-        tokenizer: its tokenizer; may be None for token ids.
-        corpus: dataset with `prompt` and `completion`: text, chat messages or token ids.
-        dim: dimensions to project to; None, or at least the hidden size: not projected.
-        append_eos: end every response with the EOS token, which then counts as one of its tokens; for text only.
-        batch_tokens: token positions computed in one forward pass, padding included; a longer row runs alone.
-        progress: whether to show a progress bar on the main process.
+        model: Any causal language model with an output head.
+        tokenizer: Its tokenizer; may be None for token ids.
+        corpus: Dataset with `prompt` and `completion`: text, chat messages or token ids.
+        dim: Dimensions to project to; None, or at least the hidden size: not projected.
+        append_eos: End every response with the EOS token, which then counts as one of its tokens; for text only.
+        batch_tokens: Token positions computed in one forward pass, padding included; a longer row runs alone.
+        progress: Whether to show a progress bar on the main process.
 
     Returns:
         `(R, dim)` float64.
 
     Raises:
-        TypeError: if the corpus is no `datasets.Dataset`.
-        ValueError: if a row or a size does not fit, or the model gives NaN; names the row.
-        RuntimeError: if the architecture has no single output head over its hidden states.
+        TypeError: If the corpus is no `datasets.Dataset`.
+        ValueError: If a row or a size does not fit, or the model gives NaN; names the row.
+        RuntimeError: If the architecture has no single output head over its hidden states.
 
     Example:
         >>> from datasets import Dataset
@@ -104,23 +104,23 @@ def select_diverse(
     Greedily the largest elliptical bonus `f^T S^-1 f` beside the responses already chosen, `S = lambda I + sum f f^T`.
 
     Args:
-        model: any causal language model; usually the one that gave the responses.
-        tokenizer: its tokenizer; may be None for token ids.
-        samples: dataset with `prompt` and `completion`, each prompt with at least k rows, in any order.
-        k: responses to choose for each prompt.
+        model: Any causal language model; usually the one that gave the responses.
+        tokenizer: Its tokenizer; may be None for token ids.
+        samples: Dataset with `prompt` and `completion`, each prompt with at least k rows, in any order.
+        k: Responses to choose for each prompt.
         lam: lambda > 0, in the units of a squared feature norm.
-        dim: as for `response_features`.
-        center: whether to take the mean feature of a prompt's responses off all of them first.
-        append_eos: as for `response_features`.
-        batch_tokens: as for `response_features`.
-        progress: as for `response_features`.
+        dim: As for `response_features`.
+        center: Whether to take the mean feature of a prompt's responses off all of them first.
+        append_eos: As for `response_features`.
+        batch_tokens: As for `response_features`.
+        progress: As for `response_features`.
 
     Returns:
         The chosen rows with all their columns: prompts in the order of their first rows, the k of a prompt in the
         order of their choice, so that a smaller k is the beginning of each.
 
     Raises:
-        ValueError: if a prompt has fewer than k rows, or as for `response_features`.
+        ValueError: If a prompt has fewer than k rows, or as for `response_features`.
 
     Example:
         >>> from datasets import Dataset
@@ -159,17 +159,17 @@ class ExplorationReward:
     their completions are one group.
 
     Args:
-        model: the causal language model whose hidden states tell responses apart: the very model that is trained, for
+        model: The causal language model whose hidden states tell responses apart: the very model that is trained, for
             its present representation, or a frozen copy on the device that it is to run on, for the pre-trained one.
             Its mode, gradients and random numbers stay as they are.
-        tokenizer: its tokenizer, with the chat template where prompts are conversations.
+        tokenizer: Its tokenizer, with the chat template where prompts are conversations.
         lam: lambda > 0, in the units of a squared feature norm.
-        dim: as for `response_features`.
-        center: whether to take the mean feature of a group off all of it first.
-        batch_tokens: as for `response_features`.
+        dim: As for `response_features`.
+        center: Whether to take the mean feature of a group off all of it first.
+        batch_tokens: As for `response_features`.
 
     Raises:
-        ValueError: when called, if there are no `completion_ids`, or as for `response_features`.
+        ValueError: When called, if there are no `completion_ids`, or as for `response_features`.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -203,9 +203,9 @@ class ExplorationReward:
         """Reward the completions that this process made.
 
         Args:
-            prompts: text, chat messages or token ids, one a completion.
-            completion_ids: their token ids.
-            columns: whatever else a trainer passes; not used.
+            prompts: Text, chat messages or token ids, one a completion.
+            completion_ids: Their token ids.
+            columns: Whatever else a trainer passes; not used.
 
         Returns:
             One reward a completion.

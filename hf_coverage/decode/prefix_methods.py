@@ -27,8 +27,8 @@ class Responses:
     """Where responses end.
 
     Args:
-        max_new_tokens: most tokens H.
-        eos_token_ids: tokens that end a response, as its last one.
+        max_new_tokens: Most tokens H.
+        eos_token_ids: Tokens that end a response, as its last one.
     """
 
     max_new_tokens: int
@@ -60,13 +60,13 @@ class Backtracking:
     """The walk of VGB, or its Metropolis relative on blocks of tokens.
 
     Args:
-        responses: where they end.
+        responses: Where they end.
         steps: T, after which the walk ends if it is at a leaf; None: it ends by `visits`.
-        visits: it ends when it is at a leaf for the K-th time.
-        restart: whether a walk that is at no leaf after `steps` begins anew; else it goes on to the next one.
-        block_size: tokens of a move, one drawn block judged; None: one token, all children judged.
-        laziness: probability of staying.
-        cache_size: prefixes whose moves are kept.
+        visits: It ends when it is at a leaf for the K-th time.
+        restart: Whether a walk that is at no leaf after `steps` begins anew; else it goes on to the next one.
+        block_size: Tokens of a move, one drawn block judged; None: one token, all children judged.
+        laziness: Probability of staying.
+        cache_size: Prefixes whose moves are kept.
     """
 
     def __init__(
@@ -152,8 +152,8 @@ class Rejection:
     """Whole responses drawn from the model until one is accepted, with probability V / bound.
 
     Args:
-        responses: where they end.
-        bound: what no value exceeds.
+        responses: Where they end.
+        bound: What no value exceeds.
     """
 
     responses: Responses
@@ -182,8 +182,8 @@ class Guidance:
     """Action-level guidance: each token with probability proportional to p V, and no way back.
 
     Args:
-        responses: where they end.
-        moves: what is known of prefixes.
+        responses: Where they end.
+        moves: What is known of prefixes.
     """
 
     responses: Responses
@@ -212,10 +212,10 @@ class BlockBestOfN:
     """Blocks, of which each is chosen among some drawn from the model: the best one, or one in proportion to V.
 
     Args:
-        responses: where they end.
-        candidates: blocks drawn for each that is chosen.
-        block_size: tokens of a block.
-        greedy: whether the best one is taken.
+        responses: Where they end.
+        candidates: Blocks drawn for each that is chosen.
+        block_size: Tokens of a block.
+        greedy: Whether the best one is taken.
     """
 
     responses: Responses

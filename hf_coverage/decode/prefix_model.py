@@ -72,7 +72,7 @@ class _Asked(ABC, Generic[Answer]):
     """Answers to prefixes, computed in batches and kept for a while.
 
     Attributes:
-        computed: how many prefixes were computed so far.
+        computed: How many prefixes were computed so far.
     """
 
     def __init__(self, batch_size: int, cache_size: int) -> None:
@@ -106,11 +106,11 @@ class PrefixModel(_Asked[NextTokens]):
     """Next-token distributions of a model after prefixes of a response to one prompt.
 
     Args:
-        model: any causal language model.
-        prompt: token ids, never empty.
-        sampling: what is done to the logits.
-        batch_size: prefixes of one forward pass.
-        cache_size: prefixes whose distributions are kept, four bytes a token of the vocabulary each, and beside them
+        model: Any causal language model.
+        prompt: Token ids, never empty.
+        sampling: What is done to the logits.
+        batch_size: Prefixes of one forward pass.
+        cache_size: Prefixes whose distributions are kept, four bytes a token of the vocabulary each, and beside them
             the keys and values of their last tokens.
     """
 
@@ -138,12 +138,12 @@ class PrefixVerifier(_Asked[float]):
     response) and the prompt's columns, one entry a prefix each, and runs in this process.
 
     Args:
-        verifier: the callable.
-        table: the prompt and its columns.
-        tokenizer: turns prefixes into text; None where the prompt is token ids.
-        is_whole: whether a prefix is a whole response.
-        batch_size: prefixes of one call.
-        cache_size: prefixes whose values are kept.
+        verifier: The callable.
+        table: The prompt and its columns.
+        tokenizer: Turns prefixes into text; None where the prompt is token ids.
+        is_whole: Whether a prefix is a whole response.
+        batch_size: Prefixes of one call.
+        cache_size: Prefixes whose values are kept.
     """
 
     def __init__(
@@ -221,9 +221,9 @@ class PrefixReader:
     still, one by one.
 
     Args:
-        model: any causal language model.
-        prompt: token ids, never empty; they are read once, and kept.
-        size: tokens of responses whose keys and values are kept: those used last.
+        model: Any causal language model.
+        prompt: Token ids, never empty; they are read once, and kept.
+        size: Tokens of responses whose keys and values are kept: those used last.
     """
 
     def __init__(self, model: nn.Module, prompt: Sequence[int], *, size: int) -> None:
@@ -316,9 +316,9 @@ class _KeptTokens:
     """Keys and values of single tokens, each in a slot of its own: the prompt's first, then those of responses.
 
     Args:
-        template: a repeatable cache of the model.
-        prompt_length: tokens of the prompt.
-        size: most tokens of responses.
+        template: A repeatable cache of the model.
+        prompt_length: Tokens of the prompt.
+        size: Most tokens of responses.
     """
 
     def __init__(self, template: Cache, prompt_length: int, size: int) -> None:

@@ -29,12 +29,12 @@ class CallBudget:
     the costs of a response do not depend on how many others are decoded beside it.
 
     Args:
-        model_calls: prefixes whose next-token distribution is asked for.
-        verifier_calls: prefixes whose value is asked for.
-        steps: steps of a walk, or choices of a method that only goes forward; a bound on time where calls are free.
+        model_calls: Prefixes whose next-token distribution is asked for.
+        verifier_calls: Prefixes whose value is asked for.
+        steps: Steps of a walk, or choices of a method that only goes forward; a bound on time where calls are free.
 
     Raises:
-        ValueError: if a number is not positive.
+        ValueError: If a number is not positive.
     """
 
     model_calls: int | None = None
@@ -70,7 +70,7 @@ class Node(NamedTuple):
     """A prefix whose children are all judged.
 
     Attributes:
-        next: the tokens that may follow.
+        next: The tokens that may follow.
         values: `(A,)` the values of the children.
     """
 
@@ -87,18 +87,18 @@ class Walker:
     """Where one response's decoding stands, and what it has cost.
 
     Attributes:
-        rng: its own random numbers.
-        budget: what it may cost.
-        prefix: the tokens so far.
-        lengths: tokens of each move that led there.
-        logprobs: log p of each of these moves, nats.
-        values: the value at the root (NaN where it was not asked for) and after each of these moves.
-        whole: the last whole response it was at, with its log-probability and value; None if there was none.
-        steps: steps made.
-        starts: how often it began at the root.
-        exhausted: whether the budget ended it.
-        looked: prefixes that the model was asked for.
-        judged: prefixes that the verifier was asked for.
+        rng: Its own random numbers.
+        budget: What it may cost.
+        prefix: The tokens so far.
+        lengths: Tokens of each move that led there.
+        logprobs: Log p of each of these moves, nats.
+        values: The value at the root (NaN where it was not asked for) and after each of these moves.
+        whole: The last whole response it was at, with its log-probability and value; None if there was none.
+        steps: Steps made.
+        starts: How often it began at the root.
+        exhausted: Whether the budget ended it.
+        looked: Prefixes that the model was asked for.
+        judged: Prefixes that the verifier was asked for.
     """
 
     rng: np.random.Generator
@@ -162,11 +162,11 @@ def run_walkers(
     """Run a method for all walkers, and ask model and verifier for what they want in batches.
 
     Args:
-        method: how to decode.
-        walkers: they end at their responses, or where the budget ended.
-        model: answers `Look`.
-        verifier: answers `Judge`, and with the model `Expand`.
-        progress: whether to show a progress bar.
+        method: How to decode.
+        walkers: They end at their responses, or where the budget ended.
+        model: Answers `Look`.
+        verifier: Answers `Judge`, and with the model `Expand`.
+        progress: Whether to show a progress bar.
     """
     waiting = [_Waiting(walker, method(walker)) for walker in walkers]
     with tqdm(total=len(walkers), desc="Decoding", unit="response", disable=not progress) as bar:

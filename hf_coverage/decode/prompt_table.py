@@ -28,10 +28,10 @@ class PromptTable:
     Attributes:
         rows: `(P,)` the first row of each prompt in the corpus.
         codes: `(P,)` code of each prompt, as `CoverageProfile.groups` has it.
-        prompts: the prompts as the corpus holds them.
+        prompts: The prompts as the corpus holds them.
         kind: "text", "chat messages" or "token ids".
-        columns: values of the other columns, one a prompt.
-        varying: columns left out, since they differ between rows of one prompt.
+        columns: Values of the other columns, one a prompt.
+        varying: Columns left out, since they differ between rows of one prompt.
     """
 
     rows: NDArray[np.int64]
@@ -46,8 +46,8 @@ class PromptTable:
         """Read a corpus.
 
         Raises:
-            TypeError: if it is no `datasets.Dataset`, or a prompt has the wrong type.
-            ValueError: if it has no rows or no column `prompt`, or mixes kinds of prompts.
+            TypeError: If it is no `datasets.Dataset`, or a prompt has the wrong type.
+            ValueError: If it has no rows or no column `prompt`, or mixes kinds of prompts.
 
         Example:
             >>> from datasets import Dataset

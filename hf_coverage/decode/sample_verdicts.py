@@ -38,11 +38,11 @@ class Judging:
     """A verifier, what it is given, and how it is run; make one with `prepare`.
 
     Attributes:
-        verifier: the verifier.
-        names: names of the arguments that it gets.
-        timeout: seconds for one response; None: no limit.
-        batch_size: responses of one call, where it runs in this process.
-        fingerprint: changes with the verifier, its settings and what it reads of the corpus; None where not all that
+        verifier: The verifier.
+        names: Names of the arguments that it gets.
+        timeout: Seconds for one response; None: no limit.
+        batch_size: Responses of one call, where it runs in this process.
+        fingerprint: Changes with the verifier, its settings and what it reads of the corpus; None where not all that
             decides its verdicts can be told, which are then not kept.
     """
 
@@ -77,7 +77,7 @@ class Judging:
         """Refuse a corpus with answers that the verifier does not find right as responses.
 
         Raises:
-            ValueError: if there is one.
+            ValueError: If there is one.
         """
         verifier = self.verifier
         if not isinstance(verifier, Verifier):
@@ -109,10 +109,10 @@ class Judging:
         A shard of which nothing could be judged is judged again: what was missing then may be there now.
 
         Args:
-            samples: the shards.
-            table: the prompts.
-            sampled: changes with the samples.
-            output_dir: folder of samples and verdicts.
+            samples: The shards.
+            table: The prompts.
+            sampled: Changes with the samples.
+            output_dir: Folder of samples and verdicts.
         """
         shards = None
         if output_dir is not None and self.fingerprint is not None:

@@ -18,12 +18,12 @@ class JsonShards:
     """Shards `<name>-00000.jsonl`, ... and what they are of, `metadata.json`.
 
     Args:
-        folder: where they are or will be; made if it does not exist.
-        name: what the files are called.
-        metadata: what decides the rows, JSON-serialisable; the entry `about` only describes.
+        folder: Where they are or will be; made if it does not exist.
+        name: What the files are called.
+        metadata: What decides the rows, JSON-serialisable; the entry `about` only describes.
 
     Raises:
-        ValueError: if the folder holds something else.
+        ValueError: If the folder holds something else.
 
     Example:
         >>> import tempfile
@@ -55,7 +55,7 @@ class JsonShards:
         """The rows of a shard, each with at least the named entries; None where it is not there.
 
         Raises:
-            ValueError: if the shard is damaged.
+            ValueError: If the shard is damaged.
         """
         path = self._path(index)
         if not path.exists():
@@ -82,8 +82,8 @@ def read_metadata(folder: str | PathLike[str], **types: type) -> dict[str, Any]:
     """What the shards in a folder are of, with at least the named entries, each of its type.
 
     Raises:
-        FileNotFoundError: if there are none.
-        ValueError: if the file is damaged.
+        FileNotFoundError: If there are none.
+        ValueError: If the file is damaged.
     """
     path = Path(folder) / _METADATA
     if not path.is_file():

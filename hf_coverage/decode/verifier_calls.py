@@ -22,9 +22,9 @@ class Verdict(NamedTuple):
     """What a verifier said of one response.
 
     Attributes:
-        reward: a finite number; None where the verifier gave none.
-        error: why not, in words that are counted: "raised ValueError", "returned nan", "timed out", ...
-        message: the error's own text.
+        reward: A finite number; None where the verifier gave none.
+        error: Why not, in words that are counted: "raised ValueError", "returned nan", "timed out", ...
+        message: The error's own text.
     """
 
     reward: float | None
@@ -36,9 +36,9 @@ def judge(verifier: Callable[..., Any], arguments: Mapping[str, Sequence[Any]], 
     """Judge `size` responses with one call, or one by one where that call gives no reward for each of them.
 
     Args:
-        verifier: called with the arguments by name; may be a coroutine function.
-        arguments: a list of `size` values for each.
-        size: how many responses.
+        verifier: Called with the arguments by name; may be a coroutine function.
+        arguments: A list of `size` values for each.
+        size: How many responses.
 
     Returns:
         One verdict a response.

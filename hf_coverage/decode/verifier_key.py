@@ -41,13 +41,13 @@ def verifier_key(verifier: Callable[..., Any]) -> list[Any]:
     """Everything known that decides a verifier's verdicts, but for what it is given.
 
     Args:
-        verifier: a `Verifier` or any callable.
+        verifier: A `Verifier` or any callable.
 
     Returns:
         JSON-serialisable parts, equal in two processes where the verdicts are.
 
     Raises:
-        TypeError: if it holds something that cannot be hashed, such as a generator or a connection.
+        TypeError: If it holds something that cannot be hashed, such as a generator or a connection.
     """
     if isinstance(verifier, Verifier) and type(verifier).__module__.partition(".")[0] == _PACKAGE:
         return verifier.key()
@@ -168,8 +168,8 @@ def _reached(names: Iterable[str], own: str) -> tuple[dict[str, str], dict[str, 
     """Sources of the user's modules that are reached by imports, and versions of the packages that are.
 
     Args:
-        names: where to begin.
-        own: the verifier's module. Where it is an installed one, the packages that it imports count too.
+        names: Where to begin.
+        own: The verifier's module. Where it is an installed one, the packages that it imports count too.
     """
     sources: dict[str, str] = {}
     versions: dict[str, str] = {}

@@ -36,13 +36,13 @@ def needed_arguments(verifier: Callable[..., Any], available: Sequence[str], var
     """Which of the available arguments a verifier takes: those it names, or all where it takes `**kwargs`.
 
     Args:
-        verifier: the verifier.
+        verifier: The verifier.
         available: `prompts`, `completions`, `completion_ids` and columns of the corpus.
-        varying: columns that differ between rows of one prompt, and so belong to no response to it.
+        varying: Columns that differ between rows of one prompt, and so belong to no response to it.
 
     Raises:
-        TypeError: if it cannot be called.
-        ValueError: if it needs something that is not there.
+        TypeError: If it cannot be called.
+        ValueError: If it needs something that is not there.
     """
     if isinstance(verifier, Verifier):
         required, taken = {"completions", *verifier.columns}, set(available)
@@ -85,7 +85,7 @@ def runs_in_worker(verifier: Callable[..., Any], timeout: float | None) -> bool:
     """Whether a verifier runs in a process of its own.
 
     Raises:
-        ValueError: if the time limit is not positive.
+        ValueError: If the time limit is not positive.
     """
     if timeout is not None and not timeout > 0:
         raise ValueError(f"`timeout` must be positive seconds, or None for no limit, got {timeout}.")
@@ -97,15 +97,15 @@ def open_judge(verifier: Callable[..., Any], *, timeout: float | None, batch_siz
     """A function that judges responses; what it needs is let go of at the end.
 
     Args:
-        verifier: a `Verifier`, or a callable like TRL's reward functions.
-        timeout: seconds that one response may take, after which the worker process is killed; None runs the verifier
+        verifier: A `Verifier`, or a callable like TRL's reward functions.
+        timeout: Seconds that one response may take, after which the worker process is killed; None runs the verifier
             in this process, in batches. Verifiers that say that they run in this process always do.
-        batch_size: responses of one call in this process; in a worker every call is about one response, so that
+        batch_size: Responses of one call in this process; in a worker every call is about one response, so that
             none can cost another its reward.
 
     Raises:
-        TypeError: if the verifier cannot be sent to a process.
-        RuntimeError: if it cannot be loaded there.
+        TypeError: If the verifier cannot be sent to a process.
+        RuntimeError: If it cannot be loaded there.
     """
     if not runs_in_worker(verifier, timeout):
         yield lambda rows: _judge_here(verifier, rows, batch_size)

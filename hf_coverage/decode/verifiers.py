@@ -49,9 +49,9 @@ class Verifier(ABC):
     """A verifier that comes with the package; your own can be any callable.
 
     Attributes:
-        name: what it is called in tables and folders.
-        columns: columns of the corpus that it reads.
-        runs_here: whether it runs in this process, in batches, and not in a worker.
+        name: What it is called in tables and folders.
+        columns: Columns of the corpus that it reads.
+        runs_here: Whether it runs in this process, in batches, and not in a worker.
     """
 
     name: str
@@ -81,7 +81,7 @@ class ExactMatch(Verifier):
     """1 where a response is the right answer, whitespace around both aside; token ids are compared as they are.
 
     Args:
-        column: the column that holds the answer.
+        column: The column that holds the answer.
 
     Example:
         >>> ExactMatch()(completions=[" 12", "13"], answer=["12", "12"])
@@ -110,11 +110,11 @@ class MathVerify(Verifier):
     and do not stop a loop in C.
 
     Args:
-        column: the column that holds the answer: LaTeX, a plain expression or a number, alone, in `\boxed{}`, or
+        column: The column that holds the answer: LaTeX, a plain expression or a number, alone, in `\boxed{}`, or
             behind `####`.
 
     Raises:
-        ImportError: if `math-verify` is not installed.
+        ImportError: If `math-verify` is not installed.
     """
 
     name = "math-verify"
@@ -135,7 +135,7 @@ class MathVerify(Verifier):
         """1 or 0 a response.
 
         Raises:
-            ValueError: if an answer of the corpus is no mathematics.
+            ValueError: If an answer of the corpus is no mathematics.
         """
         return [self._compare(*pair) for pair in zip(completions, columns[self.columns[0]])]
 
@@ -165,10 +165,10 @@ class ReasoningGym(Verifier):
     be evaluated, which makes it a wrong one.
 
     Args:
-        task: the task's name, such as `"spell_backward"`.
-        tag: the answer is what stands in the last `<tag>...</tag>` of the response, and a response without has none;
+        task: The task's name, such as `"spell_backward"`.
+        tag: The answer is what stands in the last `<tag>...</tag>` of the response, and a response without has none;
             None: the whole response, stripped.
-        config: the task's own settings, where scoring depends on them.
+        config: The task's own settings, where scoring depends on them.
 
     The corpus needs the columns `answer` and `metadata` of the task's entries; `metadata` may be JSON text, which
     keeps what a table cannot hold: `json.dumps(entry["metadata"])`. Tuples and integer keys, which neither keeps, are
@@ -176,8 +176,8 @@ class ReasoningGym(Verifier):
     refused before anything is sampled.
 
     Raises:
-        ImportError: if `reasoning-gym` is not installed.
-        ValueError: if there is no such task.
+        ImportError: If `reasoning-gym` is not installed.
+        ValueError: If there is no such task.
     """
 
     columns = ("answer", "metadata")
@@ -241,13 +241,13 @@ class RewardModel(Verifier):
     Text is joined, chat messages pass through the reward model's own chat template, as TRL does it.
 
     Args:
-        model: folder, Hub id, or the model; it stays on its device.
-        tokenizer: its tokenizer; None loads it from the same folder or id.
-        device: where to put a model that is loaded; None: an accelerator if there is one.
+        model: Folder, Hub id, or the model; it stays on its device.
+        tokenizer: Its tokenizer; None loads it from the same folder or id.
+        device: Where to put a model that is loaded; None: an accelerator if there is one.
 
     Raises:
-        TypeError: if a model comes without its tokenizer.
-        ValueError: if it has more than one label, or no trained head.
+        TypeError: If a model comes without its tokenizer.
+        ValueError: If it has more than one label, or no trained head.
     """
 
     name = "reward-model"
@@ -308,7 +308,7 @@ def completion_text(completion: Any) -> str:
     """The text of a completion: itself, or what its one chat message says.
 
     Raises:
-        TypeError: for token ids.
+        TypeError: For token ids.
 
     Example:
         >>> completion_text([{"role": "assistant", "content": "12"}])
@@ -423,12 +423,12 @@ def named_verifier(name: str, *, column: str = "answer", device: str | None = No
     Args:
         name: `exact-match`, `math-verify`, `reasoning-gym:TASK`, `reward-model:FOLDER_OR_ID`, or one's own callable as
             `module:function` or `file.py:function`.
-        column: the column that holds the answer, for the first two.
-        device: where a reward model runs; None: an accelerator if there is one.
+        column: The column that holds the answer, for the first two.
+        device: Where a reward model runs; None: an accelerator if there is one.
 
     Raises:
-        ValueError: if there is no such verifier, or its module has no such callable.
-        ImportError: if the package or module it needs cannot be imported.
+        ValueError: If there is no such verifier, or its module has no such callable.
+        ImportError: If the package or module it needs cannot be imported.
 
     Example:
         >>> named_verifier("exact-match", column="completion").columns

@@ -25,7 +25,7 @@ def build_widget(script: Path) -> Any:
     """Build the `gradio.Interface` of the module `script`.
 
     Raises:
-        ImportError: if gradio is not installed.
+        ImportError: If gradio is not installed.
     """
     try:
         import gradio

@@ -21,14 +21,14 @@ def pass_at_n(solved: ArrayLike, *, k: int | None = None) -> FloatArray:
 
     Args:
         solved: `(P, k)` booleans, or `(P,)` numbers c of right responses.
-        k: responses to each prompt; needed with numbers, and only there.
+        k: Responses to each prompt; needed with numbers, and only there.
 
     Returns:
         `(P, k)`; column N - 1 holds Pass@N.
 
     Raises:
-        TypeError: if `solved` holds neither booleans nor integers.
-        ValueError: if its shape is another one, or a number is not between 0 and k; names the row.
+        TypeError: If `solved` holds neither booleans nor integers.
+        ValueError: If its shape is another one, or a number is not between 0 and k; names the row.
 
     Example:
         >>> pass_at_n([[True, False, False], [True, True, False]]).round(3).tolist()
@@ -59,7 +59,7 @@ def best_of_n_reward(rewards: ArrayLike, *, proxy: ArrayLike | None = None) -> F
         `(P, k)`; column N - 1 holds the expected reward of the response that is chosen from N.
 
     Raises:
-        ValueError: if a reward is NaN or infinite, or the shapes differ; names row and column.
+        ValueError: If a reward is NaN or infinite, or the shapes differ; names row and column.
 
     Example:
         >>> best_of_n_reward([[0.0, 1.0, 5.0]]).round(3).tolist()

@@ -36,12 +36,12 @@ class BestOfNBudget(NamedTuple):
     """How many samples Best-of-N needs for a wanted regret.
 
     Attributes:
-        n: with this many samples the regret is at most `regret` whatever the reward in [0, 1]; infinite if no number
+        n: With this many samples the regret is at most `regret` whatever the reward in [0, 1]; infinite if no number
             of samples is enough.
-        m: the M whose Cov_M the guarantee rests on.
+        m: The M whose Cov_M the guarantee rests on.
         coverage: Cov_M at that M.
-        regret: the regret asked for.
-        necessary_n: with fewer samples than this (and at least 2) some 0/1 reward makes the regret larger than asked.
+        regret: The regret asked for.
+        necessary_n: With fewer samples than this (and at least 2) some 0/1 reward makes the regret larger than asked.
     """
 
     n: float
@@ -56,10 +56,10 @@ def coverage_bound_from_kl(kl: float, n: float) -> float:
 
     Args:
         kl: `D_KL(D || p)`, nats.
-        n: a real number >= 1; at N = 1 the bound says nothing and is 1.
+        n: A real number >= 1; at N = 1 the bound says nothing and is 1.
 
     Raises:
-        ValueError: if `kl` is negative or NaN.
+        ValueError: If `kl` is negative or NaN.
 
     Example:
         >>> round(coverage_bound_from_kl(0.5, 16), 4)
@@ -93,10 +93,10 @@ def coverage_bound_from_hellinger(hellinger: float, n: float) -> float:
 
     Args:
         hellinger: `D_H^2 = 1/2 sum (sqrt D - sqrt p)^2` in [0, 1].
-        n: a real number >= 1; at N = 1 the bound says nothing and is 1.
+        n: A real number >= 1; at N = 1 the bound says nothing and is 1.
 
     Raises:
-        ValueError: if `hellinger` is negative or NaN.
+        ValueError: If `hellinger` is negative or NaN.
 
     Example:
         >>> round(coverage_bound_from_hellinger(0.05, 16), 4)
@@ -115,10 +115,10 @@ def coverage_bound_from_stopped_kl(stopped_kl: float, n: float) -> float:
 
     Args:
         stopped_kl: `E_D[min(log N, sum_h KL_h)]`, nats, as `functional.stopped_kl` gives it.
-        n: a real number above e.
+        n: A real number above e.
 
     Raises:
-        ValueError: if `n <= e`, where the bound does not hold, or `stopped_kl` is negative or NaN.
+        ValueError: If `n <= e`, where the bound does not hold, or `stopped_kl` is negative or NaN.
 
     Example:
         >>> round(coverage_bound_from_stopped_kl(0.2, 16), 4)
@@ -161,7 +161,7 @@ def kl_bound_from_coverage(rate: float, log_max_ratio: float) -> float:
         log_max_ratio: `log W = sup log D/p`, nats.
 
     Raises:
-        ValueError: if not `0 <= rate <= log_max_ratio`.
+        ValueError: If not `0 <= rate <= log_max_ratio`.
 
     Example:
         >>> round(kl_bound_from_coverage(0.5, 4.0), 4)
@@ -184,7 +184,7 @@ def chain_rule_bound(coverage_of_reference: float, coverage_of_comparator: float
     Args:
         coverage_of_reference: `Cov_{M1/M2}(D||p)`, of the model against the reference.
         coverage_of_comparator: `Cov_{M2}(T||D)`, of the reference against the comparator.
-        m2: the M2 of both, >= 1.
+        m2: The M2 of both, >= 1.
 
     Example:
         >>> round(chain_rule_bound(0.01, 0.05, m2=4), 4)
@@ -201,8 +201,8 @@ def best_of_n_regret_bound(coverage_at_m: float, m: float, n: float) -> float:
 
     Args:
         coverage_at_m: `Cov_M(T||p)`; above 1/2 nothing is guaranteed and the bound is 1.
-        m: a real number >= 1.
-        n: number of samples.
+        m: A real number >= 1.
+        n: Number of samples.
 
     Example:
         >>> round(best_of_n_regret_bound(0.05, m=4, n=32), 4)
@@ -221,11 +221,11 @@ def best_of_n_regret_floor(log_ratios: ArrayLike, n: float, *, weights: ArrayLik
 
     Args:
         log_ratios: `(R,)` log T - log p, nats.
-        n: number of samples, >= 2.
+        n: Number of samples, >= 2.
         weights: `(R,)` non-negative row weights.
 
     Raises:
-        ValueError: if `n < 2`.
+        ValueError: If `n < 2`.
 
     Example:
         >>> best_of_n_regret_floor([0.0, 0.0, 0.0, 5.0], n=16)
@@ -247,14 +247,14 @@ def best_of_n_budget(log_ratios: ArrayLike, regret: float, *, weights: ArrayLike
 
     Args:
         log_ratios: `(R,)` nats; with upper bounds on the ratios the guarantee still holds.
-        regret: the loss of expected reward that is acceptable, in (0, 1), rewards being in [0, 1].
+        regret: The loss of expected reward that is acceptable, in (0, 1), rewards being in [0, 1].
         weights: `(R,)` non-negative row weights.
 
     Returns:
         The budget, with the number of samples that no reward-agnostic use of Best-of-N can undercut beside it.
 
     Raises:
-        ValueError: if `regret` is outside (0, 1).
+        ValueError: If `regret` is outside (0, 1).
 
     Example:
         >>> budget = best_of_n_budget([0.0] * 99 + [6.0], regret=0.1)
@@ -288,7 +288,7 @@ def exact_pass_at_n(logprobs: ArrayLike, n: float, *, weights: ArrayLike | None 
 
     Args:
         logprobs: `(R,)` log-probability of the right response, nats.
-        n: number of samples.
+        n: Number of samples.
         weights: `(R,)` non-negative row weights.
 
     Example:
@@ -334,7 +334,7 @@ def least_regret_bound(log_ratios: ArrayLike, n: float, *, weights: ArrayLike | 
 
     Args:
         log_ratios: `(R,)` log T - log p, nats, T the comparator; with upper bounds on the ratios it still holds.
-        n: number of samples.
+        n: Number of samples.
         weights: `(R,)` non-negative row weights.
 
     Example:

@@ -39,14 +39,14 @@ def check_logprobs(values: ArrayLike, *, name: str = "logprobs", allow_minus_inf
 
     Args:
         values: `(R,)` nats.
-        name: the argument's name, for the error.
-        allow_minus_infinity: whether probability zero is legal, as it is for a model but not for the reference.
+        name: The argument's name, for the error.
+        allow_minus_infinity: Whether probability zero is legal, as it is for a model but not for the reference.
 
     Returns:
         `(R,)` float64.
 
     Raises:
-        ValueError: on an empty or not one-dimensional input, NaN, a value above 0, or a forbidden -inf; names the row.
+        ValueError: On an empty or not one-dimensional input, NaN, a value above 0, or a forbidden -inf; names the row.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:

@@ -43,7 +43,7 @@ def log_ratios(reference_logprobs: ArrayLike, logprobs: ArrayLike) -> FloatArray
         `(R,)` float64, nats.
 
     Raises:
-        ValueError: on unequal lengths or values that cannot be log-probabilities; names the row.
+        ValueError: On unequal lengths or values that cannot be log-probabilities; names the row.
 
     Example:
         >>> log_ratios([-1.0, -2.0], [-1.5, -2.0]).tolist()
@@ -75,14 +75,14 @@ def coverage(
 
     Args:
         log_ratios: `(R,)` log D - log p, nats.
-        n: one N or `(K,)` of them, real numbers >= 1.
+        n: One N or `(K,)` of them, real numbers >= 1.
         weights: `(R,)` non-negative row weights.
 
     Returns:
         A float, or `(K,)` for many N.
 
     Raises:
-        ValueError: on NaN or -inf ratios, or an N below 1.
+        ValueError: On NaN or -inf ratios, or an N below 1.
 
     Example:
         >>> coverage([0.0, 1.0, 2.0, 3.0], [1, 2, 16]).tolist()
@@ -116,10 +116,10 @@ def coverage_interval(
 
     Args:
         log_ratios: `(R,)` nats.
-        n: a real number >= 1.
+        n: A real number >= 1.
         groups: `(R,)` the prompt of each row, or any label of it; None if no prompt repeats.
         weights: `(R,)` non-negative row weights.
-        confidence: two-sided level.
+        confidence: Two-sided level.
 
     Returns:
         Lower and upper end. See `proportion_interval` for the method.
@@ -138,14 +138,14 @@ def smallest_n(log_ratios: ArrayLike, eps: float, *, weights: ArrayLike | None =
 
     Args:
         log_ratios: `(R,)` nats.
-        eps: the share of reference responses that may stay uncovered, in [0, 1].
+        eps: The share of reference responses that may stay uncovered, in [0, 1].
         weights: `(R,)` non-negative row weights.
 
     Returns:
         N; infinite where more than eps of the responses have probability 0, or N exceeds the largest float.
 
     Raises:
-        ValueError: if eps is outside [0, 1].
+        ValueError: If eps is outside [0, 1].
 
     Example:
         >>> round(smallest_n([0.0, 1.0, 2.0, 3.0], eps=0.25), 3)
@@ -169,15 +169,15 @@ def stopped_kl(token_kl: Iterable[ArrayLike], n: float, *, weights: ArrayLike | 
     """Stopped KL, `E_D[min(log N, sum_h KL(D(.|x, y_<h) || p(.|x, y_<h)))]`, nats.
 
     Args:
-        token_kl: one `(H_i,)` array of next-token divergences for each row.
-        n: a real number >= 1.
+        token_kl: One `(H_i,)` array of next-token divergences for each row.
+        n: A real number >= 1.
         weights: `(R,)` non-negative row weights.
 
     Returns:
         The mean over rows of the sum cut at log N. `Cov_N <= 2 / (log N - 1)` times it for N > e.
 
     Raises:
-        ValueError: on a negative or NaN divergence; names the row.
+        ValueError: On a negative or NaN divergence; names the row.
 
     Example:
         >>> round(stopped_kl([[0.1, 0.2], [5.0, 5.0]], n=8), 4)

@@ -24,10 +24,10 @@ class BestEvaluation:
     """The evaluation with the lowest Cov_N so far; of equals, the one with the lowest cross-entropy.
 
     Args:
-        step: the training step.
+        step: The training step.
         coverage: Cov_N.
-        cross_entropy: mean of -log p, nats a response.
-        reached: one bit a row, `r >= log N`, packed and written in hexadecimal.
+        cross_entropy: Mean of -log p, nats a response.
+        reached: One bit a row, `r >= log N`, packed and written in hexadecimal.
     """
 
     step: int
@@ -41,9 +41,9 @@ class WatchState:
     """What the watch remembers between evaluations; `asdict` and `from_dict` take it through JSON.
 
     Args:
-        evaluations: how many evaluations it has seen.
-        best: the best of them.
-        warned: whether a worsening was reported; it is reported once.
+        evaluations: How many evaluations it has seen.
+        best: The best of them.
+        warned: Whether a worsening was reported; it is reported once.
     """
 
     evaluations: int = 0
@@ -61,9 +61,9 @@ class Worsening(NamedTuple):
     """Coverage significantly above its best while cross-entropy is below what it was then.
 
     Args:
-        best: the evaluation with the best coverage.
+        best: The evaluation with the best coverage.
         coverage: Cov_N now.
-        cross_entropy: cross-entropy now, nats a response.
+        cross_entropy: Cross-entropy now, nats a response.
         test: Cov_N now minus Cov_N then on the same rows.
     """
 
@@ -90,19 +90,19 @@ def update_watch(
     however long the run, so that looking at every evaluation does not turn noise into an alarm.
 
     Args:
-        state: what the watch remembers; `WatchState()` at first.
-        step: the training step.
+        state: What the watch remembers; `WatchState()` at first.
+        step: The training step.
         log_ratios: `(R,)` log D - log p, nats.
-        cross_entropy: mean of -log p over the same rows, nats a response.
-        n: the N of Cov_N.
+        cross_entropy: Mean of -log p over the same rows, nats a response.
+        n: The N of Cov_N.
         groups: `(R,)` the prompt of each row; None if no prompt repeats.
-        alpha: chance of a false alarm that the whole run may have.
+        alpha: Chance of a false alarm that the whole run may have.
 
     Returns:
         The new state, and the worsening if it is to be reported now.
 
     Raises:
-        ValueError: if the number of rows changed.
+        ValueError: If the number of rows changed.
 
     Example:
         >>> falling_then_rising = [np.where(np.arange(200) < covered, 3.0, 0.0) for covered in (60, 20, 70)]

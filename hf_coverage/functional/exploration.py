@@ -33,7 +33,7 @@ def elliptical_bonus(features: ArrayLike, seen: ArrayLike | None = None, *, lam:
         `(R,)` non-negative; at most 1 without `seen`, at most `||f_i||^2 / lambda` with it.
 
     Raises:
-        ValueError: if lambda is not positive, a shape is another one, or a number is not finite; names the row.
+        ValueError: If lambda is not positive, a shape is another one, or a number is not finite; names the row.
 
     Example:
         >>> elliptical_bonus([[3.0, 0.0], [3.0, 0.0], [0.0, 1.0]]).round(3).tolist()
@@ -62,14 +62,14 @@ def elliptical_selection(features: ArrayLike, k: int | None = None, *, lam: floa
 
     Args:
         features: `(M, d)` finite, one response a row.
-        k: how many to choose, at most M; None: all, as an order.
+        k: How many to choose, at most M; None: all, as an order.
         lam: lambda > 0, in the units of a squared feature norm.
 
     Returns:
         `(k,)` rows in the order of their choice.
 
     Raises:
-        ValueError: if k is not between 1 and M, or as for `elliptical_bonus`.
+        ValueError: If k is not between 1 and M, or as for `elliptical_bonus`.
 
     Example:
         >>> elliptical_selection([[3.0, 0.0], [2.9, 0.1], [0.0, 1.0]], k=2).tolist()
@@ -103,15 +103,15 @@ def sparse_projection(size: int, dim: int, *, seed: int = 0) -> FloatArray:
     An entry is `+-(q dim)^(-1/2)` with probability q/2 each and 0 otherwise, q = size^(-1/2).
 
     Args:
-        size: dimensions of the features.
-        dim: dimensions to project to.
-        seed: of its random numbers; the same matrix on every machine.
+        size: Dimensions of the features.
+        dim: Dimensions to project to.
+        seed: Of its random numbers; the same matrix on every machine.
 
     Returns:
         `(size, dim)`.
 
     Raises:
-        ValueError: if a size is not positive.
+        ValueError: If a size is not positive.
 
     Example:
         >>> matrix = sparse_projection(400, 100)

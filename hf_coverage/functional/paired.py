@@ -43,17 +43,17 @@ def paired_coverage_difference(
     Args:
         log_ratios_a: `(R,)` nats, of model a.
         log_ratios_b: `(R,)` nats, of model b, row by row the same responses.
-        n: a real number >= 1.
+        n: A real number >= 1.
         groups: `(R,)` the prompt of each row; None if no prompt repeats.
         weights: `(R,)` non-negative row weights.
-        confidence: two-sided level.
+        confidence: Two-sided level.
 
     Returns:
         The plain difference of the two coverages, the interval and the p-value. A single group tells nothing of
         others: (-1, 1) and NaN.
 
     Raises:
-        ValueError: if the two describe different numbers of rows.
+        ValueError: If the two describe different numbers of rows.
 
     Example:
         >>> paired_coverage_difference([0.0, 3.0, 3.0, 0.0], [0.0, 3.0, 0.0, 0.0], n=8).difference
@@ -110,7 +110,7 @@ def paired_kl_difference(
         log_ratios_b: `(R,)` nats, of model b, row by row the same responses.
         groups: `(R,)` the prompt of each row; None if no prompt repeats.
         weights: `(R,)` non-negative row weights.
-        confidence: two-sided level.
+        confidence: Two-sided level.
 
     Returns:
         The difference, the interval and the p-value. The difference is infinite where one KL is and NaN where both
@@ -118,7 +118,7 @@ def paired_kl_difference(
         same amount, which says nothing of how much others may differ. Where none differs the p-value is 1.
 
     Raises:
-        ValueError: if the two describe different numbers of rows.
+        ValueError: If the two describe different numbers of rows.
 
     Example:
         >>> result = paired_kl_difference([0.5, 1.0, 3.0, 0.5], [0.0, 1.0, 2.0, 0.0])

@@ -27,16 +27,16 @@ class RankCorrelations:
     """Rank correlation, over M checkpoints, of each guide with each outcome: -1 is a perfect guide, > 0 misleads.
 
     Attributes:
-        guides: names of the K guides.
-        outcomes: names of the L outcomes.
+        guides: Names of the K guides.
+        outcomes: Names of the L outcomes.
         guide_values: `(K, M)` the guides at the checkpoints.
         outcome_values: `(L, M)` the outcomes at the checkpoints.
         values: `(K, L)` Spearman's rank correlation; NaN where one of the two is the same at all checkpoints, and so
             has no order.
         low: `(K, L)` lower end of the interval; NaN where there is no value, or no bootstrap.
         high: `(K, L)` upper end.
-        confidence: level of the intervals.
-        num_prompts: prompts that guides and outcomes rest on, together.
+        confidence: Level of the intervals.
+        num_prompts: Prompts that guides and outcomes rest on, together.
     """
 
     guides: tuple[str, ...]
@@ -83,21 +83,21 @@ def rank_correlations(
     observations.
 
     Args:
-        guides: by name, `(M, R)` what a checkpoint has on a row; lower is better, +inf is legal.
-        outcomes: by name, `(M, S)` what a checkpoint achieves on a row; higher is better.
+        guides: By name, `(M, R)` what a checkpoint has on a row; lower is better, +inf is legal.
+        outcomes: By name, `(M, S)` what a checkpoint achieves on a row; higher is better.
         groups: `(R,)` the prompt of each row of the guides; None takes every row as its own.
         outcome_groups: `(S,)` the prompt of each row of the outcomes, in the labels of `groups`; None means that the
             outcomes' rows are the guides' rows. Without `groups` they are prompts of their own.
         weights: `(R,)` non-negative weights of the guides' rows, and of the outcomes' where those are the same.
-        confidence: two-sided level.
-        replicates: bootstrap samples; 0 for none.
-        seed: of the bootstrap.
+        confidence: Two-sided level.
+        replicates: Bootstrap samples; 0 for none.
+        seed: Of the bootstrap.
 
     Returns:
         The correlations.
 
     Raises:
-        ValueError: with fewer than 3 checkpoints, tables of different shapes, or values that have no mean; names the
+        ValueError: With fewer than 3 checkpoints, tables of different shapes, or values that have no mean; names the
             table.
 
     Example:

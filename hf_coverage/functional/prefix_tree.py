@@ -37,11 +37,11 @@ class PrefixTree:
         """Go through all prefixes from the root.
 
         Args:
-            children: the next tokens of a prefix with their log-probabilities (nats); none at a leaf.
+            children: The next tokens of a prefix with their log-probabilities (nats); none at a leaf.
             value: V.
 
         Raises:
-            ValueError: if a value is negative or not finite.
+            ValueError: If a value is negative or not finite.
 
         Example:
             >>> bits = [(0, np.log(0.5)), (1, np.log(0.5))]
@@ -91,7 +91,7 @@ def leaf_target(tree: PrefixTree) -> FloatArray:
     """`(S,)` the law p(y) V(y), normalised over the leaves.
 
     Raises:
-        ValueError: if no leaf has a value above 0.
+        ValueError: If no leaf has a value above 0.
     """
     weights = np.where(tree.is_leaf, np.exp(tree.path_logprobs) * tree.values, 0.0)
     return leaf_law(weights, "no leaf has a value above 0")

@@ -43,14 +43,14 @@ def walk_probabilities(
         child_logprobs: `(A,)` log p(v | y), nats; empty at a leaf.
         child_values: `(A,)` V(y v).
         value: V(y); not used at the root.
-        has_parent: whether y is not the root.
-        laziness: probability of staying.
+        has_parent: Whether y is not the root.
+        laziness: Probability of staying.
 
     Returns:
         `(2 + A,)` probabilities of staying, of the parent, and of each child.
 
     Raises:
-        ValueError: if a value is negative or not finite, the shapes differ, or `laziness` is not in [0, 1).
+        ValueError: If a value is negative or not finite, the shapes differ, or `laziness` is not in [0, 1).
 
     Example:
         >>> walk_probabilities(np.log([0.5, 0.5]), [1.0, 2.0], 1.5).round(3).tolist()
@@ -99,7 +99,7 @@ def metropolis_acceptance(value: float, proposed: float) -> float:
         proposed: V of the parent or child that is proposed.
 
     Raises:
-        ValueError: if a value is negative or not finite.
+        ValueError: If a value is negative or not finite.
 
     Example:
         >>> metropolis_acceptance(0.5, 0.25), metropolis_acceptance(0.5, 0.75)
@@ -113,9 +113,9 @@ def transition_matrix(tree: PrefixTree, *, judged: Judged = "all", laziness: flo
     """`(S, S)` probabilities of one step of the walk, row to column.
 
     Args:
-        tree: the prefixes.
+        tree: The prefixes.
         judged: "all" is VGB, "one" its Metropolis relative (see `metropolis_acceptance`).
-        laziness: probability of staying.
+        laziness: Probability of staying.
 
     References:
         arXiv 2510.03149, Algorithm 1.
@@ -144,8 +144,8 @@ def stationary_law(tree: PrefixTree, *, judged: Judged = "all") -> FloatArray:
     at leaves for both, whatever the values of inner prefixes are, as long as none that matters is 0.
 
     Args:
-        tree: the prefixes.
-        judged: see `transition_matrix`.
+        tree: The prefixes.
+        judged: See `transition_matrix`.
     """
     if judged == "one":
         _require_root_value(tree)
@@ -165,16 +165,16 @@ def output_law(
     """`(S,)` the law of the leaf that comes out after `steps` steps from the root.
 
     Args:
-        tree: the prefixes.
+        tree: The prefixes.
         steps: T.
-        otherwise: what happens to a walk that is at no leaf then: "restart" begins anew at the root, and "continue"
+        otherwise: What happens to a walk that is at no leaf then: "restart" begins anew at the root, and "continue"
             goes on to the next leaf, which does not tend to p V where inner values are wrong: leaves that the
             walk stays away from for long are more often the next one.
-        judged: see `transition_matrix`.
-        laziness: probability of staying.
+        judged: See `transition_matrix`.
+        laziness: Probability of staying.
 
     Raises:
-        ValueError: if `steps` is negative, or no leaf is reached.
+        ValueError: If `steps` is negative, or no leaf is reached.
 
     Example:
         >>> bits = [(0, np.log(0.5)), (1, np.log(0.5))]
@@ -203,12 +203,12 @@ def visit_law(tree: PrefixTree, visits: int, *, judged: Judged = "all") -> Float
     once more.
 
     Args:
-        tree: the prefixes.
+        tree: The prefixes.
         visits: K; the first leaf that the walk comes to is at 1.
-        judged: see `transition_matrix`.
+        judged: See `transition_matrix`.
 
     Raises:
-        ValueError: if `visits` is not positive, or no leaf can be reached.
+        ValueError: If `visits` is not positive, or no leaf can be reached.
 
     Example:
         >>> bits = [(0, np.log(0.5)), (1, np.log(0.5))]
@@ -232,7 +232,7 @@ def guided_law(tree: PrefixTree) -> FloatArray:
     """`(S,)` the law of the leaf that action-level guidance ends at; dead ends begin anew.
 
     Raises:
-        ValueError: if no leaf is reached.
+        ValueError: If no leaf is reached.
     """
     weights = np.exp(tree.logprobs) * tree.values
     total = np.bincount(tree.parents[1:], weights=weights[1:], minlength=len(tree))

@@ -61,7 +61,7 @@ def group_codes(groups: Iterable[Any]) -> NDArray[np.uint64]:
         `(R,)` unsigned 64-bit codes.
 
     Raises:
-        TypeError: if a label is none of these; names the row.
+        TypeError: If a label is none of these; names the row.
 
     Example:
         >>> codes = group_codes(["a", "b", "a"])
@@ -93,7 +93,7 @@ def row_weights(weights: ArrayLike | None, num_rows: int) -> FloatArray:
     """Check the weights of `num_rows` rows; without any, every row weighs one.
 
     Raises:
-        ValueError: if a weight is negative, NaN or infinite, if all are zero, or if their number is not `num_rows`.
+        ValueError: If a weight is negative, NaN or infinite, if all are zero, or if their number is not `num_rows`.
     """
     if weights is None:
         return np.ones(num_rows)
@@ -169,10 +169,10 @@ def bounded_mean_interval(
         values: `(R,)` in [0, 1].
         groups: `(R,)` group labels; None takes every row as its own group.
         weights: `(R,)` non-negative row weights; None weighs rows alike.
-        confidence: two-sided confidence level in (0, 1).
+        confidence: Two-sided confidence level in (0, 1).
 
     Raises:
-        ValueError: if a value lies outside [0, 1]; names the row.
+        ValueError: If a value lies outside [0, 1]; names the row.
 
     Example:
         >>> low, high = bounded_mean_interval([1.0] * 20)
@@ -211,7 +211,7 @@ def proportion_interval(
         hits: `(R,)` booleans.
         groups: `(R,)` group labels; None takes every row as its own group.
         weights: `(R,)` non-negative row weights; None weighs rows alike.
-        confidence: two-sided confidence level in (0, 1).
+        confidence: Two-sided confidence level in (0, 1).
 
     Returns:
         Lower and upper end, within [0, 1].

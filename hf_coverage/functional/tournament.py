@@ -51,7 +51,7 @@ def challenge_rates(logprobs: Iterable[ArrayLike], n: float) -> FloatArray:
     Args:
         logprobs: `(M, R)` log p of each candidate, nats. A finite value against -inf is a challenge, -inf against -inf
             is none.
-        n: a real number >= 1.
+        n: A real number >= 1.
 
     Returns:
         `(M, M)`, the challenger first; the diagonal is 0.
@@ -89,19 +89,19 @@ def hold_tournament(
 
     Args:
         logprobs: `(M, R)` log p of each candidate, nats; M arrays need not lie in one.
-        n: one or K real numbers >= 1.
+        n: One or K real numbers >= 1.
         on_policy: M sets of generations, one of each candidate, for the offset tournament.
         gamma: g, the weight of the offset.
         groups: `(R,)` the prompt of each row; None if no prompt repeats.
-        replicates: bootstrap samples; 0 for none. A single prompt has none either.
-        seed: of the bootstrap.
-        defenders: candidates to score, the others only challenge; None scores all.
+        replicates: Bootstrap samples; 0 for none. A single prompt has none either.
+        seed: Of the bootstrap.
+        defenders: Candidates to score, the others only challenge; None scores all.
 
     Returns:
         K standings.
 
     Raises:
-        ValueError: on unequal numbers of rows, values that are no log-probabilities, or sizes that do not fit.
+        ValueError: On unequal numbers of rows, values that are no log-probabilities, or sizes that do not fit.
 
     Example:
         >>> (standing,) = hold_tournament([[-1.0, -1.0, -9.0], [-1.0, -4.0, -2.0]], n=8)
@@ -156,11 +156,11 @@ def separating_n(
     than the others by a factor of N anywhere.
 
     Args:
-        logprobs: as in `hold_tournament`.
-        n: the N at which scores are tied.
-        race_confidence: hold a race at each N first, such that all of them together keep whoever has the least score
+        logprobs: As in `hold_tournament`.
+        n: The N at which scores are tied.
+        race_confidence: Hold a race at each N first, such that all of them together keep whoever has the least score
             with this probability; None compares all on all rows.
-        seed: of the races.
+        seed: Of the races.
         **offset: `on_policy` and `gamma` of an offset tournament, which cannot be raced.
 
     Returns:

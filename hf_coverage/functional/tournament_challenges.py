@@ -37,7 +37,7 @@ class RowLayout(NamedTuple):
         block: `(C,)` the block of each column.
         block_of_row: `(R,)` the block of each row.
         num_blocks: G, the units that a bootstrap resamples.
-        num_groups: distinct prompts.
+        num_groups: Distinct prompts.
     """
 
     order: NDArray[np.intp]

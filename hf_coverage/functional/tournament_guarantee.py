@@ -17,14 +17,14 @@ def simple_guarantee(n: float, num_candidates: int, num_prompts: int, *, a: floa
     `D/p >= N^a` or, with `p(p_a/p >= N) <= 1/N`, a response of D-probability at most `N^a / N`.
 
     Args:
-        n: the N of the tournament.
+        n: The N of the tournament.
         num_candidates: M.
         num_prompts: n, the number of independent pairs.
-        a: trades what is promised against the slack `N^-(1-a)`, in [0, 1].
-        delta: probability that the promise fails.
+        a: Trades what is promised against the slack `N^-(1-a)`, in [0, 1].
+        delta: Probability that the promise fails.
 
     Raises:
-        ValueError: if `a` or `delta` is out of range.
+        ValueError: If `a` or `delta` is out of range.
 
     Example:
         >>> print(simple_guarantee(16, num_candidates=20, num_prompts=1000))
@@ -51,14 +51,14 @@ def offset_guarantee(n: float, num_candidates: int, num_prompts: int, *, gamma: 
     for which Theorem 6.3 has its term `N^-(1-a) = g/N`.
 
     Args:
-        n: the N of the tournament.
+        n: The N of the tournament.
         num_candidates: M.
         num_prompts: n, the number of independent pairs.
         gamma: g, the weight of the offset.
-        delta: probability that the promise fails.
+        delta: Probability that the promise fails.
 
     Raises:
-        ValueError: if `delta` is out of range.
+        ValueError: If `delta` is out of range.
 
     Example:
         >>> print(offset_guarantee(16, num_candidates=20, num_prompts=1000, gamma=1.0))

@@ -18,10 +18,10 @@ class Race(NamedTuple):
     """Who is left of M candidates after a race.
 
     Attributes:
-        survivors: candidates that may have the least score, ascending.
+        survivors: Candidates that may have the least score, ascending.
         rows: `(M,)` how many rows each was challenged on before it was dropped, or all.
         rates: `(M, M)` C[a, b] on those rows.
-        confidence: probability that no candidate with the least score was dropped.
+        confidence: Probability that no candidate with the least score was dropped.
     """
 
     survivors: tuple[int, ...]
@@ -42,10 +42,10 @@ def race(logprobs: Sequence[FloatArray], n: float, *, confidence: float = 0.99, 
 
     Args:
         logprobs: M arrays `(R,)`, log p of each candidate, nats.
-        n: a real number >= 1.
-        confidence: probability, over the order of the rows, that whoever has the least score on all rows is among the
+        n: A real number >= 1.
+        confidence: Probability, over the order of the rows, that whoever has the least score on all rows is among the
             survivors.
-        seed: of the order.
+        seed: Of the order.
 
     Returns:
         The survivors; those of several have been challenged on all rows.

@@ -20,18 +20,18 @@ class Standing:
     """How M candidates stand in a tournament at one N.
 
     Attributes:
-        n: the N of the challenges.
+        n: The N of the challenges.
         rates: `(M, M)` C[a, b], how often a challenges b; NaN in the columns of candidates that did not defend.
         offsets: `(M, M)` 2 g O[a, b], what is taken off; zeros in a simple tournament.
         scores: `(M,)` worst challenge of each, lower is better; NaN for candidates that did not defend.
         mean_challenges: `(M,)` mean challenge C of each, over the other candidates; no offset is taken off.
         cross_entropies: `(M,)` E[-log p], nats a response.
-        ranking: defenders, best first.
-        tied: those whose score is the least, in the order of `ranking`.
-        decided_by: what broke the tie; None where there was none.
+        ranking: Defenders, best first.
+        tied: Those whose score is the least, in the order of `ranking`.
+        decided_by: What broke the tie; None where there was none.
         win_rates: `(M,)` how often each wins when prompts are drawn anew; None without a bootstrap, or with one
             prompt, which drawn anew is the same again.
-        num_groups: prompts.
+        num_groups: Prompts.
     """
 
     n: float
@@ -93,12 +93,12 @@ def stand(
     """Rank the defenders by their scores, then by their mean challenges, then by cross-entropy, then as given.
 
     Args:
-        n: the N of the challenges.
-        tally: scores of the defenders.
+        n: The N of the challenges.
+        tally: Scores of the defenders.
         entropies: `(M,)` E[-log p], nats.
         drawn_entropies: `(M, B)` the same in each bootstrap sample; None without a bootstrap.
-        defenders: the candidates that were scored.
-        num_groups: prompts.
+        defenders: The candidates that were scored.
+        num_groups: Prompts.
 
     Returns:
         How they stand.

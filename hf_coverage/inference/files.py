@@ -106,8 +106,8 @@ def strict_json(facts: Mapping[str, Any], path: str | PathLike[str] | None = Non
     """JSON text of mappings, sequences, arrays, text and numbers; NaN and infinities become null.
 
     Args:
-        facts: what to write.
-        path: file to write it to as well, whole or not at all.
+        facts: What to write.
+        path: File to write it to as well, whole or not at all.
 
     Example:
         >>> print(strict_json({"kl": float("inf"), "rates": np.array([0.5, np.nan])}))
@@ -129,7 +129,7 @@ def read_json(source: str | PathLike[str], *, version: int) -> dict[str, Any]:
     """Read a JSON object with a `format` from its text, or from the file that a path leads to.
 
     Raises:
-        ValueError: if it is no such object, or of another format than `version`.
+        ValueError: If it is no such object, or of another format than `version`.
 
     Example:
         >>> read_json('{"format": 1, "name": "model"}', version=1)

@@ -39,11 +39,11 @@ class ModelOptions:
     A field is an option of every command that loads a model, with its `help` and its default.
 
     Attributes:
-        tokenizer: folder or Hub id of the tokenizer; None for the model's own.
-        revision: branch, tag or commit on the Hub.
+        tokenizer: Folder or Hub id of the tokenizer; None for the model's own.
+        revision: Branch, tag or commit on the Hub.
         gguf_file: GGUF file in the model's folder, loaded instead of its weights.
-        dtype: number format of the weights; "auto" for the checkpoint's own.
-        device: such as "cuda:1" or "cpu"; None for an accelerator if there is one.
+        dtype: Number format of the weights; "auto" for the checkpoint's own.
+        device: Such as "cuda:1" or "cpu"; None for an accelerator if there is one.
 
     Example:
         >>> ModelOptions(dtype="float32").key()
@@ -80,7 +80,7 @@ def load_model(name: str, options: ModelOptions) -> "PreTrainedModel":
     """A causal language model, on its device and in evaluation mode.
 
     Raises:
-        ValueError: if the checkpoint is not whole, see `load_whole`.
+        ValueError: If the checkpoint is not whole, see `load_whole`.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -102,12 +102,12 @@ def load_whole(kind: Any, name: str, **how: Any) -> "PreTrainedModel":
     stack that the model has, or a bias where the model has none.
 
     Args:
-        kind: a model class of transformers, or one of its `AutoModelFor...`.
-        name: folder or Hub id of a model, or of an adapter, whose base is then looked at as well.
-        how: see `from_pretrained`.
+        kind: A model class of transformers, or one of its `AutoModelFor...`.
+        name: Folder or Hub id of a model, or of an adapter, whose base is then looked at as well.
+        how: See `from_pretrained`.
 
     Raises:
-        ValueError: naming the weights that are missing, of another shape, or left out.
+        ValueError: Naming the weights that are missing, of another shape, or left out.
     """
     require_there(name)
     base = _base_of(name, how.get("revision"))
@@ -138,7 +138,7 @@ def require_there(name: str) -> None:
     """Refuse what can only be a path, and is none, before the Hub is asked for a repository of that name.
 
     Raises:
-        FileNotFoundError: if nothing is there.
+        FileNotFoundError: If nothing is there.
     """
     is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
     if not is_id and not Path(name).exists():

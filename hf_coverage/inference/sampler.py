@@ -99,7 +99,7 @@ class Sample:
 
     Args:
         ids: Its tokens, the end-of-sequence token included where it was sampled.
-        logprob: log D(ids|x) in nats, the float64 sum over its tokens; where it was cut at H tokens, of the event
+        logprob: Log D(ids|x) in nats, the float64 sum over its tokens; where it was cut at H tokens, of the event
             that a response begins with them.
         finished: Whether it ends with an end-of-sequence token.
     """
@@ -421,8 +421,8 @@ def read_prompts(model: PreTrainedModel, prompts: Sequence[list[int]]) -> Cache 
     `generate` continues from what is returned as from its own: it takes the whole prompts and reads the last tokens.
 
     Args:
-        model: any causal language model, in evaluation mode.
-        prompts: token ids, never empty.
+        model: Any causal language model, in evaluation mode.
+        prompts: Token ids, never empty.
 
     Returns:
         A cache with a line for each prompt, as long as the longest one less one; None where it would save little, or

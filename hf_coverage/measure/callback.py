@@ -41,27 +41,27 @@ class CoverageCallback(CorpusCallback):
     `restore_callback_states_from_checkpoint` rebuilds takes them.
 
     Args:
-        corpus: a reference corpus (see `validate_corpus`), or the folder of one written by `Dataset.save_to_disk`;
+        corpus: A reference corpus (see `validate_corpus`), or the folder of one written by `Dataset.save_to_disk`;
             None: the one that an earlier part of this run kept.
-        n: the N to report, real numbers >= 1.
-        tokenizer: tokenises a corpus of text or chat; None: the Trainer's `processing_class`.
-        append_eos: end every text completion with the EOS token. It must be so on both sides: in `reference_logprob`
+        n: The N to report, real numbers >= 1.
+        tokenizer: Tokenises a corpus of text or chat; None: the Trainer's `processing_class`.
+        append_eos: End every text completion with the EOS token. It must be so on both sides: in `reference_logprob`
             and here.
-        groups: column that says which rows are not independent of each other.
-        watch_n: the N whose worsening is reported; None: the largest of `n`.
-        every_n_evals: score at the first evaluation of the training and at every n-th after it.
-        every_n_steps: score at the training steps that n divides instead, evaluation or not; where there is none, the
+        groups: Column that says which rows are not independent of each other.
+        watch_n: The N whose worsening is reported; None: the largest of `n`.
+        every_n_evals: Score at the first evaluation of the training and at every n-th after it.
+        every_n_steps: Score at the training steps that n divides instead, evaluation or not; where there is none, the
             values appear in the training log's entry of that step.
-        name: report as `eval_<name>_cov_<n>` and so on: one for each callback, where a run has several.
-        batch_tokens: token positions that one forward pass of the scoring computes.
-        logits_memory: bytes that its logits may take.
+        name: Report as `eval_<name>_cov_<n>` and so on: one for each callback, where a run has several.
+        batch_tokens: Token positions that one forward pass of the scoring computes.
+        logits_memory: Bytes that its logits may take.
 
     Attributes:
-        profile: the `CoverageProfile` of the latest evaluation; None before the first.
+        profile: The `CoverageProfile` of the latest evaluation; None before the first.
 
     Raises:
-        TypeError: if the corpus is not a `datasets.Dataset`, or a value in it has the wrong type.
-        ValueError: if the corpus is not valid, or an argument is out of range.
+        TypeError: If the corpus is not a `datasets.Dataset`, or a value in it has the wrong type.
+        ValueError: If the corpus is not valid, or an argument is out of range.
 
     Example:
         >>> sums = {"prompt": ["1+1=", "1+2="], "completion": ["2", "3"], "reference_logprob": [0.0, 0.0]}

@@ -29,18 +29,18 @@ class CorpusCallback(EvaluationCallback, ExportableState):
     `restore_callback_states_from_checkpoint` rebuilds takes them.
 
     Args:
-        corpus: a reference corpus (see `validate_corpus`), or the folder of one written by `Dataset.save_to_disk`;
+        corpus: A reference corpus (see `validate_corpus`), or the folder of one written by `Dataset.save_to_disk`;
             None: the one that an earlier part of this run kept.
-        tokenizer: tokenises a corpus of text or chat; None: the Trainer's `processing_class`.
-        append_eos: end every text completion with the EOS token.
-        groups: column that says which rows are not independent of each other.
-        batch_tokens: token positions that one forward pass of the scoring computes.
-        logits_memory: bytes that its logits may take.
+        tokenizer: Tokenises a corpus of text or chat; None: the Trainer's `processing_class`.
+        append_eos: End every text completion with the EOS token.
+        groups: Column that says which rows are not independent of each other.
+        batch_tokens: Token positions that one forward pass of the scoring computes.
+        logits_memory: Bytes that its logits may take.
         **when: `every_n_evals`, `every_n_steps` and `name` of `EvaluationCallback`.
 
     Raises:
-        TypeError: if the corpus is not a `datasets.Dataset`, or a value in it has the wrong type.
-        ValueError: if the corpus is not valid, or an argument is out of range.
+        TypeError: If the corpus is not a `datasets.Dataset`, or a value in it has the wrong type.
+        ValueError: If the corpus is not valid, or an argument is out of range.
     """
 
     def __init__(

@@ -29,8 +29,7 @@ from hf_coverage.inference.output_head import OutputHead
 from hf_coverage.inference.processes import map_over_processes
 from hf_coverage.inference.self_check import Reading
 from hf_coverage.measure.scores import Scores
-from hf_coverage.ttt.adapted_heads import HeadReading, read_batch, require_adaptable, score_heads
-from hf_coverage.ttt.adapted_rows import RowScorer
+from hf_coverage.ttt.scoring import HeadReading, RowScorer, read_batch, require_adaptable, score_heads
 
 __all__ = ["ScoringEngine", "ScoringOptions", "refuse_nan", "score_plain"]
 

@@ -32,12 +32,12 @@ class EvaluationCallback(TrainerCallback, ABC):
     """Base of the callbacks that add metrics to an evaluation; lower is better for all of them.
 
     Args:
-        every_n_evals: report at the first evaluation of the training and at every n-th after it.
-        every_n_steps: instead, report at the training steps that n divides, whether or not an evaluation falls there.
-        name: put between prefix and metric, `eval_<name>_<metric>`, to tell several callbacks of a run apart.
+        every_n_evals: Report at the first evaluation of the training and at every n-th after it.
+        every_n_steps: Instead, report at the training steps that n divides, whether or not an evaluation falls there.
+        name: Put between prefix and metric, `eval_<name>_<metric>`, to tell several callbacks of a run apart.
 
     Raises:
-        ValueError: if an interval is below 1, or both are set.
+        ValueError: If an interval is below 1, or both are set.
     """
 
     def __init__(self, *, every_n_evals: int = 1, every_n_steps: int | None = None, name: str | None = None) -> None:

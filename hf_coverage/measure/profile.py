@@ -57,8 +57,8 @@ class CoverageProfile:
         logprobs: `(R,)` log p(y|x), nats, where known.
         groups: `(R,)` code of each row's prompt; None takes the rows as independent.
         weights: `(R,)` row weights; None weighs rows alike.
-        kind: what is known of the reference: `"density"`, `"single_answer"`, `"samples"` or `"answer"`.
-        name: the model's name in tables and plots.
+        kind: What is known of the reference: `"density"`, `"single_answer"`, `"samples"` or `"answer"`.
+        name: The model's name in tables and plots.
 
     Example:
         >>> profile = CoverageProfile.from_logprobs([-1.0, -2.0, -9.0, -1.0], [-1.0, -1.0, -1.0, -1.0])
@@ -100,12 +100,12 @@ class CoverageProfile:
                 corpus, which gives an upper bound.
             groups: `(R,)` the prompt of each row, if prompts repeat: strings, messages, token ids or codes.
             weights: `(R,)` non-negative row weights.
-            kind: what is known of the reference; None reads it off the reference log-probabilities. Give `"answer"`
+            kind: What is known of the reference; None reads it off the reference log-probabilities. Give `"answer"`
                 for answer-level log-probabilities.
-            name: the model's name in tables and plots.
+            name: The model's name in tables and plots.
 
         Raises:
-            ValueError: on NaN, positive or unequally many values; names the row.
+            ValueError: On NaN, positive or unequally many values; names the row.
         """
         model = check_logprobs(logprobs)
         if reference_logprobs is None:
@@ -195,7 +195,7 @@ class CoverageProfile:
         """Cov_N at one N or many; lower is better.
 
         Raises:
-            ValueError: on a plain corpus, where Cov_N cannot be estimated: use `cov_upper`.
+            ValueError: On a plain corpus, where Cov_N cannot be estimated: use `cov_upper`.
         """
         self._require_density("cov", "`cov_upper(n)` gives the upper bound that the corpus allows")
         return self.level(n)
@@ -208,7 +208,7 @@ class CoverageProfile:
         """Upper bound `mean_i 1[-log p(y_i|x_i) >= log N]` on Cov_N, which needs no density of the reference.
 
         Raises:
-            ValueError: if the profile was made from log ratios, without the model's log-probabilities.
+            ValueError: If the profile was made from log ratios, without the model's log-probabilities.
         """
         return coverage(-self._known_logprobs("cov_upper"), n, weights=self.weights)
 
@@ -221,7 +221,7 @@ class CoverageProfile:
         """Sequence-level `KL(D || p)`, nats; infinite if some reference response has probability 0.
 
         Raises:
-            ValueError: on a plain corpus, where it is not known.
+            ValueError: On a plain corpus, where it is not known.
         """
         return self._kl.mean
 
@@ -265,7 +265,7 @@ class CoverageProfile:
         """The profile as flat metrics with standard errors: `cov_<n>` (or `cov_upper_<n>`), `kl`, cross-entropy.
 
         Args:
-            n: the N to report.
+            n: The N to report.
 
         Returns:
             `cov_<n>` and `cov_<n>_stderr` for each n (`cov_upper_<n>` on a plain corpus), `kl` and `kl_stderr` where
@@ -288,7 +288,7 @@ class CoverageProfile:
         """The profile of both parts' rows together, exact and in any order, under this one's name; `+` does the same.
 
         Raises:
-            ValueError: if the parts know different things of their reference or only one of them has groups.
+            ValueError: If the parts know different things of their reference or only one of them has groups.
         """
         for what, mine, theirs in (
             ("`kind`", self.kind, other.kind),
@@ -327,13 +327,13 @@ class CoverageProfile:
         """Draw the profile on a logarithmic N axis with its 95 % interval, other models' in the same picture.
 
         Args:
-            path: file to write, its format given by the suffix; None only returns the figure.
-            others: further profiles; each is labelled by its name.
-            n: grid of N; by default from 1 to where all profiles have ended, at most 1,000,000.
-            title: title above the axes.
+            path: File to write, its format given by the suffix; None only returns the figure.
+            others: Further profiles; each is labelled by its name.
+            n: Grid of N; by default from 1 to where all profiles have ended, at most 1,000,000.
+            title: Title above the axes.
 
         Raises:
-            ValueError: if the profiles do not all show the same quantity.
+            ValueError: If the profiles do not all show the same quantity.
         """
         profiles = (self, *others)
         quantities = sorted({profile.quantity for profile in profiles})
@@ -356,7 +356,7 @@ class CoverageProfile:
         """Read what `to_json` gave: its text, or the path it wrote.
 
         Raises:
-            ValueError: if the text is not a coverage profile of a known format.
+            ValueError: If the text is not a coverage profile of a known format.
         """
         try:
             facts = read_json(source, version=_FORMAT)

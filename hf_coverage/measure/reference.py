@@ -39,7 +39,7 @@ class Reference:
         rows: `(R,)` a code of prompt and completion.
         groups: `(R,)` a code of what is one independent draw: the prompt, or the document that windows were cut from.
         logprob: `(R,)` log D(y|x), nats; None where it is not known.
-        kind: what that makes of the reference.
+        kind: What that makes of the reference.
     """
 
     rows: NDArray[np.uint64]

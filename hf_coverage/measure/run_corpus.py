@@ -26,7 +26,7 @@ class RunCorpus:
     """A corpus that needs no tokenizer any more.
 
     Args:
-        encoded: the token ids of prompts and completions.
+        encoded: The token ids of prompts and completions.
         reference_logprobs: `(R,)` log D(y|x), nats; None for samples alone.
         groups: `(R,)` code of what rows share.
     """
@@ -72,7 +72,7 @@ class RunCorpus:
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError: if the run kept no corpus there.
+            FileNotFoundError: If the run kept no corpus there.
         """
         if not path.is_file():
             raise FileNotFoundError(

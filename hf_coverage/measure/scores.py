@@ -32,7 +32,7 @@ class Scores:
     """Scores of R responses, in the order of the corpus. All in nats.
 
     Args:
-        logprob: log p(y|x) of each whole response `(R,)`, float64; `-inf` where the model excludes it.
+        logprob: Log p(y|x) of each whole response `(R,)`, float64; `-inf` where the model excludes it.
         num_tokens: Response tokens `(R,)`, int64.
         token_logprobs: For each row its tokens' log-probabilities `(H_r,)`, float32.
         token_kl: For each row KL(teacher || model) of the next-token distributions at its tokens `(H_r,)`, float32.

@@ -56,13 +56,13 @@ def packed_sequences(inputs: Mapping[str, Any]) -> Sequences | None:
     """Find the sequences of a batch whose rows hold several.
 
     Args:
-        inputs: a batch, as a model takes it.
+        inputs: A batch, as a model takes it.
 
     Returns:
         The sequences; None where every row is one.
 
     Raises:
-        ValueError: if there is an attention mask over rows of several sequences, which lets each see those before it.
+        ValueError: If there is an attention mask over rows of several sequences, which lets each see those before it.
 
     Example:
         >>> packed_sequences({"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}).number

@@ -42,23 +42,23 @@ def write_model_card(
     """Write a model's card, `README.md` and its profile plot, with one model-index entry for each coverage.
 
     Args:
-        folder: the model's folder; made where it does not exist.
-        profile: the model's profile, whose `name` is the model's.
-        corpus: name of the reference corpus: a dataset's id on the Hub where it has one.
-        provenance: what `provenance()` gave; its `command` is shown as the way to the same numbers.
-        n: the N to report.
-        others: profiles of other models for the table and the plot, such as the model this one was made from.
-        regret: the loss of expected reward, in (0, 1), that the Best-of-N budget allows.
-        description: what the model is, in Markdown.
-        tables: further tables, such as a run's checkpoints.
-        corpus_fingerprint: hash of the corpus's token ids.
-        metadata: further fields of the card, such as `license`, `base_model`, `language` or `tags`.
+        folder: The model's folder; made where it does not exist.
+        profile: The model's profile, whose `name` is the model's.
+        corpus: Name of the reference corpus: a dataset's id on the Hub where it has one.
+        provenance: What `provenance()` gave; its `command` is shown as the way to the same numbers.
+        n: The N to report.
+        others: Profiles of other models for the table and the plot, such as the model this one was made from.
+        regret: The loss of expected reward, in (0, 1), that the Best-of-N budget allows.
+        description: What the model is, in Markdown.
+        tables: Further tables, such as a run's checkpoints.
+        corpus_fingerprint: Hash of the corpus's token ids.
+        metadata: Further fields of the card, such as `license`, `base_model`, `language` or `tags`.
 
     Returns:
         The card's path.
 
     Raises:
-        FileExistsError: if the folder has a card that was not written here.
+        FileExistsError: If the folder has a card that was not written here.
 
     Example:
         >>> import tempfile
@@ -105,10 +105,10 @@ def coverage_eval_results(
     """Entries of a card's model-index: coverage at each N, KL and cross-entropy, where they are finite.
 
     Args:
-        profile: the model's profile.
-        n: the N to report.
-        corpus: name of the reference corpus.
-        corpus_fingerprint: hash of the corpus's token ids.
+        profile: The model's profile.
+        n: The N to report.
+        corpus: Name of the reference corpus.
+        corpus_fingerprint: Hash of the corpus's token ids.
     """
     facts = {"num_rows": profile.num_rows, "num_prompts": profile.num_groups, "fingerprint": corpus_fingerprint}
     return [

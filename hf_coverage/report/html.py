@@ -41,9 +41,9 @@ class Picture:
     """A picture with its caption.
 
     Attributes:
-        source: a PNG, JPEG, GIF or SVG file, its bytes, or a matplotlib figure.
-        caption: what it shows; also its text for readers who cannot see it, unless `alt` says more.
-        alt: text for readers who cannot see it.
+        source: A PNG, JPEG, GIF or SVG file, its bytes, or a matplotlib figure.
+        caption: What it shows; also its text for readers who cannot see it, unless `alt` says more.
+        alt: Text for readers who cannot see it.
     """
 
     source: PictureSource
@@ -67,8 +67,8 @@ class Picture:
         """The picture as a `data:` address.
 
         Raises:
-            ValueError: if it is of none of the formats above.
-            OSError: if the file cannot be read.
+            ValueError: If it is of none of the formats above.
+            OSError: If the file cannot be read.
         """
         kind = next((kind for signature, kind in _SIGNATURES.items() if self.content.startswith(signature)), None)
         if kind is None and b"<svg" in self.content[:2000]:
@@ -94,19 +94,19 @@ def write_html_report(
     """Write a result as one self-contained HTML file.
 
     Args:
-        path: the file; its folder is made where it does not exist.
-        title: what was measured.
-        summary: what the numbers say, in plain sentences; the first one is set large.
-        tables: in the order of the page; numbers, intervals and the best value of each ranked column are set apart.
-        figures: pictures, embedded.
-        kinds: what is known of the references, for the explanations of what is an estimate and what only a bound.
-        provenance: names and values of everything needed to run it again: the command, versions, seeds, fingerprints.
+        path: The file; its folder is made where it does not exist.
+        title: What was measured.
+        summary: What the numbers say, in plain sentences; the first one is set large.
+        tables: In the order of the page; numbers, intervals and the best value of each ranked column are set apart.
+        figures: Pictures, embedded.
+        kinds: What is known of the references, for the explanations of what is an estimate and what only a bound.
+        provenance: Names and values of everything needed to run it again: the command, versions, seeds, fingerprints.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: if `summary` is empty or a picture's format is not known.
+        ValueError: If `summary` is empty or a picture's format is not known.
 
     Example:
         >>> import tempfile

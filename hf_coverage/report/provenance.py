@@ -35,8 +35,8 @@ def provenance(command: str | None = None, **facts: object) -> dict[str, object]
     """Everything that a result should say of its origin, ready for `write_html_report` and `write_model_card`.
 
     Args:
-        command: the command that made it; None takes the running program's.
-        facts: what only the caller knows, such as the seed or the corpus's fingerprint; None is left out.
+        command: The command that made it; None takes the running program's.
+        facts: What only the caller knows, such as the seed or the corpus's fingerprint; None is left out.
 
     Returns:
         The command, the facts, the date, the versions and, inside a git repository, the commit.

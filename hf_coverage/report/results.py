@@ -35,16 +35,16 @@ def coverage_results(
     """Metrics of models as a dictionary that `write_results` can write.
 
     Args:
-        profiles: one a model, under different names.
-        n: the N to report.
-        config: what was run: models, corpus, seeds; kept as it is.
-        confidence: level of the intervals.
+        profiles: One a model, under different names.
+        n: The N to report.
+        config: What was run: models, corpus, seeds; kept as it is.
+        confidence: Level of the intervals.
 
     Returns:
         The results. Beyond lm-evaluation-harness, `intervals` holds `[low, high]` for every coverage.
 
     Raises:
-        ValueError: if two profiles have one name.
+        ValueError: If two profiles have one name.
 
     Example:
         >>> profile = CoverageProfile.from_logprobs([-1.0, -9.0], [-1.0, -1.0], name="a")
@@ -98,8 +98,8 @@ def write_samples(results: Path, profile: CoverageProfile) -> Path:
     """Write a model's rows as `samples_<model>_<date>.jsonl` beside its results.
 
     Args:
-        results: what `write_results` returned.
-        profile: the model's profile.
+        results: What `write_results` returned.
+        profile: The model's profile.
 
     Returns:
         The file's path. A line is `{"doc_id", "log_ratio", "logprob", "group", "weight"}`, what is not known left out.

@@ -16,12 +16,12 @@ def profile_table(profiles: Sequence[CoverageProfile], n: Sequence[float], *, re
     """Coverage, KL, cross-entropy and Best-of-N budget of models, one row each, with 95 % intervals.
 
     Args:
-        profiles: all on references of which the same is known.
-        n: the N to show.
-        regret: the loss of expected reward, in (0, 1), that the Best-of-N budget allows.
+        profiles: All on references of which the same is known.
+        n: The N to show.
+        regret: The loss of expected reward, in (0, 1), that the Best-of-N budget allows.
 
     Raises:
-        ValueError: if `profiles` is empty or mixes Cov_N with its upper bound.
+        ValueError: If `profiles` is empty or mixes Cov_N with its upper bound.
     """
     quantity = shared_quantity(profiles)
     columns: list[Column | str] = ["model", "rows", "prompts"]
@@ -50,7 +50,7 @@ def paired_differences(
     """Cov_N of `other` minus Cov_N of `baseline` on the same rows, at each N; positive: `other` covers less.
 
     Raises:
-        ValueError: if the two profiles show different quantities or have different rows.
+        ValueError: If the two profiles show different quantities or have different rows.
     """
     shared_quantity([baseline, other])
     return [
@@ -70,9 +70,9 @@ def comparison_table(baseline: CoverageProfile, others: Sequence[CoverageProfile
     """Paired differences of models to a baseline on the same rows, one row for each model and N.
 
     Args:
-        baseline: what the others are compared with.
-        others: profiles of the same rows, in the same order.
-        n: the N to show.
+        baseline: What the others are compared with.
+        others: Profiles of the same rows, in the same order.
+        n: The N to show.
     """
     shared_quantity([baseline, *others])
     rows: list[list[Cell]] = []
@@ -103,10 +103,10 @@ def summarize_profiles(
     """What the numbers say in plain sentences: coverage at the largest N, the comparison, the samples needed.
 
     Args:
-        profiles: one a model.
-        n: the N that are reported; the sentences speak of the largest.
-        regret: the loss of expected reward, in (0, 1), that the Best-of-N budget allows.
-        baseline: whether the first profile is compared with the others, all of the same rows.
+        profiles: One a model.
+        n: The N that are reported; the sentences speak of the largest.
+        regret: The loss of expected reward, in (0, 1), that the Best-of-N budget allows.
+        baseline: Whether the first profile is compared with the others, all of the same rows.
 
     Example:
         >>> profile = CoverageProfile.from_logprobs([-1.0] * 9 + [-9.0], [-1.0] * 10, name="small")

@@ -40,12 +40,12 @@ class Table:
     """Rows under titled columns.
 
     Attributes:
-        columns: one `Column` each, or only its title.
-        rows: one cell for each column.
-        caption: a sentence that says what is shown.
+        columns: One `Column` each, or only its title.
+        rows: One cell for each column.
+        caption: A sentence that says what is shown.
 
     Raises:
-        ValueError: if a row has another number of cells than there are columns.
+        ValueError: If a row has another number of cells than there are columns.
 
     Example:
         >>> table = Table(["model", Column("Cov_16", "lower")], [["a", Interval(0.25, 0.2, 0.3)], ["b", 0.125]])
@@ -161,8 +161,8 @@ def rich_table(table: Table, *, transpose: bool = False) -> RichTable:
     """A table for `rich`: numbers flush right, the best of a ranked column in bold green, the caption below.
 
     Args:
-        table: what to show.
-        transpose: show columns as rows, for few rows of many columns; the first column gives the titles.
+        table: What to show.
+        transpose: Show columns as rows, for few rows of many columns; the first column gives the titles.
 
     Example:
         >>> from rich.console import Console

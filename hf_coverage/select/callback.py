@@ -75,31 +75,31 @@ class TournamentCallback(CorpusCallback):
     `trainer.evaluate()` scores against all rows and keeps none.
 
     Args:
-        corpus: held-out prompts and responses, no density needed: a reference corpus (see `validate_corpus`), or the
+        corpus: Held-out prompts and responses, no density needed: a reference corpus (see `validate_corpus`), or the
             folder of one; None: the one that an earlier part of this run kept.
         n: N of the challenges, one or several; the first decides who wins, unless `metric_for_best_model` names
             another one.
-        others: score tables of other runs on the same corpus, or folders of them such as `RUN/tournament`: they
+        others: Score tables of other runs on the same corpus, or folders of them such as `RUN/tournament`: they
             challenge, but cannot win.
-        load_winner_at_end: load the winner's weights at the end of the training, as `load_best_model_at_end` does.
-        save_total_limit: how many checkpoints to keep, instead of the one of TrainingArguments; the latest, the winner
+        load_winner_at_end: Load the winner's weights at the end of the training, as `load_best_model_at_end` does.
+        save_total_limit: How many checkpoints to keep, instead of the one of TrainingArguments; the latest, the winner
             and the best by another metric are kept in any case.
-        tokenizer: tokenises a corpus of text or chat; None: the Trainer's `processing_class`.
-        append_eos: end every text completion with the EOS token.
-        groups: column that says which rows are not independent of each other, for the win rates.
-        every_n_evals: enter the first evaluation of the training and every n-th after it.
-        every_n_steps: enter the training steps that n divides instead.
-        name: report as `eval_<name>_tournament_<n>`, and keep rows in `<output_dir>/tournament-<name>`.
-        batch_tokens: token positions that one forward pass of the scoring computes.
-        logits_memory: bytes that its logits may take.
+        tokenizer: Tokenises a corpus of text or chat; None: the Trainer's `processing_class`.
+        append_eos: End every text completion with the EOS token.
+        groups: Column that says which rows are not independent of each other, for the win rates.
+        every_n_evals: Enter the first evaluation of the training and every n-th after it.
+        every_n_steps: Enter the training steps that n divides instead.
+        name: Report as `eval_<name>_tournament_<n>`, and keep rows in `<output_dir>/tournament-<name>`.
+        batch_tokens: Token positions that one forward pass of the scoring computes.
+        logits_memory: Bytes that its logits may take.
 
     Attributes:
-        result: the latest `TournamentResult`, candidates named `step-<k>`; None before the first evaluation. After a
+        result: The latest `TournamentResult`, candidates named `step-<k>`; None before the first evaluation. After a
             training it has win rates.
 
     Raises:
-        TypeError: if the corpus is not a `datasets.Dataset`, or a value in it has the wrong type.
-        ValueError: if the corpus is not valid, an argument is out of range or does not go with TrainingArguments, or
+        TypeError: If the corpus is not a `datasets.Dataset`, or a value in it has the wrong type.
+        ValueError: If the corpus is not valid, an argument is out of range or does not go with TrainingArguments, or
             rows of another corpus are there.
 
     Example:
@@ -409,16 +409,16 @@ class _RunRows:
     A row is there whole or not at all: what a killed run left unfinished is not read, and written anew.
 
     Args:
-        folder: where the rows are, or will be.
-        corpus: the fingerprint of the encoded corpus that they are of.
-        reference: what is known of its rows.
-        others: score tables of other runs, or folders of them, that challenge.
+        folder: Where the rows are, or will be.
+        corpus: The fingerprint of the encoded corpus that they are of.
+        reference: What is known of its rows.
+        others: Score tables of other runs, or folders of them, that challenge.
 
     Attributes:
         by_step: `(R,)` log p of each step, nats.
 
     Raises:
-        ValueError: if there are scores of another corpus.
+        ValueError: If there are scores of another corpus.
     """
 
     def __init__(
@@ -444,10 +444,10 @@ class _RunRows:
         """Keep the row of a step, in the place of one that is there.
 
         Args:
-            step: the training step.
-            scores: of the corpus under the model of this step.
-            checkpoint: where the model of this step is saved, if it is saved.
-            options: how it was scored.
+            step: The training step.
+            scores: Of the corpus under the model of this step.
+            checkpoint: Where the model of this step is saved, if it is saved.
+            options: How it was scored.
         """
         path = self.folder / f"step-{step}"
         if path.exists():
@@ -481,14 +481,14 @@ def _read_challengers(sources: Sequence[str | PathLike[str]], corpus: str) -> di
     """Log p(y_i|x_i) of candidates of other runs.
 
     Args:
-        sources: folders, each a score table or full of `step-<k>` tables.
-        corpus: the fingerprint of the encoded corpus that they must be of.
+        sources: Folders, each a score table or full of `step-<k>` tables.
+        corpus: The fingerprint of the encoded corpus that they must be of.
 
     Returns:
         By name, parts of the path, `(R,)` log p, nats.
 
     Raises:
-        ValueError: if a folder is of another corpus, or there are no scores in it.
+        ValueError: If a folder is of another corpus, or there are no scores in it.
     """
     tables: list[Path] = []
     for source in map(Path, sources):

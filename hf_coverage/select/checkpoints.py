@@ -44,14 +44,14 @@ def distinct_names(paths: Sequence[str | os.PathLike[str]], *, parts: int = 1) -
     """Name paths by as few of their last parts as tell them all apart.
 
     Args:
-        paths: folders, each another one.
-        parts: how many parts to use at least.
+        paths: Folders, each another one.
+        parts: How many parts to use at least.
 
     Returns:
         One name each, parts joined by `/`.
 
     Raises:
-        ValueError: if a folder is given twice.
+        ValueError: If a folder is given twice.
 
     Example:
         >>> distinct_names(["runs/a/checkpoint-100", "runs/b/checkpoint-100"])
@@ -89,15 +89,15 @@ def write_best_checkpoint(
     """Write the winner of a tournament over checkpoints as JSON, in the words of `trainer_state.json`.
 
     Args:
-        path: the file, by custom `best_checkpoint.json`.
-        result: the tournament.
-        checkpoints: the folder, or Hub id, of each candidate that can be loaded; the best of these is written.
+        path: The file, by custom `best_checkpoint.json`.
+        result: The tournament.
+        checkpoints: The folder, or Hub id, of each candidate that can be loaded; the best of these is written.
 
     Returns:
         The file's path.
 
     Raises:
-        ValueError: if no candidate has a checkpoint.
+        ValueError: If no candidate has a checkpoint.
     """
     best = next((name for name in result.ranking if name in checkpoints), None)
     if best is None:
@@ -128,8 +128,8 @@ def link_checkpoint(link: str | os.PathLike[str], checkpoint: str | os.PathLike[
     """Make `link` a symbolic link to a checkpoint, in place of the link that was there.
 
     Raises:
-        FileExistsError: if there is something other than a link.
-        FileNotFoundError: if the checkpoint is no folder.
+        FileExistsError: If there is something other than a link.
+        FileNotFoundError: If the checkpoint is no folder.
     """
     target = Path(link)
     if not Path(checkpoint).is_dir():
@@ -156,14 +156,14 @@ def check_arguments(
     """Refuse arguments of a training that would lose the winner of its tournament, or load another model in its place.
 
     Args:
-        args: the training's.
-        metric: a metric by which the tournament could be the Trainer's choice.
-        is_best_metric: whether it is.
-        save_total_limit: the callback's own limit.
-        load_winner: whether the winner is to be loaded at the end.
+        args: The training's.
+        metric: A metric by which the tournament could be the Trainer's choice.
+        is_best_metric: Whether it is.
+        save_total_limit: The callback's own limit.
+        load_winner: Whether the winner is to be loaded at the end.
 
     Raises:
-        ValueError: if so; says what to do.
+        ValueError: If so; says what to do.
     """
     other = None if is_best_metric else args.metric_for_best_model
     if args.save_total_limit and save_total_limit:
@@ -186,10 +186,10 @@ def delete_old_checkpoints(folder: Path, limit: int, kept: Collection[Path], now
     """Delete the oldest checkpoints beyond a limit, except some.
 
     Args:
-        folder: the run's.
-        limit: how many may stay.
-        kept: those that stay in any case.
-        now: the step of the latest; those of later steps are an earlier run's, and the oldest of all.
+        folder: The run's.
+        limit: How many may stay.
+        kept: Those that stay in any case.
+        now: The step of the latest; those of later steps are an earlier run's, and the oldest of all.
     """
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"
     found = (path.name.removeprefix(prefix) for path in folder.glob(f"{prefix}*"))
@@ -203,7 +203,7 @@ def load_weights(trainer: Trainer, checkpoint: Path) -> None:
     """Load a checkpoint into the Trainer's model, adapters and shards included, as it loads its best one.
 
     Raises:
-        ValueError: if the checkpoint lacks weights, which the Trainer itself only warns of.
+        ValueError: If the checkpoint lacks weights, which the Trainer itself only warns of.
     """
     model: torch.nn.Module = trainer.model
     best, missing = trainer.state.best_model_checkpoint, []

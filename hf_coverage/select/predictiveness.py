@@ -30,9 +30,9 @@ class PredictivenessResult:
     """How well cross-entropy, KL and Cov_N order checkpoints by what sampling from them achieves.
 
     Attributes:
-        names: the M checkpoints.
-        correlations: rank correlation of each guide with each outcome: -1 is a perfect guide, a positive one misleads.
-        coverage: the guides that are Cov_N, or a bound on it, by their N.
+        names: The M checkpoints.
+        correlations: Rank correlation of each guide with each outcome: -1 is a perfect guide, a positive one misleads.
+        coverage: The guides that are Cov_N, or a bound on it, by their N.
     """
 
     names: tuple[str, ...]
@@ -79,8 +79,8 @@ class PredictivenessResult:
         as in the paper; any other one against the largest N.
 
         Args:
-            path: file to write, its format given by the suffix; None only returns the figure.
-            title: title above the axes.
+            path: File to write, its format given by the suffix; None only returns the figure.
+            title: Title above the axes.
         """
         found = self.correlations
         values = dict(zip(found.guides, found.guide_values))
@@ -141,22 +141,22 @@ def predictiveness(
     good guides. The intervals are for these checkpoints under new prompts, and not for new runs.
 
     Args:
-        profiles: one for each of M >= 3 checkpoints, on the same corpus. On a plain corpus the guides are
+        profiles: One for each of M >= 3 checkpoints, on the same corpus. On a plain corpus the guides are
             cross-entropy and the upper bound on Cov_N.
-        outcomes: by name, `(M, S)` what each checkpoint achieves on S prompts, such as unbiased estimates of Pass@N;
+        outcomes: By name, `(M, S)` what each checkpoint achieves on S prompts, such as unbiased estimates of Pass@N;
             or, where one answer to each prompt is right, the N of Pass@N, which then is exact.
-        n: the N of Cov_N.
+        n: The N of Cov_N.
         outcome_groups: `(S,)` the prompt of each column of the outcomes, labelled as the profiles' groups were; None
             if the columns are the corpus's rows.
-        confidence: level of the intervals.
-        bootstrap: how often prompts are drawn anew for them; 0 for none.
-        seed: of the bootstrap.
+        confidence: Level of the intervals.
+        bootstrap: How often prompts are drawn anew for them; 0 for none.
+        seed: Of the bootstrap.
 
     Returns:
         The correlations, as a table, a figure and a sentence.
 
     Raises:
-        ValueError: if the profiles are not of one corpus, or exact Pass@N is asked for where more than one answer to a
+        ValueError: If the profiles are not of one corpus, or exact Pass@N is asked for where more than one answer to a
             prompt may be right.
 
     Example:

@@ -43,26 +43,26 @@ class TournamentResult:
     """The outcome of a tournament; lower scores are better.
 
     Attributes:
-        names: the M candidates, in the order given.
-        n: the N of the challenges.
+        names: The M candidates, in the order given.
+        n: The N of the challenges.
         rates: `(M, M)` C[a, b], how often a challenges b.
         offsets: `(M, M)` 2 g O[a, b]; zeros in a simple tournament.
         gamma: g of an offset tournament; None in a simple one.
-        scores: worst challenge of each candidate.
-        mean_challenges: mean challenge of each candidate, without an offset, the first tie-break.
+        scores: Worst challenge of each candidate.
+        mean_challenges: Mean challenge of each candidate, without an offset, the first tie-break.
         cross_entropies: E[-log p] of each candidate, nats a response, the second tie-break.
-        ranking: candidates, best first; those that racing dropped come last.
-        ties: the candidates with the least score, where there are several; else empty.
-        decided_by: what broke the tie; None where there was none.
-        win_rates: how often each candidate wins when prompts are drawn anew; empty without a bootstrap, or with one
+        ranking: Candidates, best first; those that racing dropped come last.
+        ties: The candidates with the least score, where there are several; else empty.
+        decided_by: What broke the tie; None where there was none.
+        win_rates: How often each candidate wins when prompts are drawn anew; empty without a bootstrap, or with one
             prompt.
         num_rows: R.
-        num_prompts: distinct prompts.
-        sweep: the tournament at other N.
-        suggested_n: where N is so large that several scores are 0, the largest N tried at which the least score is one
+        num_prompts: Distinct prompts.
+        sweep: The tournament at other N.
+        suggested_n: Where N is so large that several scores are 0, the largest N tried at which the least score is one
             candidate's alone; None otherwise, or where there is none.
-        dropped: rows on which each candidate that racing dropped was challenged; its score is an estimate from them.
-        race_confidence: the confidence of the race; None without one.
+        dropped: Rows on which each candidate that racing dropped was challenged; its score is an estimate from them.
+        race_confidence: The confidence of the race; None without one.
     """
 
     names: tuple[str, ...]
@@ -129,8 +129,8 @@ class TournamentResult:
         """What Theorem 6.3 (6.4 with an offset) promises of the winner, with this tournament's numbers in it.
 
         Args:
-            a: trades what is promised against its slack, in [0, 1]; for the simple tournament.
-            delta: probability that the promise fails.
+            a: Trades what is promised against its slack, in [0, 1]; for the simple tournament.
+            delta: Probability that the promise fails.
         """
         size = len(self.names), self.num_prompts
         if self.gamma is not None:
@@ -141,8 +141,8 @@ class TournamentResult:
         """Draw the challenges as a heat map, the winner's column framed.
 
         Args:
-            path: file to write, its format given by the suffix; None only returns the figure.
-            title: title above the axes; by default N and the winner.
+            path: File to write, its format given by the suffix; None only returns the figure.
+            title: Title above the axes; by default N and the winner.
         """
         heading = title or f"Tournament at N = {metric_key(self.n)}: {self.winner} wins"
         return plot_challenges(self.names, self.matrix, path, winner=self.winner, title=heading)
@@ -158,7 +158,7 @@ class TournamentResult:
         """Read what `to_json` gave: its text, or the path it wrote.
 
         Raises:
-            ValueError: if the text is not the result of a tournament, of a known format, that agrees with itself.
+            ValueError: If the text is not the result of a tournament, of a known format, that agrees with itself.
         """
         try:
             return cls(**_read_fields(read_json(source, version=_FORMAT)))._checked()

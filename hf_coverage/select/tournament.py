@@ -47,24 +47,24 @@ def tournament(
     needed, also with 64 candidates and 1,000,000 rows.
 
     Args:
-        candidates: by name, log p(y_i|x_i) of the same R rows `(R,)` in nats, or a `ScoreTable`, or its folder.
+        candidates: By name, log p(y_i|x_i) of the same R rows `(R,)` in nats, or a `ScoreTable`, or its folder.
         n: N of the challenges, a real number > 1; the larger, the rarer the challenges.
         groups: `(R,)` the prompt of each row, if prompts repeat.
-        sweep: more N to hold the tournament at, in the same pass.
-        on_policy: for the offset tournament, by name of the candidate that generated S responses, each candidate's log
+        sweep: More N to hold the tournament at, in the same pass.
+        on_policy: For the offset tournament, by name of the candidate that generated S responses, each candidate's log
             p of them `(S,)`; the candidate's own must be the density that they were drawn from.
-        on_policy_groups: by name of the generating candidate, the prompt of each response `(S,)`, if prompts repeat.
+        on_policy_groups: By name of the generating candidate, the prompt of each response `(S,)`, if prompts repeat.
         gamma: g, the weight of the offset; Theorem 6.4 asks for g >= 1 and N >= 8 g^2.
-        bootstrap: how often prompts are drawn anew for the win rates; 0 for none.
-        seed: of the bootstrap and of the race.
-        race_confidence: drop hopeless candidates early, such that whoever has the least score survives with this
+        bootstrap: How often prompts are drawn anew for the win rates; 0 for none.
+        seed: Of the bootstrap and of the race.
+        race_confidence: Drop hopeless candidates early, such that whoever has the least score survives with this
             probability, for example 0.99; for hundreds of candidates. None compares all on all rows.
 
     Returns:
         The result.
 
     Raises:
-        ValueError: if tables were scored on different corpora, sizes differ, or values are no log-probabilities; names
+        ValueError: If tables were scored on different corpora, sizes differ, or values are no log-probabilities; names
             the candidate, and the file.
 
     Example:

@@ -23,17 +23,17 @@ class TTTChoice:
     """The steps of test-time training that were chosen, and what they are worth on prompts that did not choose them.
 
     Attributes:
-        n: the N of Cov_N.
-        rule: the chosen steps; None, as all that is said of them, where all diverged: plain decoding is the choice.
-        rules: all that were tried, in the order given.
-        decided_by: what chose among them: Cov_N, or where the least Cov_N was several's, cross-entropy, or the order.
-        searched: profiles on the choosing half: plain decoding, then each of `rules` that did not diverge.
-        plain: plain decoding on the other half.
-        adapted: the chosen steps on the other half.
+        n: The N of Cov_N.
+        rule: The chosen steps; None, as all that is said of them, where all diverged: plain decoding is the choice.
+        rules: All that were tried, in the order given.
+        decided_by: What chose among them: Cov_N, or where the least Cov_N was several's, cross-entropy, or the order.
+        searched: Profiles on the choosing half: plain decoding, then each of `rules` that did not diverge.
+        plain: Plain decoding on the other half.
+        adapted: The chosen steps on the other half.
         difference: Cov_N (its upper bound on a plain corpus) of `adapted` minus that of `plain`; below 0 is better.
-        cross_entropy_difference: the same of cross-entropy, nats a response.
-        confidence: level of both intervals.
-        diverged: those of `rules` that lead to log-probabilities which are no numbers, in the order given.
+        cross_entropy_difference: The same of cross-entropy, nats a response.
+        confidence: Level of both intervals.
+        diverged: Those of `rules` that lead to log-probabilities which are no numbers, in the order given.
     """
 
     n: float
@@ -72,8 +72,8 @@ class TTTChoice:
         """Everything as strict JSON text, unknown and infinite numbers as null; also written to `path` where given.
 
         Args:
-            path: file to write.
-            more: further entries, such as where the scores came from.
+            path: File to write.
+            more: Further entries, such as where the scores came from.
         """
         chosen = "plain" if self.rule is None else rule_name(self.rule)
         judged = {"plain": self.plain} | ({} if self.adapted is None else {chosen: self.adapted})

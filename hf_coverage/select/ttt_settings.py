@@ -31,17 +31,17 @@ def ttt_grid(
     """All combinations of some settings of test-time training.
 
     Args:
-        lrs: step sizes for each scope.
-        radii: balls; None is none.
-        on_prompt: whether to have everything with steps on the prompt as well as without.
-        some: settings that not all scopes have, `top_k`, `rank` and `cache`: each scope gets its own.
-        settings: of all of them.
+        lrs: Step sizes for each scope.
+        radii: Balls; None is none.
+        on_prompt: Whether to have everything with steps on the prompt as well as without.
+        some: Settings that not all scopes have, `top_k`, `rank` and `cache`: each scope gets its own.
+        settings: Of all of them.
 
     Returns:
         One configuration for each combination.
 
     Raises:
-        ValueError: if a setting is out of its range, or none of the scopes has it.
+        ValueError: If a setting is out of its range, or none of the scopes has it.
 
     Example:
         >>> [rule_name(rule) for rule in ttt_grid({"head": [0.1], "lora": [0.1]}, some={"rank": 4})]
@@ -64,14 +64,14 @@ def check_rules(rules: Sequence[StepRule], n: float) -> tuple[StepRule, ...]:
     """Refuse rules that `ttt_generate` cannot follow, and an N that cannot choose between them, before any scoring.
 
     Args:
-        rules: the rules to choose from.
-        n: the N of Cov_N.
+        rules: The rules to choose from.
+        n: The N of Cov_N.
 
     Returns:
         The rules.
 
     Raises:
-        ValueError: if there are none, one is twice there, has an `lr` that is 0 or one for each row, or a ball around
+        ValueError: If there are none, one is twice there, has an `lr` that is 0 or one for each row, or a ball around
             zero, or `n` is not above 1.
     """
     if not check_n(n) > 1:

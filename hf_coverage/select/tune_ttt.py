@@ -45,18 +45,18 @@ def tune_ttt(
         adapted: `(R,)` log p_TTT(y|x) of the same rows for each rule, of `score_rules` or `score_responses(...,
             ttt=rule)`, nats. Rules are `TTTConfig`s, or `StepRule`s for the head; `ttt_grid` makes many. A rule that
             has NaN or -inf for a row where `plain` is finite has diverged: it is named, and not chosen.
-        n: the N of Cov_N, a real number > 1.
+        n: The N of Cov_N, a real number > 1.
         reference_logprobs: `(R,)` log D(y|x), nats; 0 where one response is right; None where it is not known: then
             the upper bound on Cov_N chooses.
         groups: `(R,)` the prompt of each row, if prompts repeat; a prompt's rows stay in one half.
-        confidence: level of the intervals.
-        seed: of the halves.
+        confidence: Level of the intervals.
+        seed: Of the halves.
 
     Returns:
         The choice; plain decoding if all rules diverged.
 
     Raises:
-        ValueError: if there are fewer than four prompts, a rule is none that `ttt_generate` can follow, rows do not
+        ValueError: If there are fewer than four prompts, a rule is none that `ttt_generate` can follow, rows do not
             match, or N is so small that every response is in Cov_N whatever the rule.
 
     Example:
@@ -110,13 +110,13 @@ def split_groups(groups: Iterable[Any], seed: int = 0) -> NDArray[np.bool_]:
 
     Args:
         groups: `(R,)` the prompt of each row.
-        seed: of the draw.
+        seed: Of the draw.
 
     Returns:
         `(R,)` which rows belong to the drawn groups.
 
     Raises:
-        ValueError: if there are fewer than four groups, two for each half, or `seed` is below 0.
+        ValueError: If there are fewer than four groups, two for each half, or `seed` is below 0.
 
     Example:
         >>> split_groups(["a", "a", "b", "c", "d", "d"]).tolist()

@@ -86,7 +86,7 @@ class GraphSearch:
         prompt_format: `"paper"` or `"aligned"`, see [`encode_prompts`].
 
     Raises:
-        ValueError: when the sizes cannot hold the classes.
+        ValueError: When the sizes cannot hold the classes.
 
     Example:
         >>> task = GraphSearch.figure_1(num_layers=4, nodes_per_layer=2, num_names=24)
@@ -218,7 +218,7 @@ class GraphSearch:
             `(B, C)` probabilities.
 
         Raises:
-            ValueError: naming the first graph that no class of the mixture has.
+            ValueError: Naming the first graph that no class of the mixture has.
         """
         likelihood = np.zeros((len(graphs), len(self.classes)))
         for index, (path_class, weight) in enumerate(zip(self.classes, self._checked(weights))):
@@ -249,7 +249,7 @@ class GraphSearch:
             `(B,)` nats; -inf for responses that D never gives.
 
         Raises:
-            ValueError: naming the first graph that no class of the mixture has.
+            ValueError: Naming the first graph that no class of the mixture has.
         """
         valid = is_valid_path(graphs, paths)
         density = np.zeros(len(graphs))

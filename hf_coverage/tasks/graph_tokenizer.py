@@ -28,7 +28,7 @@ def graph_tokenizer(num_names: int) -> PreTrainedTokenizerFast:
     """Build the word-level tokenizer of the task; words are separated by single spaces.
 
     Args:
-        num_names: nodes are named 0 ... `num_names` - 1.
+        num_names: Nodes are named 0 ... `num_names` - 1.
 
     Example:
         >>> tokenizer = graph_tokenizer(24)
@@ -58,7 +58,7 @@ def encode_prompts(
             `"aligned"`: the edges without separators in the order of the layers, every step between two layers in as
             many slots as a wide layer needs (`.` fills what is left over), closed by `|`; then `/ s t =`. Every
             prompt of the task then has the same length and an edge's place tells its layer.
-        num_names: nodes are named 0 ... `num_names` - 1.
+        num_names: Nodes are named 0 ... `num_names` - 1.
         rng: Shuffles the edges of the paper's format.
 
     Returns:

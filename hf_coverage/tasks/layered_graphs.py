@@ -86,11 +86,11 @@ def sample_graphs(
         signal: `(B,)` bits that [`LayeredGraphs.signal`] has to come out as.
         num_layers: L.
         nodes_per_layer: W.
-        num_names: names are distinct integers below this number.
+        num_names: Names are distinct integers below this number.
         rng: Source of randomness.
 
     Raises:
-        ValueError: when no graph has the wanted signal.
+        ValueError: When no graph has the wanted signal.
     """
     size = (len(num_wide_layers), num_layers, nodes_per_layer)
     wide = rng.random(size[:2]).argsort(-1).argsort(-1) < num_wide_layers[:, None]
@@ -140,7 +140,7 @@ def is_valid_path(graphs: LayeredGraphs, paths: np.ndarray) -> np.ndarray:
         `(B,)` booleans.
 
     Raises:
-        ValueError: when `paths` has another shape.
+        ValueError: When `paths` has another shape.
     """
     paths = np.asarray(paths)
     if paths.shape != (expected := (len(graphs), graphs.layers.shape[1] + 2)):

@@ -30,8 +30,8 @@ from hf_coverage.measure.inherent_variance import require_linear_head
 from hf_coverage.measure.scoring import score_encoded
 from hf_coverage.optim.distillation import _ends_in_a_linear_layer
 from hf_coverage.optim.token_level import token_level_sgd
-from hf_coverage.ttt.adapted_heads import require_adaptable
 from hf_coverage.ttt.head_tap import HeadTap
+from hf_coverage.ttt.scoring import require_adaptable
 
 SMALL = {
     "vocab_size": 13,

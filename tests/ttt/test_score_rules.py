@@ -11,7 +11,7 @@ from hf_coverage.inference import forward
 from hf_coverage.measure.engine import ScoringEngine
 from hf_coverage.measure.scoring import PLAIN, score_responses, score_rules
 from tests.ttt.head_reference import tiny_llama
-from tests.ttt.test_adapted_heads import draw_corpus
+from tests.ttt.test_scoring_heads import draw_corpus
 
 HEADS = {
     "small": StepRule(0.1),

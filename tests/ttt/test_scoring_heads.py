@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 from hf_coverage.functional.ttt_config import StepRule, TTTConfig
 from hf_coverage.measure.scoring import score_responses
 from hf_coverage.optim.token_level import token_level_sgd
-from hf_coverage.ttt import adapted_heads
+from hf_coverage.ttt import scoring
 from hf_coverage.ttt.generate import ttt_generate
 from hf_coverage.ttt.processor import TTTLogitsProcessor
 from tests.ttt.head_reference import Recorder, reference_logits, tiny_llama
@@ -92,13 +92,13 @@ def test_scores_equal_decoding_that_follows_the_prompt_too(rule, options):
 def test_steps_on_a_prompt_are_made_once(monkeypatch):
     """Whatever the number of its responses, where they are scored in one batch."""
     followed = []
-    honest = adapted_heads.follow_tokens
+    honest = scoring.follow_tokens
 
     def counting(hidden, tokens, *args, mask, **kwargs):
         followed.append(int(mask.sum()))
         return honest(hidden, tokens, *args, mask=mask, **kwargs)
 
-    monkeypatch.setattr(adapted_heads, "follow_tokens", counting)
+    monkeypatch.setattr(scoring, "follow_tokens", counting)
     rows = [{"prompt": [2, 3, 4, 5, 6, 7, 8], "completion": [token, 1, 2]} for token in range(2, 7)]
     corpus = Dataset.from_list(rows)
     score_responses(tiny_llama(), None, corpus, ttt=TTTConfig(0.1, on_prompt=True), progress=False)

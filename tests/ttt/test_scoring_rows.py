@@ -12,10 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_coverage.functional.ttt_config import TTTConfig
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.measure.scoring import score_encoded, score_responses
-from hf_coverage.ttt import adapted_rows
-from hf_coverage.ttt.adapted_rows import RowScorer
+from hf_coverage.ttt import scoring
 from hf_coverage.ttt.generate import ttt_generate
 from hf_coverage.ttt.row_networks import RowAdapters
+from hf_coverage.ttt.scoring import RowScorer
 from tests.ttt.head_reference import Recorder, tiny_llama
 from tests.ttt.network_reference import RANK, network_row, tiny_model
 
@@ -161,7 +161,7 @@ def test_every_row_is_in_one_batch_and_prompts_that_are_followed_are_together(to
 def test_steps_on_a_prompt_are_made_once(monkeypatch):
     """Whatever the number of its responses."""
     steps = []
-    honest = adapted_rows.RowModels
+    honest = scoring.RowModels
 
     class Counting(honest):
         def __init__(self, model, ids, **settings):
@@ -172,7 +172,7 @@ def test_steps_on_a_prompt_are_made_once(monkeypatch):
             steps.append(int(active.sum()))
             super().step(tokens, active=active)
 
-    monkeypatch.setattr(adapted_rows, "RowModels", Counting)
+    monkeypatch.setattr(scoring, "RowModels", Counting)
     encoded = EncodedCorpus([[2, 3, 4, 5, 6]] * 3, [[token, 1, 2] for token in range(2, 5)])
     score_encoded(tiny_llama(), encoded, ttt=TTTConfig(0.1, scope="all", on_prompt=True))
     assert steps == [4, *[1, 1] * 3]  # nothing has to be learned from a last token
