@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hf_coverage.functional.statistics import group_codes
 from hf_coverage.measure.corpus import encode_prompts
-from hf_coverage.measure.corpus_columns import TOKENIZER_COLUMN, check_fingerprints, read_prompts
+from hf_coverage.measure.corpus_columns import read_prompts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,14 +78,13 @@ class PromptTable:
 
     def encode(self, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
         """Token ids of the prompts."""
-        reading = {"chat messages": "chat_template_kwargs", "token ids": TOKENIZER_COLUMN}.get(self.kind)
+        reading = {"chat messages": "chat_template_kwargs", "token ids": "tokenizer_fingerprint"}.get(self.kind)
         if reading in self.varying:
             raise ValueError(
                 f"`{reading}` differs between rows of one prompt, which are then not one prompt: keep one row of each."
             )
-        if self.kind == "token ids":
-            check_fingerprints(self.columns.get(TOKENIZER_COLUMN, []), tokenizer)
-        return encode_prompts(self.prompts, tokenizer, chat_template_kwargs=self.columns.get("chat_template_kwargs"))
+        own = {reading: self.columns[reading]} if reading in self.columns else {}
+        return encode_prompts(self.prompts, tokenizer, **own)
 
     def completion(self, sample: dict[str, Any]) -> Any:
         """A sample as verifiers get it, of the kind that the prompts are."""
