@@ -83,8 +83,8 @@ class PromptTable:
             raise ValueError(
                 f"`{reading}` differs between rows of one prompt, which are then not one prompt: keep one row of each."
             )
-        known = {} if reading is None or reading not in self.columns else {reading: self.columns[reading]}
-        return encode_prompts(self.prompts, tokenizer, **known)
+        own = {reading: self.columns[reading]} if reading in self.columns else {}
+        return encode_prompts(self.prompts, tokenizer, **own)
 
     def completion(self, sample: dict[str, Any]) -> Any:
         """A sample as verifiers get it, of the kind that the prompts are."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import TypeVar
 
-__all__ = ["callers"]
+__all__ = ["callers", "frames"]
 
 _T = TypeVar("_T")
 
@@ -18,10 +18,15 @@ def callers(kind: type[_T]) -> Iterator[_T]:
     Events of a callback carry no reference to the Trainer or its handler, so they are looked for where they are sure
     to be: among the callers of the event.
     """
+    for frame in frames(kind):
+        yield frame.f_locals["self"]
+
+
+def frames(kind: type) -> Iterator[FrameType]:
+    """The frames of running methods of a class's objects, the innermost first."""
     # From the caller on: a frame whose own locals were read refers to itself, and keeps the model alive with it.
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, kind):
-            yield caller
+        if isinstance(frame.f_locals.get("self"), kind):
+            yield frame
         frame = frame.f_back

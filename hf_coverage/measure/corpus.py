@@ -172,7 +172,7 @@ def encode_prompts(
         prompts: Text, which is kept to its last space, or lists of chat messages, or lists of token ids.
         tokenizer: The tokenizer of the model; may be None for token ids if no prompt is empty.
         chat_template_kwargs: For chat messages, what the template is given for each prompt.
-        tokenizer_fingerprint: For token ids, whose ids they are, where that is known.
+        tokenizer_fingerprint: For token ids, whose they are, as the column of that name in a corpus says.
 
     Returns:
         One list of token ids per prompt, never empty; BOS, or else EOS, stands for a prompt without tokens.
@@ -192,7 +192,7 @@ def encode_prompts(
         raise ValueError("`prompts` must have at least one prompt, got none.")
     kind = check_values(rows, "prompt")
     if kind in ("token ids", "empty"):
-        check_fingerprints(list(tokenizer_fingerprint), tokenizer)
+        check_fingerprints(tokenizer_fingerprint, tokenizer)
         return _with_prefix(rows, tokenizer)
     if tokenizer is None:
         raise ValueError(f"`tokenizer` must be given for prompts of {kind}, got None.")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -64,6 +65,7 @@ class CorpusCallback(EvaluationCallback, ExportableState):
         if self._corpus is not None:
             _check_corpus(self._corpus, groups)
         self._run_corpus: RunCorpus | None = None
+        self._reading: tuple[Any, ...] = ()
 
     @abstractmethod
     def kept_corpus(self, args: TrainingArguments) -> Path:
@@ -123,6 +125,7 @@ class CorpusCallback(EvaluationCallback, ExportableState):
     ) -> None:
         """Begin anew, or go on where the checkpoint that is being resumed from was."""
         corpus = self.tokens(args, processing_class)
+        self._require_one_corpus(corpus)
         super().on_train_begin(args, state, control, **kwargs)
         if model is not None:
             self._check_fit(model, corpus)
@@ -135,20 +138,38 @@ class CorpusCallback(EvaluationCallback, ExportableState):
         _saved_states(state).setdefault(type(self).__name__, self.state())
 
     def tokens(self, args: TrainingArguments, processing_class: Any) -> RunCorpus:
-        """The tokenised corpus, the run's kept one where none was given."""
-        if self._run_corpus is None:
+        """The tokenised corpus, the run's kept one where none was given; read once for each run and tokenizer."""
+        tokenizer = self.tokenizer or _tokenizer_of(processing_class)
+        if self._corpus is None:
+            reading: tuple[Any, ...] = (self.kept_corpus(args),)
+        else:
+            reading = (tokenizer, getattr(tokenizer, "chat_template", None))
+        if self._run_corpus is None or reading != self._reading:
             if self._corpus is None:
                 self._run_corpus = RunCorpus.load(self.kept_corpus(args))
             else:
-                tokenizer = self.tokenizer or _tokenizer_of(processing_class)
                 self._run_corpus = RunCorpus.from_dataset(
                     self._corpus, tokenizer, append_eos=self.append_eos, groups=self.groups
                 )
+            self._reading = reading
         return self._run_corpus
 
     def score(self, model: torch.nn.Module, corpus: RunCorpus) -> Scores:
         """Score the corpus under the model as it is now; called by all processes, equal on all of them."""
         return score_encoded(model, corpus.encoded, batch_tokens=self.batch_tokens, logits_memory=self.logits_memory)
+
+    def _require_one_corpus(self, corpus: RunCorpus) -> None:
+        """Refuse processes whose corpora or arguments differ: their numbers would be of a mixture."""
+        own = self.state()["args"] | {"corpus": corpus.fingerprint}
+        first, *others = gather_object([own])
+        for process, other in enumerate(others, start=1):
+            differing = sorted(key for key in first if first[key] != other.get(key))
+            if differing:
+                raise ValueError(
+                    f"All processes must give the {type(self).__name__} the same, but `{differing[0]}` is "
+                    f"{first[differing[0]]!r} on process 0 and {other.get(differing[0])!r} on process {process}: read "
+                    "the corpus from one file, and seed what draws it."
+                )
 
     def _check_fit(self, model: torch.nn.Module, corpus: RunCorpus) -> None:
         """Refuse before the training, not at its first evaluation, what the model cannot score."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -124,7 +124,7 @@ def check_tokenizer(corpus: Dataset, tokenizer: PreTrainedTokenizerBase | None) 
         check_fingerprints(read_column(corpus, TOKENIZER_COLUMN), tokenizer)
 
 
-def check_fingerprints(values: list[Any], tokenizer: PreTrainedTokenizerBase | None) -> None:
+def check_fingerprints(values: Sequence[Any], tokenizer: PreTrainedTokenizerBase | None) -> None:
     """The same for a column `tokenizer_fingerprint`, None in rows of which nothing is known."""
     known = {value: row for row, value in reversed(list(enumerate(values))) if value is not None}
     remedy = (

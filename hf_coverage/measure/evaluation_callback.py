@@ -8,20 +8,24 @@ so a callback of this kind moves itself to the front.
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, default_compute_objective
 
-from hf_coverage.inference.call_stack import callers
+from hf_coverage.inference.call_stack import callers, frames
 
 __all__ = ["CoverageWarning", "EvaluationCallback", "evaluation_prefix"]
 
 _T = TypeVar("_T")
+
+# Trainers of TRL that log a `kl` of their own, to their reference model.
+_LOG_KL = {"GRPOTrainer", "KTOTrainer", "RLOOTrainer"}
+# What modules of PEFT, and others like them, say of the part that is at work.
+_SWITCHES = ("training", "disable_adapters", "active_adapters", "scaling")
 
 
 class CoverageWarning(UserWarning):
@@ -54,7 +58,8 @@ class EvaluationCallback(TrainerCallback, ABC):
         self.evaluations = 0
         self.last_step: int | None = None
         self._training = False
-        self._computed: tuple[tuple[Any, ...], dict[str, float]] | None = None
+        self._run: TrainerState | None = None
+        self._computed: tuple[Any, list[Any], dict[str, float]] | None = None
         self._reported: dict[str, float] = {}
 
     @abstractmethod
@@ -78,8 +83,9 @@ class EvaluationCallback(TrainerCallback, ABC):
     ) -> None:
         """Come before the reporters, also where a resumed run has just put its callbacks in another order."""
         self._take_the_lead()
-        self._training = True
         self._check_best_metric(args, state)
+        self._check_trainer(state)
+        self._run, self._training, self._computed = state, True, None
         if args.eval_strategy == IntervalStrategy.NO and self.every_n_steps is None and state.is_world_process_zero:
             warnings.warn(
                 f"This {type(self).__name__} reports at evaluations, and this training has none: set `eval_strategy` "
@@ -99,11 +105,13 @@ class EvaluationCallback(TrainerCallback, ABC):
     ) -> None:
         """Come before the reporters when `trainer.add_callback` was followed by `trainer.evaluate`."""
         self._take_the_lead()
+        self._follow(args, state, control, **kwargs)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Ask for a log entry at the callback's own steps."""
+        self._follow(args, state, control, **kwargs)
         if self.every_n_steps is not None and state.global_step % self.every_n_steps == 0:
             control.should_log = True
         return control
@@ -120,10 +128,13 @@ class EvaluationCallback(TrainerCallback, ABC):
     ) -> None:
         """Add the metrics to what is being logged."""
         self._reported = {}
+        self._follow(args, state, control, model=model, processing_class=processing_class, **kwargs)
         prefix = evaluation_prefix(logs or {})
         due = self._due_at_evaluation(state) if prefix else self._due_at_own_step(state, control)
         if logs is None or model is None or not due:
             return
+        # The model card of a Trainer wants the same values in the entries of all its evaluations.
+        apart = prefix is not None and self._training and not self._at_every_evaluation
         prefix = (prefix or "eval_") + (f"{self.name}_" if self.name else "")
         metrics = self._current_metrics(args, state, model, processing_class)
         self._reported = {prefix + key: value for key, value in metrics.items()}
@@ -135,7 +146,12 @@ class EvaluationCallback(TrainerCallback, ABC):
             )
         logs.update(self._reported)
         # The history's entry is a copy that the Trainer made just before this event.
-        state.log_history[-1].update(self._reported)
+        entry = state.log_history[-1]
+        if apart:
+            times = {key: entry[key] for key in ("epoch", "step") if key in entry}
+            state.log_history.insert(-1, self._reported | times)
+        else:
+            entry.update(self._reported)
 
     def on_evaluate(
         self,
@@ -149,6 +165,17 @@ class EvaluationCallback(TrainerCallback, ABC):
         if metrics is not None:
             metrics.update(self._reported)
         self._reported = {}
+
+    @property
+    def _at_every_evaluation(self) -> bool:
+        return self.every_n_evals == 1 and self.every_n_steps is None
+
+    def _follow(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Know whether a training is running, whatever ended the one before; join one that had begun already."""
+        if not any(frame.f_code.co_name == "train" for frame in frames(Trainer)):
+            self._training = False
+        elif self._run is not state:
+            self.on_train_begin(args, state, control, **kwargs)
 
     def _take_the_lead(self) -> None:
         """Move before all callbacks of other kinds; refuse another one that reports the same metrics."""
@@ -191,21 +218,43 @@ class EvaluationCallback(TrainerCallback, ABC):
     def _current_metrics(
         self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module, processing_class: Any
     ) -> dict[str, float]:
-        """The metrics, computed once for unchanged weights at one step: a dict of datasets asks several times."""
-        stamp = (state.global_step, *_weight_sums(model.parameters()))
-        unchanged = self._computed is not None and self._computed[0] == stamp
-        if _on_all_processes(unchanged) and self._computed is not None:
-            return self._computed[1]
+        """The metrics, computed once for one evaluation on a dict of datasets, which asks for each of them.
+
+        What a model predicts hangs on more than can be compared, so nothing is kept from one evaluation to the next.
+        """
+        evaluation = _evaluation_of_several()
+        stamp = [] if evaluation is None else _stamp(model)
+        known = self._computed if evaluation is not None else None
+        unchanged = known is not None and known[0] is evaluation and known[1] == stamp
+        if _on_all_processes(unchanged) and known is not None:
+            return known[2]
         metrics = self.compute_metrics(args, state, model, processing_class)
-        self._computed = (stamp, metrics)
+        self._computed = None if evaluation is None else (evaluation, stamp, metrics)
         return metrics
+
+    def _check_trainer(self, state: TrainerState) -> None:
+        """Refuse a Trainer to which a metric of this callback would mean something else."""
+        trainer = next(callers(Trainer), None)
+        if state.is_hyper_param_search and getattr(trainer, "compute_objective", None) is default_compute_objective:
+            raise ValueError(
+                "`hyperparameter_search` would minimise the sum of all metrics, those of this "
+                f"{type(self).__name__} among them: pass it a `compute_objective`, for example "
+                "`lambda metrics: metrics['eval_loss']`."
+            )
+        kinds = {kind.__name__ for kind in type(trainer).__mro__} & _LOG_KL
+        beta = getattr(getattr(trainer, "args", None), "beta", None)  # 0: there is no reference model
+        if kinds and beta != 0 and self.name is None and "kl" in self.metric_names():
+            raise ValueError(
+                f"`eval_kl` is what {min(kinds)} logs of its own reference model: give the {type(self).__name__} a "
+                "`name` to report under."
+            )
 
     def _check_best_metric(self, args: TrainingArguments, state: TrainerState) -> None:
         metric = args.metric_for_best_model
         names = [f"{self.name}_{name}" if self.name else name for name in self.metric_names()]
         if metric is None or not any(f"_{metric}".endswith(f"_{name}") for name in names):
             return
-        if self.every_n_steps is not None or self.every_n_evals != 1:
+        if not self._at_every_evaluation:
             raise ValueError(
                 f'`metric_for_best_model="{metric}"` is read at every evaluation, but this {type(self).__name__} '
                 "reports it at some only; leave `every_n_evals` and `every_n_steps` at their defaults."
@@ -221,18 +270,32 @@ class EvaluationCallback(TrainerCallback, ABC):
 
 
 def evaluation_prefix(logs: dict[str, Any]) -> str | None:
-    """The prefix of an evaluation's log entry; None for any other entry.
+    """The prefix of an evaluation's log entry, `eval_`, `test_` or `eval_<dataset>_`; None for any other entry.
 
-    Every evaluation reports its runtime: `eval_runtime`, `test_runtime`, `eval_<dataset>_runtime`. `train_runtime` is
-    the end of a training.
+    An entry is an evaluation's if `Trainer.evaluate` is writing it, and it reports its runtime: a user may log
+    `data_runtime` in a training, and anything in an evaluation.
 
     Example:
-        >>> evaluation_prefix({"eval_code_loss": 1.0, "eval_code_runtime": 0.5}), evaluation_prefix({"loss": 1.0})
-        ('eval_code_', None)
+        >>> print(evaluation_prefix({"eval_runtime": 0.5}))  # no Trainer evaluates here
+        None
     """
-    # A metric of the user's own may end in `_runtime` too, behind the same prefix.
-    prefixes = sorted((key.removesuffix("runtime") for key in logs if key.endswith("_runtime")), key=len)
-    return prefixes[0] if prefixes and prefixes[0] != "train_" else None
+    for frame in frames(Trainer):
+        if frame.f_code.co_name == "evaluate" and "metric_key_prefix" in frame.f_locals:
+            prefix = f"{frame.f_locals['metric_key_prefix']}_"
+            return prefix if f"{prefix}runtime" in logs else None
+    return None
+
+
+def _evaluation_of_several() -> Any:
+    """What stands for the running evaluation on a dict of datasets, by identity; None for any other evaluation.
+
+    It is the dict in which `Trainer.evaluate` gathers the metrics of this one call, and no other's as long as it is
+    held. Where a Trainer gathers them in another way every dataset is answered on its own.
+    """
+    for frame in frames(Trainer):
+        if frame.f_code.co_name == "evaluate" and isinstance(frame.f_locals.get("eval_dataset"), dict):
+            return frame.f_locals.get("metrics")
+    return None
 
 
 def _calling_handler(callback: TrainerCallback) -> CallbackHandler:
@@ -246,11 +309,16 @@ def _calling_handler(callback: TrainerCallback) -> CallbackHandler:
     )
 
 
-def _weight_sums(parameters: Iterable[torch.nn.Parameter]) -> list[float]:
-    """One number for each parameter (of this process's shard) that changes when the parameter does."""
+def _stamp(model: torch.nn.Module) -> list[Any]:
+    """What changes when weights, buffers, adapters or hooks of this process's part of a model do."""
     with torch.no_grad():
-        local = (p.to_local() if isinstance(p, DTensor) else p for p in parameters)
-        return [float(p.sum(dtype=torch.float32)) for p in local]
+        tensors = (t for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
+        local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
+        sums = [float(t.sum(dtype=torch.float32)) for t in local]
+    modules = list(model.modules())
+    switches = [repr([getattr(module, name, None) for name in _SWITCHES]) for module in modules]
+    hooks = [id(hook) for m in modules for kind in (m._forward_pre_hooks, m._forward_hooks) for hook in kind.values()]
+    return [sums, switches, hooks]
 
 
 def _on_all_processes(condition: bool) -> bool:

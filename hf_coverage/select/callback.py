@@ -306,18 +306,20 @@ class TournamentCallback(CorpusCallback):
 
     def _check_rows(self, args: TrainingArguments, corpus: RunCorpus) -> None:
         """Refuse rows of another corpus before anything of this run is written."""
+        self._rows = None  # those of an earlier training of this callback, in this folder or another
         self._open(args, corpus)
 
     def _open(self, args: TrainingArguments, corpus: RunCorpus) -> _RunRows:
-        """The rows on disk, read once."""
-        if self._rows is None:
+        """The rows on disk, read once for each run."""
+        fingerprint = corpus.encoded.fingerprint
+        if self._rows is None or (self._rows.folder, self._rows.corpus) != (self.folder(args), fingerprint):
             known = self._corpus is not None
             reference = (
                 read_reference(self._corpus, self.groups)
                 if known
-                else load_reference(self.folder(args), corpus=corpus.encoded.fingerprint)[0]
+                else load_reference(self.folder(args), corpus=fingerprint)[0]
             )
-            self._rows = _RunRows(self.folder(args), corpus.encoded.fingerprint, reference, self.others)
+            self._rows = _RunRows(self.folder(args), fingerprint, reference, self.others)
         return self._rows
 
     def _take_up(self, args: TrainingArguments, corpus: RunCorpus) -> tuple[list[int], TournamentResult | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.inference.files import write_atomically
 from hf_coverage.inference.loading import some
+from hf_coverage.measure.evaluation_callback import CoverageWarning
 from hf_coverage.select.result import TournamentResult
 
 __all__ = [
@@ -196,7 +198,15 @@ def delete_old_checkpoints(folder: Path, limit: int, kept: Collection[Path], now
     steps = sorted((int(step) for step in found if step.isdigit()), key=lambda step: (step <= now, step))
     free = [path for path in (folder / f"{prefix}{step}" for step in steps) if path not in kept]
     for path in free[: max(0, len(steps) - limit)]:
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:  # a link, or not ours to remove: the training is worth more than the space
+            warnings.warn(
+                f"{path} is beyond `save_total_limit={limit}` and stays, for it cannot be removed ({error}): remove "
+                "it by hand.",
+                CoverageWarning,
+                stacklevel=2,
+            )
 
 
 def load_weights(trainer: Trainer, checkpoint: Path) -> None:

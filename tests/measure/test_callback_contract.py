@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers.trainer_utils import default_compute_objective
 
 from hf_coverage.measure.callback import CoverageCallback, CoverageWarning
 from hf_coverage.select.callback import TournamentCallback
 from tests.measure.callback_runs import (
+    VOCABULARY,
     StopAt,
     coverage_history,
     make_trainer,
@@ -273,3 +275,213 @@ def values_of_checkpoints(trainer, key: str) -> dict[int, float]:
 def saved_state(folder: Path, callback_class: type) -> dict:
     state = json.loads((folder / "checkpoint-8" / "trainer_state.json").read_text())
     return state["stateful_callbacks"][callback_class.__name__]
+
+
+def spied(callback):
+    """Count what a callback computes."""
+    calls, compute = [], callback.compute_metrics
+    callback.compute_metrics = lambda args, state, *rest: (
+        calls.append(state.global_step) or compute(args, state, *rest)
+    )
+    return calls
+
+
+class Doubling(torch.nn.Module):
+    """An adapter: what it does is in no parameter, and only a switch says whether it does it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.active_adapters = inner, []
+        self.register_buffer("shift", torch.zeros(()))
+
+    def forward(self, hidden):
+        return self.inner(hidden) * (3.0 if self.active_adapters else 1.0) + self.shift * torch.arange(VOCABULARY)
+
+
+def switch(model):
+    model.lm_head.active_adapters = ["on"]
+
+
+def move_buffer(model):
+    model.lm_head.shift += 1.0
+
+
+def hook(model):
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 3.0)
+
+
+def move_weights(model):
+    with torch.no_grad():
+        model.lm_head.inner.weight.mul_(3.0)
+
+
+CHANGES = {"adapter": switch, "buffer": move_buffer, "hook": hook, "weights": move_weights}
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["two evaluations", "one on two datasets"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_nothing_is_remembered_of_a_model_that_predicts_something_else(tmp_path, change, several):
+    model = tiny_model(dropout=0.0)
+    model.config.tie_word_embeddings = False
+    model.lm_head = Doubling(torch.nn.Linear(16, VOCABULARY, bias=False))
+
+    class Switching(TrainerCallback):
+        def on_evaluate(self, args, state, control, model=None, **kwargs):
+            if several and not changed:
+                changed.append(change(model))
+
+    changed = []
+    datasets = {"a": token_rows(4), "b": token_rows(4, seed=6)}
+    trainer = make_trainer(tmp_path, FACTORIES["coverage"](), Switching(), model=model, eval_dataset=datasets)
+    if several:
+        metrics = trainer.evaluate()
+        before, after = metrics["eval_a_kl"], metrics["eval_b_kl"]
+    else:
+        before = trainer.evaluate()["eval_b_kl"]
+        change(model)
+        after = trainer.evaluate()["eval_b_kl"]
+    assert abs(after - before) > 1e-2
+    assert after == pytest.approx(trainer.evaluate(token_rows(4))["eval_kl"], abs=1e-9)
+
+
+def test_a_dict_of_datasets_is_answered_once_each_time(tmp_path, make_callback):
+    callback = make_callback()
+    calls = spied(callback)
+    trainer = make_trainer(tmp_path, callback, eval_dataset={"a": token_rows(4), "b": token_rows(4)})
+    trainer.evaluate()
+    trainer.evaluate()
+    assert calls == [0, 0]
+
+
+class Interrupt(TrainerCallback):
+    def __init__(self, step, error):
+        self.step, self.error = step, error
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+def test_a_training_that_broke_off_is_over(tmp_path, make_callback, error):
+    callback = make_callback(every_n_evals=3)
+    trainer = make_trainer(tmp_path, callback, Interrupt(3, error))
+    with pytest.raises(type(error)):
+        trainer.train()
+    rows = sorted(tmp_path.glob("tournament/step-*"))
+    for _ in range(2):  # asked for, so answered, whatever the schedule
+        assert f"eval_{callback.metric_names()[0]}" in trainer.evaluate()
+    assert sorted(tmp_path.glob("tournament/step-*")) == rows
+
+
+def test_one_instance_serves_one_trainer_after_the_other(tmp_path, make_callback):
+    callback = make_callback()
+    key = f"eval_{callback.metric_names()[0]}"
+    histories = []
+    for name in ("first", "second"):
+        trainer = make_trainer(tmp_path / name, callback)
+        trainer.evaluate()
+        trainer.train()
+        histories.append(without_times(coverage_history(trainer, key)))
+        assert [entry["step"] for entry in histories[-1]] == [2, 4, 6, 8]
+    assert histories[0] == histories[1]
+    if isinstance(callback, TournamentCallback):
+        for name in ("first", "second"):
+            rows = sorted(path.name for path in (tmp_path / name / "tournament").glob("step-*"))
+            assert rows == ["step-2", "step-4", "step-6", "step-8"]
+
+
+def test_a_retry_with_smaller_batches_has_all_rows(tmp_path, make_callback):
+    failed = []
+
+    class OutOfMemory(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3 and not failed:
+                failed.append(True)
+                raise RuntimeError("CUDA out of memory.")
+
+    callback = make_callback()
+    trainer = make_trainer(tmp_path, callback, OutOfMemory(), auto_find_batch_size=True, learning_rate=0.0)
+    trainer.train()
+    key = f"eval_{callback.metric_names()[0]}"
+    assert failed
+    assert [entry["step"] for entry in coverage_history(trainer, key)] == [2, 4, 6, 8]
+    if isinstance(callback, TournamentCallback):
+        assert len(list(tmp_path.glob("tournament/step-*"))) == 4
+
+
+def test_one_that_joins_in_mid_run_is_saved_and_reports(tmp_path, make_callback):
+    callback = make_callback()
+
+    class Join(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                trainer.add_callback(callback)
+
+    trainer = make_trainer(tmp_path, Join())
+    trainer.train()
+    key = f"eval_{callback.metric_names()[0]}"
+    assert [entry["step"] for entry in coverage_history(trainer, key)] == [4, 6, 8]
+    assert saved_state(tmp_path, type(callback))["attributes"]
+
+
+@pytest.mark.parametrize("schedule", [{}, {"every_n_evals": 2}, {"every_n_steps": 4}, {"every_n_steps": 3}], ids=str)
+def test_the_trainer_can_write_its_model_card(tmp_path, make_callback, schedule):
+    trainer = make_trainer(tmp_path, make_callback(**schedule))
+    trainer.train()
+    trainer.create_model_card()
+    assert "Validation Loss" in (tmp_path / "README.md").read_text()
+
+
+def test_a_users_key_is_no_evaluation(tmp_path, make_callback):
+    class Logging(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.log({"data_runtime": 1.0, "eval_runtime": 2.0})
+
+    callback = make_callback()
+    calls = spied(callback)
+    trainer = make_trainer(tmp_path, callback, Logging())
+    trainer.compute_metrics = lambda predictions: trainer.log({"data_runtime": 1.0}) or {"data_runtime": 1.0}
+    trainer.train()
+    assert calls == [2, 4, 6, 8]
+    assert not any(key.startswith("data_") and key != "data_runtime" for e in trainer.state.log_history for key in e)
+
+
+@pytest.mark.parametrize("kind", ["KTOTrainer", "GRPOTrainer", "RLOOTrainer"])
+def test_a_trainer_that_logs_a_kl_of_its_own_is_told_at_the_start(tmp_path, kind):
+    def trainer(callback, beta=0.1):
+        made = make_trainer(tmp_path, callback, max_steps=1, eval_strategy="no")
+        made.__class__ = type(kind, (type(made),), {})
+        made.args.beta = beta
+        return made
+
+    with pytest.raises(ValueError, match=f"`eval_kl` is what {kind} logs"):
+        trainer(FACTORIES["coverage"]()).train()
+    for accepted in (trainer(FACTORIES["coverage"](name="held-out")), trainer(FACTORIES["coverage"](), beta=0.0)):
+        with pytest.warns(CoverageWarning, match="has none"):
+            accepted.train()
+
+
+def begin(self, state):
+    """Begin a training as a method of the Trainer does, which callbacks find by that name."""
+    self.callback_handler.on_train_begin(self.args, state, self.control)
+
+
+def test_a_search_that_sums_all_metrics_is_refused(tmp_path):
+    callback = FACTORIES["coverage"]()
+    trainer = make_trainer(tmp_path, callback)
+    trainer.compute_objective = default_compute_objective
+    state = TrainerState(is_hyper_param_search=True)
+    with pytest.raises(ValueError, match=r"`hyperparameter_search` would minimise the sum of all metrics"):
+        begin(trainer, state)
+    trainer.compute_objective = lambda metrics: metrics["eval_loss"]
+    begin(trainer, state)
+
+
+def test_processes_with_different_corpora_are_refused(tmp_path, make_callback, monkeypatch):
+    trainer = make_trainer(tmp_path, make_callback(), max_steps=2)
+    monkeypatch.setattr(
+        "hf_coverage.measure.corpus_callback.gather_object", lambda own: [*own, own[0] | {"corpus": "other"}]
+    )
+    with pytest.raises(ValueError, match=r"`corpus` is '.*' on process 0 and 'other' on process 1"):
+        trainer.train()

@@ -147,6 +147,17 @@ def test_the_callbacks_own_limit_keeps_the_latest_and_the_winner(tmp_path, monke
     assert steps_in(tmp_path) == [4, 6, 8]
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_stays_and_the_training_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
+    callback = TournamentCallback(CORPUS, 8, save_total_limit=1)
+    with pytest.warns(CoverageWarning, match=r"checkpoint-1 is beyond `save_total_limit=1` and stays"):
+        trainer = train(monkeypatch, SECOND_WINS, tmp_path / "run", callback)
+    assert trainer.state.global_step == 8
+    assert (tmp_path / "elsewhere").is_dir()
+
+
 def test_the_trainer_chooses_by_scores_that_are_not_stale(tmp_path, monkeypatch):
     trainer = train(
         monkeypatch, SECOND_WINS, tmp_path, TournamentCallback(CORPUS, N), save_total_limit=1, **BY_TOURNAMENT
