@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -118,7 +119,8 @@ def _entries(model: nn.Module) -> Iterator[tuple[str, Any]]:
     if isinstance(model, FullyShardedDataParallel):
         yield from get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)).items()
         return
-    for name, value in model.state_dict().items():
+    offloaded = any(parameter.is_meta for parameter in model.parameters())
+    for name, value in (get_state_dict_offloaded_model(model) if offloaded else model.state_dict()).items():
         yield name, value.full_tensor() if isinstance(value, DTensor) else value
 
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from transformers import LlamaForCausalLM
 
 from hf_coverage.inference.encoded_rows import EncodedCorpus
+from hf_coverage.inference.fingerprint import weight_fingerprint
 from hf_coverage.inference.forward import HeadForward, inference
 from hf_coverage.inference.prefix_cache import CACHE
 from hf_coverage.inference.self_check import Reading, Readout, agree, find_reading, ignores_left_padding
@@ -224,3 +226,12 @@ def test_left_padding():
     roformer = shaken(transformers.RoFormerForCausalLM(transformers.RoFormerConfig(**sizes)))
     assert ignores(llama())
     assert not ignores(roformer)
+
+
+def test_offloaded_models_are_scored_and_known_by_their_weights():
+    model, encoded = llama(), corpus()
+    expected, weights = score_encoded(model, encoded).logprob, weight_fingerprint(model)
+    cpu_offload(model, execution_device="cpu")
+    assert next(model.parameters()).is_meta
+    np.testing.assert_allclose(score_encoded(model, encoded).logprob, expected, atol=1e-6)
+    assert weight_fingerprint(model) == weights
