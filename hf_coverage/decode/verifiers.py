@@ -81,7 +81,7 @@ class ExactMatch(Verifier):
     """1 where a response is the right answer, whitespace around both aside; token ids are compared as they are.
 
     Args:
-        column: The column that holds the answer.
+        column: the column that holds the answer.
 
     Example:
         >>> ExactMatch()(completions=[" 12", "13"], answer=["12", "12"])

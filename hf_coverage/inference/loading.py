@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -94,7 +95,7 @@ def load_model(name: str, options: ModelOptions) -> "PreTrainedModel":
     return model.to(options.device or state.device).eval()
 
 
-def load_whole(kind: Any, name: str, **how: Any) -> "PreTrainedModel":
+def load_whole(kind: Any, name: str | PathLike[str], **how: Any) -> "PreTrainedModel":
     """A model all of whose weights come from its checkpoint: transformers draws those at random that do not.
 
     Tied weights and buffers that are computed are not missing. What a checkpoint holds beyond its model is of no
@@ -109,6 +110,7 @@ def load_whole(kind: Any, name: str, **how: Any) -> "PreTrainedModel":
     Raises:
         ValueError: Naming the weights that are missing, of another shape, or left out.
     """
+    name = str(name)
     require_there(name)
     base = _base_of(name, how.get("revision"))
     if base is not None:

@@ -113,7 +113,7 @@ def test_half_precision_and_either_attention(attention):
         torch.testing.assert_close(reader.logits(prefixes), expected(model, PROMPT, prefixes), atol=0.03, rtol=0.03)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`(is_gradient_checkpointing|past_key_values)` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("adapter", "shapes"),
     [

@@ -53,7 +53,7 @@ def test_files_of_another_folder_are_refused(tmp_path, other, swapped):
 
 def test_a_folder_of_rows_asks_for_its_corpus(tmp_path):
     reference = read_reference(Dataset.from_dict(PAIRS))
-    write_reference(tmp_path, reference, {}, corpus="abc")
+    write_reference(tmp_path, reference, {"name": "model"}, corpus="abc")
     assert load_reference(tmp_path, corpus="abc")[0].fingerprint == reference.fingerprint
     with pytest.raises(ValueError, match=r"the reference of another corpus \(fingerprint abc\)"):
         load_reference(tmp_path, corpus="def")
