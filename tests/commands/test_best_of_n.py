@@ -69,9 +69,9 @@ def test_kept_samples_are_judged_by_one_s_own_function(problems, work):
 
 
 def test_a_verifier_that_fails_on_every_response_is_no_result(problems, work):
-    Path("rewards.py").write_text("def broken(completions):\n    raise OSError('no disk')\n")
+    Path("no_rewards.py").write_text("def broken(completions):\n    raise OSError('no disk')\n")
     message = error_line(
-        "best-of-n student problems.jsonl --k 2 --max-new-tokens 2 --verifier rewards.py:broken -o out"
+        "best-of-n student problems.jsonl --k 2 --max-new-tokens 2 --verifier no_rewards.py:broken -o out"
     )
     assert "broken judged none of 10 responses; most often, 10 times, it raised OSError (OSError: no disk)" in message
     assert not list(Path("out").glob("best_of_n-*"))
