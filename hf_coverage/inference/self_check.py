@@ -199,8 +199,7 @@ class _Check:
             f"after it, by {gaps.max():.2g} nats at position {place}, so what its passes give is not log p(y|x). "
             "Load it as a decoder: a BERT-type model needs `is_decoder=True` in its "
             "configuration, others `is_causal=True`; masked language models and encoder-decoders have no log p(y|x). "
-            "If it is quantised with scales that a whole pass decides, take scales that each token decides, or score "
-            "it with `token_by_token=True`."
+            "If it is quantised with scales that a whole pass decides, take one whose scales are those of each token."
         )
 
     def _continues(self, alone: Readout) -> bool:
