@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hf_coverage.functional.gradients import *
     from hf_coverage.functional.head_training import *
     from hf_coverage.functional.logprobs import *
+    from hf_coverage.functional.miss_profile import *
     from hf_coverage.functional.monte_carlo import *
     from hf_coverage.functional.objectives import *
     from hf_coverage.functional.paired import *
@@ -128,6 +129,16 @@ _HOMES = {
         "token_kl",
         "token_logprobs",
     ),
+    "miss_profile": (
+        "SampleBudget",
+        "coverage_bound_from_miss",
+        "miss",
+        "miss_bound_from_coverage",
+        "miss_interval",
+        "miss_upper_bound",
+        "miss_values",
+        "sample_budget",
+    ),
     "monte_carlo": ("log_mean_exp",),
     "objectives": (
         "coverage_loss",
@@ -138,6 +149,8 @@ _HOMES = {
         "PairedDifference",
         "paired_coverage_difference",
         "paired_kl_difference",
+        "paired_miss_difference",
+        "rows_to_tell_apart",
     ),
     "predictiveness": (
         "RankCorrelations",
@@ -169,6 +182,7 @@ _HOMES = {
     "statistics": (
         "MeanEstimate",
         "bounded_mean_interval",
+        "bounded_mean_upper_bound",
         "clustered_mean",
         "group_codes",
         "mean_interval",

@@ -10,9 +10,16 @@ from scipy import stats
 
 from hf_coverage.functional.checks import FloatArray, check_confidence, check_log_ratios
 from hf_coverage.functional.coverage_profile import reached
+from hf_coverage.functional.miss_profile import miss_values
 from hf_coverage.functional.statistics import clustered_mean, group_codes, mean_interval, row_weights
 
-__all__ = ["PairedDifference", "paired_coverage_difference", "paired_kl_difference"]
+__all__ = [
+    "PairedDifference",
+    "paired_coverage_difference",
+    "paired_kl_difference",
+    "paired_miss_difference",
+    "rows_to_tell_apart",
+]
 
 
 class PairedDifference(NamedTuple):
@@ -63,33 +70,47 @@ def paired_coverage_difference(
         Bonett and Price (2012), "Adjusted Wald confidence interval for a difference of binomial proportions based on
         paired data".
     """
-    check_confidence(confidence)
     hits_a, hits_b = (reached(check_log_ratios(ratios), n) for ratios in (log_ratios_a, log_ratios_b))
-    if hits_a.shape != hits_b.shape:
-        raise ValueError(
-            f"`log_ratios_a` and `log_ratios_b` must describe the same rows, but have {hits_a.size} and {hits_b.size}."
-        )
+    _check_same_rows(hits_a, hits_b)
     change = hits_a.astype(np.float64) - hits_b
-    weight = row_weights(weights, change.size)
-    codes = np.arange(change.size, dtype=np.uint64) if groups is None else group_codes(groups)
-    if codes.shape != change.shape:
-        raise ValueError(f"`groups` must have one label a row, {change.size} in all, but has {codes.size}.")
-    difference = float(weight @ change / weight.sum())
-    counts = weight > 0  # a row without weight is none
-    change, codes, weight = change[counts], codes[counts], weight[counts]
-    labels, inverse = np.unique(codes, return_inverse=True)
-    if labels.size < 2:
-        return PairedDifference(difference, -1.0, 1.0, math.nan)
-    pseudo = weight.mean() * _design_effect(change, codes, weight)
-    error = clustered_mean(
-        np.append(change, [1.0, -1.0]),
-        groups=np.append(inverse, [labels.size, labels.size + 1]).astype(np.uint64),
-        weights=np.append(weight, [pseudo, pseudo]),
-    )
-    freedom = error.num_groups - 1
-    margin = error.standard_error * stats.t.ppf((1 + confidence) / 2, freedom)
-    p_value = 2 * stats.t.sf(abs(error.mean) / error.standard_error, freedom)
-    return PairedDifference(difference, max(-1.0, error.mean - margin), min(1.0, error.mean + margin), float(p_value))
+    return _difference_of_shares(change, groups, weights, confidence)
+
+
+def paired_miss_difference(
+    log_ratios_a: ArrayLike,
+    log_ratios_b: ArrayLike,
+    n: float,
+    *,
+    groups: Iterable[Any] | None = None,
+    weights: ArrayLike | None = None,
+    confidence: float = 0.95,
+) -> PairedDifference:
+    """miss_N of a minus miss_N of b on the same rows; positive means a covers less.
+
+    Interval and test are those of `paired_coverage_difference`: a pseudo row for each direction stands for the rows
+    that differ wholly and are too rare to have been seen.
+
+    Args:
+        log_ratios_a: `(R,)` nats, of model a.
+        log_ratios_b: `(R,)` nats, of model b, row by row the same responses.
+        n: A real number >= 1.
+        groups: `(R,)` the prompt of each row; None if no prompt repeats.
+        weights: `(R,)` non-negative row weights.
+        confidence: Two-sided level.
+
+    Returns:
+        The plain difference, the interval and the p-value. A single group tells nothing of others: (-1, 1) and NaN.
+
+    Raises:
+        ValueError: If the two describe different numbers of rows.
+
+    Example:
+        >>> paired_miss_difference([math.log(2), math.inf], [0.0, math.inf], n=1).difference
+        0.25
+    """
+    a, b = miss_values(log_ratios_a, n), miss_values(log_ratios_b, n)
+    _check_same_rows(a, b)
+    return _difference_of_shares(a - b, groups, weights, confidence)
 
 
 def paired_kl_difference(
@@ -127,10 +148,7 @@ def paired_kl_difference(
     """
     check_confidence(confidence)
     a, b = check_log_ratios(log_ratios_a), check_log_ratios(log_ratios_b)
-    if a.shape != b.shape:
-        raise ValueError(
-            f"`log_ratios_a` and `log_ratios_b` must describe the same rows, but have {a.size} and {b.size}."
-        )
+    _check_same_rows(a, b)
     with np.errstate(invalid="ignore"):  # infinity minus infinity: rows that neither model can produce
         estimate = clustered_mean(a - b, groups=groups, weights=weights)
     low, high = mean_interval(estimate, confidence)
@@ -139,6 +157,86 @@ def paired_kl_difference(
         return PairedDifference(mean, low, high, 1.0 if mean == error == 0 else math.nan)
     p_value = 2 * float(stats.t.sf(abs(mean) / error, estimate.num_groups - 1))
     return PairedDifference(mean, float(low), float(high), p_value)
+
+
+def rows_to_tell_apart(
+    values_a: ArrayLike,
+    values_b: ArrayLike,
+    *,
+    groups: Iterable[Any] | None = None,
+    weights: ArrayLike | None = None,
+    confidence: float = 0.95,
+    power: float = 0.8,
+) -> float:
+    """About how many rows like these a paired test needs so as to see that two means differ: `((z_1 + z_2) s / d)^2`.
+
+    d is the mean of the differences and s their standard deviation, clustered: rows here come with as many prompts
+    as in the sample. An estimate for planning, and a poor one where the rows at hand do not tell the two apart.
+
+    Args:
+        values_a: `(R,)` a quantity of model a in each row, for example `miss_values(log_ratios, 16)`.
+        values_b: `(R,)` the same of model b.
+        groups: `(R,)` the prompt of each row; None if no prompt repeats.
+        weights: `(R,)` non-negative row weights.
+        confidence: Of the two-sided test.
+        power: The chance that the test is to have.
+
+    Returns:
+        Rows; infinite where the means are equal.
+
+    Raises:
+        ValueError: If the two describe different numbers of rows, or there is a single group.
+
+    Example:
+        >>> round(rows_to_tell_apart([1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]))
+        10
+    """
+    check_confidence(confidence)
+    check_confidence(power)
+    a, b = np.asarray(values_a, dtype=np.float64), np.asarray(values_b, dtype=np.float64)
+    _check_same_rows(a, b, "values")
+    estimate = clustered_mean(a - b, groups=groups, weights=weights)
+    if estimate.num_groups < 2:
+        raise ValueError("`values_a` and `values_b` must be of at least two prompts: one says nothing of others.")
+    if estimate.mean == 0:
+        return math.inf
+    quantiles = stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(power)
+    return a.size * float(quantiles * estimate.standard_error / estimate.mean) ** 2
+
+
+def _check_same_rows(a: NDArray[Any], b: NDArray[Any], name: str = "log_ratios") -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"`{name}_a` and `{name}_b` must describe the same rows, but have {a.size} and {b.size}.")
+
+
+def _difference_of_shares(
+    change: FloatArray,
+    groups: Iterable[Any] | None,
+    weights: ArrayLike | None,
+    confidence: float,
+) -> PairedDifference:
+    """The mean change, with uncertainty from the rows and from a pseudo row for each direction."""
+    check_confidence(confidence)
+    weight = row_weights(weights, change.size)
+    codes = np.arange(change.size, dtype=np.uint64) if groups is None else group_codes(groups)
+    if codes.shape != change.shape:
+        raise ValueError(f"`groups` must have one label a row, {change.size} in all, but has {codes.size}.")
+    difference = float(weight @ change / weight.sum())
+    counts = weight > 0  # a row without weight is none
+    change, codes, weight = change[counts], codes[counts], weight[counts]
+    labels, inverse = np.unique(codes, return_inverse=True)
+    if labels.size < 2:
+        return PairedDifference(difference, -1.0, 1.0, math.nan)
+    pseudo = weight.mean() * _design_effect(change, codes, weight)
+    error = clustered_mean(
+        np.append(change, [1.0, -1.0]),
+        groups=np.append(inverse, [labels.size, labels.size + 1]).astype(np.uint64),
+        weights=np.append(weight, [pseudo, pseudo]),
+    )
+    freedom = error.num_groups - 1
+    margin = error.standard_error * stats.t.ppf((1 + confidence) / 2, freedom)
+    p_value = 2 * stats.t.sf(abs(error.mean) / error.standard_error, freedom)
+    return PairedDifference(difference, max(-1.0, error.mean - margin), min(1.0, error.mean + margin), float(p_value))
 
 
 def _design_effect(values: FloatArray, codes: NDArray[np.uint64], weight: FloatArray) -> float:

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from hf_coverage.functional.checks import FloatArray, check_confidence
 
 __all__ = [
     "MeanEstimate",
     "bounded_mean_interval",
+    "bounded_mean_upper_bound",
     "clustered_mean",
     "group_codes",
     "mean_interval",
@@ -37,6 +38,9 @@ _ALIKE = 1e-12
 _DISTINCT = 1024
 """Most different terms of a sum of exponentials; neighbours among more are taken together."""
 _STEP = 0.1
+
+_VALUES = 16_384
+"""Most different values that a betting bound goes through; of more, neighbours are raised to the largest of them."""
 
 
 class MeanEstimate(NamedTuple):
@@ -184,16 +188,72 @@ def bounded_mean_interval(
         variable"; Learned-Miller and Thomas (2019), arXiv 1905.06208.
     """
     check_confidence(confidence)
-    bad = np.flatnonzero(~((np.asarray(values) >= 0) & (np.asarray(values) <= 1 + 1e-12)))
-    if bad.size:
-        raise ValueError(f"`values` must lie in [0, 1], but row {bad[0]} is {np.asarray(values)[bad[0]]}.")
-    rows, weight, inverse, num_groups = _weighing_rows(values, groups, weights)
-    if num_groups < 2:
+    means, of_group = _group_means(values, groups, weights)
+    if means.size < 2:
         return 0.0, 1.0
-    of_group = np.bincount(inverse, weights=weight, minlength=num_groups).astype(np.float64)
-    means = np.clip(np.bincount(inverse, weights=weight * rows, minlength=num_groups) / of_group, 0.0, 1.0)
     beyond = (1 - confidence) / 2
     return 1 - _gaffke_end(1 - means, of_group, beyond), _gaffke_end(means, of_group, beyond)
+
+
+def bounded_mean_upper_bound(
+    values: ArrayLike,
+    *,
+    groups: Iterable[Any] | None = None,
+    weights: ArrayLike | None = None,
+    confidence: float = 0.95,
+) -> float:
+    """Upper confidence bound for a mean of values in [0, 1] that holds in finite samples: a betting bound.
+
+    Whoever bets against the mean being as high as m, a share c of what he has on every group, holds
+
+        K_c(m) = prod_g (1 + c v_g (m - x_g) / (1 - m)),      v_g = w_g / max w, x_g the mean of a group,
+
+    for each unit he began with. If m is the mean his expectation is 1, and so is that of an average over several c:
+    by Markov's inequality it reaches 1 / (1 - confidence) with probability at most `1 - confidence`. The bound is
+    the m from which on it does. Half of the money bets `c_0 = 1 - a/m` with `KL(a || m) = log(1 / (1 - confidence)) /
+    G`, what is best on 0s and 1s (alone it would be Chernoff's bound, or better), a quarter twice as much, and so on:
+    better where values vary less. `c_0` falls in m and `c_0 m / (1 - m)` rises, so that every factor rises with m.
+
+    The bound does not depend on the order of the rows, rises with every value, and needs of groups only that they are
+    independent and alike.
+
+    Args:
+        values: `(R,)` in [0, 1].
+        groups: `(R,)` group labels; None takes every row as its own group.
+        weights: `(R,)` non-negative row weights; None weighs rows alike.
+        confidence: One-sided confidence level in (0, 1).
+
+    Raises:
+        ValueError: If a value lies outside [0, 1]; names the row.
+
+    Example:
+        >>> round(bounded_mean_upper_bound([0.0] * 95 + [1.0] * 5), 3), bounded_mean_upper_bound([1.0, 1.0])
+        (0.132, 1.0)
+
+    References:
+        Waudby-Smith and Ramdas (2024), "Estimating means of bounded random variables by betting", arXiv 2010.09686.
+    """
+    check_confidence(confidence)
+    means, of_group = _group_means(values, groups, weights)
+    shares = of_group / of_group.max()
+    target = -math.log1p(-confidence)
+    rate = target * float(shares @ shares) / float(shares.sum()) ** 2
+    if shares.min() == 1:
+        means, times = _rounded_up(means)
+        shares = np.ones(means.size)
+    else:
+        times = np.ones(means.size)
+
+    def excess(mean: float) -> float:
+        stakes, money = _stakes(mean, rate)
+        with np.errstate(divide="ignore"):  # all was bet on a value of 1 not to come
+            won = np.log1p(stakes[:, None] * (shares * (mean - means) / (1 - mean))) @ times
+        return float(np.logaddexp.reduce(won + np.log(money))) - target
+
+    least, most = float(times @ (shares * means) / (times @ shares)), 1 - 1e-9
+    if least >= most or excess(most) <= 0:
+        return 1.0
+    return float(optimize.brentq(excess, max(least, 1e-12), most, xtol=1e-12, rtol=1e-9))
 
 
 def proportion_interval(
@@ -265,6 +325,42 @@ def _weighing_rows(
         return rows, weight, inverse, num_groups
     labels, inverse = np.unique(inverse[counts], return_inverse=True)
     return rows[counts], weight[counts], inverse, labels.size
+
+
+def _group_means(
+    values: ArrayLike, groups: Iterable[Any] | None, weights: ArrayLike | None
+) -> tuple[FloatArray, FloatArray]:
+    """The mean of values in [0, 1] in each group, and what each group weighs."""
+    bad = np.flatnonzero(~((np.asarray(values) >= 0) & (np.asarray(values) <= 1 + 1e-12)))
+    if bad.size:
+        raise ValueError(f"`values` must lie in [0, 1], but row {bad[0]} is {np.asarray(values)[bad[0]]}.")
+    rows, weight, inverse, num_groups = _weighing_rows(values, groups, weights)
+    of_group = np.bincount(inverse, weights=weight, minlength=num_groups).astype(np.float64)
+    means = np.bincount(inverse, weights=weight * rows, minlength=num_groups) / of_group
+    return np.clip(means, 0.0, 1.0), of_group
+
+
+def _stakes(mean: float, rate: float) -> tuple[FloatArray, FloatArray]:
+    """What to bet against a mean so high, and with which share of the money: see `bounded_mean_upper_bound`."""
+    seen = 0.0
+    if -math.log1p(-mean) > rate:
+        seen = float(
+            optimize.brentq(lambda a: float(special.rel_entr([a, 1 - a], [mean, 1 - mean]).sum()) - rate, 0, mean)
+        )
+    first = max(1 - seen / mean, 1e-12)
+    doublings = np.arange(1 + math.ceil(-math.log2(first)))
+    money = 0.5 ** (doublings + 1)
+    money[-1] *= 2
+    return np.minimum(first * 2.0**doublings, 1.0), money
+
+
+def _rounded_up(means: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Different values and how often each stands; of very many, neighbours are raised to the largest of them."""
+    values, times = np.unique(means, return_counts=True)
+    if values.size <= _VALUES:
+        return values, times.astype(np.float64)
+    last = np.linspace(0, values.size - 1, _VALUES, dtype=np.intp)
+    return values[last], np.diff(np.cumsum(times)[last], prepend=0).astype(np.float64)
 
 
 def _gaffke_end(means: FloatArray, weight: FloatArray, beyond: float) -> float:
