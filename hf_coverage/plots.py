@@ -8,7 +8,7 @@ tell apart.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,11 +39,11 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 
 
 class ProfileCurve(NamedTuple):
-    """One model's coverage profile: Cov_N and its interval on a grid of N, all `(K,)`."""
+    """One model's profile: Cov_N, or miss_N, and its interval on a grid of N, all `(K,)`."""
 
     name: str
     n: ArrayLike
-    coverage: ArrayLike
+    value: ArrayLike
     low: ArrayLike
     high: ArrayLike
 
@@ -72,18 +72,17 @@ def save_figure(figure: Figure, path: str | PathLike[str] | None) -> Figure:
 
 
 def plot_profiles(
-    curves: Sequence[ProfileCurve],
+    panels: Mapping[str, Sequence[ProfileCurve]],
     path: str | PathLike[str] | None = None,
     *,
-    ylabel: str = "Cov$_N$ (lower is better)",
     title: str | None = None,
 ) -> Figure:
-    """Draw coverage profiles over N on a logarithmic axis, each with its confidence band.
+    """Draw coverage profiles over N on logarithmic axes, each with its confidence band, in one panel or several.
 
     Args:
-        curves: One for each model, at most seven.
+        panels: By what the vertical axis shows, one curve for each model, at most seven; a bound must say that it is
+            one. A model has the same colour in all panels, which share their axes.
         path: File to write, its format given by the suffix; None only returns the figure.
-        ylabel: What the vertical axis shows; a bound must say that it is one.
         title: Title above the axes.
 
     Returns:
@@ -94,26 +93,31 @@ def plot_profiles(
 
     Example:
         >>> curve = ProfileCurve("model", [1, 2, 4], [0.9, 0.5, 0.1], [0.8, 0.4, 0.05], [1.0, 0.6, 0.2])
-        >>> plot_profiles([curve]).axes[0].get_xscale()
+        >>> plot_profiles({"Cov$_N$ (lower is better)": [curve]}).axes[0].get_xscale()
         'log'
     """
-    if not 1 <= len(curves) <= len(COLORS):
+    sizes = sorted({len(curves) for curves in panels.values()})
+    if len(sizes) != 1 or not 1 <= sizes[0] <= len(COLORS):
         raise ValueError(
-            f"`curves` must hold 1 to {len(COLORS)} profiles, but holds {len(curves)}: draw several pictures."
+            f"`panels` must hold 1 to {len(COLORS)} profiles each, the same in all, but hold {sizes}: draw several "
+            "pictures."
         )
-    figure, (ax,) = new_axes()
-    for curve, color in zip(curves, COLORS):
-        ax.plot(curve.n, curve.coverage, color=color, linewidth=1.8, label=curve.name)
-        ax.fill_between(curve.n, curve.low, curve.high, color=color, alpha=0.18, linewidth=0)
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.set_xlabel("N (samples that Best-of-N may draw)")
-    ax.set_ylabel(ylabel)
-    ax.set_ylim(bottom=0)
-    ax.margins(x=0)
-    ax.legend(frameon=False)
+    figure, axes = new_axes(len(panels), width=5.2 if len(panels) > 1 else 6.4)
+    for ax, (ylabel, curves) in zip(axes, panels.items()):
+        for curve, color in zip(curves, COLORS):
+            ax.plot(curve.n, curve.value, color=color, linewidth=1.8, label=curve.name)
+            ax.fill_between(curve.n, curve.low, curve.high, color=color, alpha=0.18, linewidth=0)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.set_xlabel("N (samples that Best-of-N may draw)")
+        ax.set_ylabel(ylabel)
+        ax.margins(x=0)
+    top = max(ax.get_ylim()[1] for ax in axes)
+    for ax in axes:
+        ax.set_ylim(0, top)
+    axes[0].legend(frameon=False)
     if title:
-        ax.set_title(title)
+        figure.suptitle(title)
     return save_figure(figure, path)
 
 

@@ -59,8 +59,12 @@ def test_metric_agrees_with_loops_from_the_definition(load, corpus):
         share = sum(hits) / len(hits)
         assert results[f"cov_{n}"] == pytest.approx(share, abs=1e-15)
         assert results[f"cov_{n}_stderr"] == pytest.approx(stats.sem(hits), rel=1e-12)
-        wilson = stats.binomtest(int(sum(hits)), len(hits)).proportion_ci(method="wilson")
-        assert (results[f"cov_{n}_low"], results[f"cov_{n}_high"]) == pytest.approx((wilson.low, wilson.high))
+        exact = stats.binomtest(int(sum(hits)), len(hits)).proportion_ci(method="exact")
+        assert (results[f"cov_{n}_low"], results[f"cov_{n}_high"]) == pytest.approx((exact.low, exact.high))
+        missed = [(1 - min(1.0, math.exp(p - d))) ** n for d, p in zip(references, predictions)]
+        assert results[f"miss_{n}"] == pytest.approx(sum(missed) / len(missed))
+        assert results[f"miss_{n}_stderr"] == pytest.approx(stats.sem(missed), rel=1e-9)
+        assert 0 <= results[f"miss_{n}_low"] < results[f"miss_{n}"] < results[f"miss_{n}_high"] <= 1
     for key, values in (
         ("kl", [d - p for d, p in zip(references, predictions)]),
         ("sequence_cross_entropy", [-p for p in predictions]),
@@ -74,7 +78,7 @@ def test_metric_agrees_with_loops_from_the_definition(load, corpus):
 def test_results_are_plain_floats_under_the_documented_keys(load, corpus):
     references, first, second, _ = corpus
     metric = load().compute(predictions=first, references=references)
-    names = [f"cov_{n}" for n in (2, 4, 8, 16)] + ["kl", "sequence_cross_entropy"]
+    names = [f"{kind}_{n}" for kind in ("cov", "miss") for n in (2, 4, 8, 16)] + ["kl", "sequence_cross_entropy"]
     assert list(metric) == [name + end for name in names for end in ("", "_stderr", "_low", "_high")]
     comparison = load("coverage_comparison").compute(predictions1=first, predictions2=second, references=references)
     ends = ("_1", "_2", "_difference", "_difference_low", "_difference_high", "_difference_p")

@@ -70,6 +70,7 @@ _HOMES = {
         "check_n",
         "coverage_key",
         "metric_key",
+        "miss_key",
     ),
     "coverage_profile": (
         "coverage",

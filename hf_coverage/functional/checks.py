@@ -18,6 +18,7 @@ __all__ = [
     "check_n",
     "coverage_key",
     "metric_key",
+    "miss_key",
 ]
 
 FloatArray = NDArray[np.float64]
@@ -109,3 +110,13 @@ def coverage_key(n: float, *, upper_bound: bool = False) -> str:
         ('cov_16', 'cov_upper_16')
     """
     return ("cov_upper_" if upper_bound else "cov_") + metric_key(n)
+
+
+def miss_key(n: float, *, upper_bound: bool = False) -> str:
+    """Name of the metric miss_N, or of its upper bound where the reference has no density to read.
+
+    Example:
+        >>> miss_key(16), miss_key(16, upper_bound=True)
+        ('miss_16', 'miss_upper_16')
+    """
+    return ("miss_upper_" if upper_bound else "miss_") + metric_key(n)

@@ -112,7 +112,7 @@ def coverage_interval(
     weights: ArrayLike | None = None,
     confidence: float = 0.95,
 ) -> tuple[float, float]:
-    """Confidence interval of Cov_N: Wilson's, with the effective number of rows where prompts repeat.
+    """Confidence interval of Cov_N, prompts taken as what was sampled.
 
     Args:
         log_ratios: `(R,)` nats.
@@ -122,12 +122,12 @@ def coverage_interval(
         confidence: Two-sided level.
 
     Returns:
-        Lower and upper end. See `proportion_interval` for the method.
+        Lower and upper end, which rise with every hit and fall as N grows. See `proportion_interval` for the method.
 
     Example:
         >>> low, high = coverage_interval([0.0] * 95 + [5.0] * 5, n=8)
         >>> round(low, 4), round(high, 4)
-        (0.0215, 0.1118)
+        (0.0164, 0.1128)
     """
     hits = reached(check_log_ratios(log_ratios), n)
     return proportion_interval(hits, groups=groups, weights=weights, confidence=confidence)

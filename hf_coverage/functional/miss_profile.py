@@ -38,6 +38,7 @@ from hf_coverage.functional.checks import FloatArray, check_log_ratios, check_n
 from hf_coverage.functional.statistics import (
     bounded_mean_interval,
     bounded_mean_upper_bound,
+    group_codes,
     row_weights,
 )
 
@@ -241,11 +242,11 @@ def sample_budget(
     paper = best_of_n_budget(log_ratios, regret, weights=weights)
     ratios = check_log_ratios(log_ratios)
     weight, absence = row_weights(weights, ratios.size), _log_absence(ratios)
-    labels = None if groups is None else list(groups)
+    codes = None if groups is None else group_codes(groups)
     n = _least_n(lambda level: _mean_at(absence, weight, level) <= regret, above=1.0)
     guaranteed = _least_n(
         lambda level: (
-            bounded_mean_upper_bound(np.exp(level * absence), groups=labels, weights=weights, confidence=confidence)
+            bounded_mean_upper_bound(np.exp(level * absence), groups=codes, weights=weights, confidence=confidence)
             <= regret
         ),
         above=n,

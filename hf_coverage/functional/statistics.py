@@ -3,8 +3,8 @@
 Several responses to one prompt are not independent draws. Everything here treats a *group* (a prompt) as the unit that
 was sampled: variances are linearised ratio-estimator variances over groups, and means of values in [0, 1] get Gaffke's
 interval of the groups' means, which needs no variance: a variance that is estimated from few hits is too small, and
-smallest where the hits are fewest. Independent, unweighted rows get Wilson's interval. Rows of weight 0 are not there:
-neither they nor their groups count.
+smallest where the hits are fewest. Of independent, unweighted hits it is Clopper and Pearson's. Rows of weight 0
+are not there: neither they nor their groups count.
 """
 
 import hashlib
@@ -263,9 +263,9 @@ def proportion_interval(
     weights: ArrayLike | None = None,
     confidence: float = 0.95,
 ) -> tuple[float, float]:
-    """Interval for a proportion: Wilson's, or `bounded_mean_interval` where rows share groups or have weights.
+    """Interval for a proportion: Clopper and Pearson's, or Gaffke's where rows share groups or have weights.
 
-    Both rise with every hit. A single group tells nothing: (0, 1).
+    Both rise with every hit, and neither is too narrow where hits are rare. A single group tells nothing: (0, 1).
 
     Args:
         hits: `(R,)` booleans.
@@ -279,10 +279,10 @@ def proportion_interval(
     Example:
         >>> low, high = proportion_interval([True] * 5 + [False] * 95)
         >>> round(low, 4), round(high, 4)
-        (0.0215, 0.1118)
+        (0.0164, 0.1128)
 
     References:
-        Wilson (1927).
+        Clopper and Pearson (1934).
     """
     check_confidence(confidence)
     rows = np.asarray(hits, dtype=bool)
@@ -290,7 +290,7 @@ def proportion_interval(
         return bounded_mean_interval(rows, groups=groups, weights=weights, confidence=confidence)
     if rows.size == 1:
         return 0.0, 1.0
-    interval = stats.binomtest(int(rows.sum()), rows.size).proportion_ci(confidence, method="wilson")
+    interval = stats.binomtest(int(rows.sum()), rows.size).proportion_ci(confidence, method="exact")
     return float(interval.low), float(interval.high)
 
 

@@ -1,4 +1,4 @@
-"""Cov_N beside the loss: the coverage profile as part of every evaluation of a `transformers` Trainer."""
+"""Cov_N and miss_N beside the loss: the coverage profile as part of every evaluation of a `transformers` Trainer."""
 
 import math
 import warnings
@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_coverage.functional.checks import check_n, coverage_key
+from hf_coverage.functional.checks import check_n, coverage_key, miss_key
 from hf_coverage.functional.coverage_watch import WatchState, Worsening, update_watch
 from hf_coverage.measure.corpus_callback import CorpusCallback
 from hf_coverage.measure.engine import ScoringOptions
@@ -26,9 +26,10 @@ __all__ = ["CoverageCallback", "CoverageWarning"]
 class CoverageCallback(CorpusCallback):
     """Report Cov_N of the model in training at every evaluation, and say so if it worsens while the loss improves.
 
-    Each evaluation scores the corpus and gains `eval_cov_<n>`, `eval_kl`, `eval_sequence_cross_entropy` (nats a
-    response) and their standard errors `<metric>_stderr`. On a corpus without `reference_logprob` only an upper bound
-    is known, and it is called `eval_cov_upper_<n>`. All are better when they are lower. They are in the log history,
+    Each evaluation scores the corpus and gains `eval_cov_<n>`, `eval_miss_<n>` (no reward makes Best-of-N with n
+    samples lose more), `eval_kl`, `eval_sequence_cross_entropy` (nats a response) and their standard errors
+    `<metric>_stderr`. On a corpus without `reference_logprob` only upper bounds are known, and they are called
+    `eval_cov_upper_<n>` and `eval_miss_upper_<n>`. All are better when they are lower. They are in the log history,
     in every reporter, in the metrics that `trainer.evaluate` returns, and may be the `metric_for_best_model`, with
     `greater_is_better=False`. Evaluations with another prefix, or on several datasets, report under that prefix.
 
@@ -66,7 +67,7 @@ class CoverageCallback(CorpusCallback):
     Example:
         >>> sums = {"prompt": ["1+1=", "1+2="], "completion": ["2", "3"], "reference_logprob": [0.0, 0.0]}
         >>> CoverageCallback(Dataset.from_dict(sums), n=(2, 16)).metric_names()
-        ['cov_2', 'cov_16', 'kl', 'sequence_cross_entropy']
+        ['cov_2', 'cov_16', 'miss_2', 'miss_16', 'kl', 'sequence_cross_entropy']
 
     References:
         arXiv 2510.15020, Eq. (1) and Figure 1.
@@ -113,7 +114,7 @@ class CoverageCallback(CorpusCallback):
             known = self._run_corpus.reference_logprobs is not None
         else:
             known = self._corpus is not None and "reference_logprob" in self._corpus.column_names
-        names = [coverage_key(n, upper_bound=not known) for n in self.n]
+        names = [key(n, upper_bound=not known) for key in (coverage_key, miss_key) for n in self.n]
         return [*names, "kl", "sequence_cross_entropy"] if known else [*names, "sequence_cross_entropy"]
 
     def compute_metrics(

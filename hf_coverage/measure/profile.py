@@ -1,4 +1,4 @@
-"""The coverage profile of one model on one reference corpus."""
+"""The coverage profile of one model on one reference corpus, and the miss profile beside it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, get_args, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hf_coverage.functional.bounds import BestOfNBudget, best_of_n_budget
 from hf_coverage.functional.checks import (
     ROUNDING,
     FloatArray,
@@ -21,8 +20,10 @@ from hf_coverage.functional.checks import (
     check_logprobs,
     coverage_key,
     metric_key,
+    miss_key,
 )
 from hf_coverage.functional.coverage_profile import coverage, coverage_interval, log_ratios, reached, smallest_n
+from hf_coverage.functional.miss_profile import SampleBudget, miss, miss_interval, miss_values, sample_budget
 from hf_coverage.functional.statistics import MeanEstimate, clustered_mean, group_codes, row_weights
 from hf_coverage.inference.files import read_json, write_atomically
 from hf_coverage.plots import ProfileCurve, plot_profiles
@@ -46,11 +47,16 @@ _FIELDS = (*_ARRAYS, "kind", "name")
 
 @dataclass(frozen=True, eq=False)
 class CoverageProfile:
-    """Cov_N of a model against a reference, for every N at once, with its uncertainty.
+    """Cov_N and miss_N of a model against a reference, for every N at once, with their uncertainty.
+
+    Cov_N is the share of good responses that are at least N times less likely under the model than under the
+    reference, and miss_N the chance that N samples miss a good response: no reward makes Best-of-N lose more (see
+    `functional.miss_profile`). Both are better when they are lower.
 
     Make one with `from_logprobs` or `from_log_ratios`. The profile knows what is known of its reference: on a plain
-    corpus, whose density cannot be read, only an upper bound on Cov_N exists, and it is available under `cov_upper`
-    alone.
+    corpus, whose density cannot be read, only upper bounds on Cov_N and miss_N exist, and they are available under
+    `cov_upper` and `miss_upper` alone. Answer-level log-probabilities are means over sampled reasoning, which makes
+    miss_N too high rather than too low.
 
     Attributes:
         log_ratios: `(R,)` log D(y|x) - log p(y|x), nats; on a plain corpus its upper bound -log p(y|x).
@@ -64,6 +70,8 @@ class CoverageProfile:
         >>> profile = CoverageProfile.from_logprobs([-1.0, -2.0, -9.0, -1.0], [-1.0, -1.0, -1.0, -1.0])
         >>> profile.cov(2), profile.cov([2, 16]).tolist(), profile.kl
         (0.5, [0.5, 0.25], 2.25)
+        >>> round(profile.miss(2), 3), round(profile.miss(16), 3)
+        (0.35, 0.249)
         >>> profile.key(2), profile.label(2), profile.level(2)
         ('cov_2', 'Cov_2', 0.5)
         >>> bound = CoverageProfile.from_logprobs([-1.0, -2.0, -9.0, -1.0])
@@ -212,6 +220,51 @@ class CoverageProfile:
         """
         return coverage(-self._known_logprobs("cov_upper"), n, weights=self.weights)
 
+    def miss_key(self, n: float) -> str:
+        """Name of `miss_level(n)` among metrics: `miss_<n>`, or `miss_upper_<n>` on a plain corpus."""
+        return miss_key(n, upper_bound=self.is_upper_bound)
+
+    def miss_label(self, n: float) -> str:
+        """Name of `miss_level(n)` in sentences and tables, such as `upper bound on miss_16`."""
+        return self.label(n).replace("Cov_", "miss_")
+
+    @overload
+    def miss_level(self, n: float) -> float: ...
+    @overload
+    def miss_level(self, n: Sequence[float] | FloatArray) -> FloatArray: ...
+    def miss_level(self, n: float | Sequence[float] | FloatArray) -> float | FloatArray:
+        """miss_N, or its upper bound on a plain corpus: what this profile knows; lower is better."""
+        return miss(self.log_ratios, n, weights=self.weights)
+
+    @overload
+    def miss(self, n: float) -> float: ...
+    @overload
+    def miss(self, n: Sequence[float] | FloatArray) -> FloatArray: ...
+    def miss(self, n: float | Sequence[float] | FloatArray) -> float | FloatArray:
+        """miss_N at one N or many: no reward makes Best-of-N with N samples lose more than it; lower is better.
+
+        Raises:
+            ValueError: On a plain corpus, where miss_N cannot be estimated: use `miss_upper`.
+        """
+        self._require_density("miss", "`miss_upper(n)` gives the upper bound that the corpus allows")
+        return self.miss_level(n)
+
+    @overload
+    def miss_upper(self, n: float) -> float: ...
+    @overload
+    def miss_upper(self, n: Sequence[float] | FloatArray) -> FloatArray: ...
+    def miss_upper(self, n: float | Sequence[float] | FloatArray) -> float | FloatArray:
+        """Upper bound `mean_i (1 - p(y_i|x_i))^N` on miss_N, which needs no density of the reference.
+
+        Raises:
+            ValueError: If the profile was made from log ratios, without the model's log-probabilities.
+        """
+        return miss(-self._known_logprobs("miss_upper"), n, weights=self.weights)
+
+    def miss_interval(self, n: float, confidence: float = 0.95) -> tuple[float, float]:
+        """Confidence interval of miss_N (of its upper bound on a plain corpus), the prompt being what was sampled."""
+        return miss_interval(self.log_ratios, n, groups=self.groups, weights=self.weights, confidence=confidence)
+
     def interval(self, n: float, confidence: float = 0.95) -> tuple[float, float]:
         """Confidence interval of Cov_N (of its upper bound on a plain corpus), resampling prompts, not rows."""
         return coverage_interval(self.log_ratios, n, groups=self.groups, weights=self.weights, confidence=confidence)
@@ -253,27 +306,33 @@ class CoverageProfile:
         """Least N with Cov_N <= eps; infinite where there is none. On a plain corpus an N that is large enough."""
         return smallest_n(self.log_ratios, eps, weights=self.weights)
 
-    def best_of_n_budget(self, regret: float) -> BestOfNBudget:
-        """Least number of samples with which Best-of-N provably loses at most `regret` to the reference.
+    def best_of_n_budget(self, regret: float, confidence: float = 0.95) -> SampleBudget:
+        """How many samples Best-of-N needs so as to lose at most `regret` to the reference, whatever the reward.
 
-        On a plain corpus the number is still enough, though fewer may be, and `necessary_n` says nothing and is 1.
+        `.n` is the estimate, by Theorem M; `.guaranteed_n` holds with the `confidence` given, in finite samples;
+        `.paper_n` and `.necessary_n` are the paper's. On a plain corpus the numbers are still enough, though fewer may
+        be, and `necessary_n` says nothing and is 1.
         """
-        budget = best_of_n_budget(self.log_ratios, regret, weights=self.weights)
+        budget = sample_budget(
+            self.log_ratios, regret, groups=self.groups, weights=self.weights, confidence=confidence
+        )
         return budget._replace(necessary_n=1.0) if self.is_upper_bound else budget
 
     def metrics(self, n: Iterable[float] = (2, 4, 8, 16)) -> dict[str, float]:
-        """The profile as flat metrics with standard errors: `cov_<n>` (or `cov_upper_<n>`), `kl`, cross-entropy.
+        """The profile as flat metrics with standard errors: Cov_N, miss_N, KL and cross-entropy.
 
         Args:
             n: The N to report.
 
         Returns:
-            `cov_<n>` and `cov_<n>_stderr` for each n (`cov_upper_<n>` on a plain corpus), `kl` and `kl_stderr` where
-            the reference has a density, `sequence_cross_entropy` and its `_stderr` where log p is known.
+            `cov_<n>` and `miss_<n>` for each n (`cov_upper_<n>` and `miss_upper_<n>` on a plain corpus), `kl` where
+            the reference has a density, `sequence_cross_entropy` where log p is known, each also with `_stderr`.
         """
+        levels = list(n)
+        rows = {self.key(value): reached(self.log_ratios, value) for value in levels}
+        rows |= {self.miss_key(value): miss_values(self.log_ratios, value) for value in levels}
         estimates = {
-            self.key(value): clustered_mean(reached(self.log_ratios, value), groups=self.groups, weights=self.weights)
-            for value in n
+            key: clustered_mean(values, groups=self.groups, weights=self.weights) for key, values in rows.items()
         }
         if not self.is_upper_bound:
             estimates["kl"] = self._kl
@@ -313,8 +372,13 @@ class CoverageProfile:
     def curve(self, n: Iterable[float] | None = None, confidence: float = 0.95) -> ProfileCurve:
         """Cov_N (or its upper bound) with its interval on a grid of N; by default up to where the profile ends."""
         grid = np.asarray(_grid(self.log_ratios) if n is None else list(n), dtype=np.float64)
-        bounds = np.asarray([self.interval(value, confidence) for value in grid])
-        return ProfileCurve(self.name, grid, self.level(grid), bounds[:, 0], bounds[:, 1])
+        return _curve(self.name, grid, self.level(grid), [self.interval(value, confidence) for value in grid])
+
+    def miss_curve(self, n: Iterable[float] | None = None, confidence: float = 0.95) -> ProfileCurve:
+        """miss_N (or its upper bound) with its interval on a grid of N; by default that of `curve`."""
+        grid = np.asarray(_grid(self.log_ratios) if n is None else list(n), dtype=np.float64)
+        intervals = [self.miss_interval(value, confidence) for value in grid]
+        return _curve(self.name, grid, self.miss_level(grid), intervals)
 
     def plot(
         self,
@@ -324,7 +388,7 @@ class CoverageProfile:
         n: Iterable[float] | None = None,
         title: str | None = None,
     ) -> Figure:
-        """Draw the profile on a logarithmic N axis with its 95 % interval, other models' in the same picture.
+        """Draw Cov_N and miss_N side by side on logarithmic N axes, with 95 % intervals, for several models at once.
 
         Args:
             path: File to write, its format given by the suffix; None only returns the figure.
@@ -341,8 +405,9 @@ class CoverageProfile:
             raise ValueError(f"`others` must show the same quantity as this profile, but there are {quantities}.")
         grids = [_grid(profile.log_ratios) for profile in profiles]
         grid = max(grids, key=lambda values: values[-1]).tolist() if n is None else list(n)
-        ylabel = quantities[0].replace("Cov_N", "Cov$_N$") + " (lower is better)"
-        return plot_profiles([profile.curve(grid) for profile in profiles], path, ylabel=ylabel, title=title)
+        names = [f"{quantities[0].replace('Cov_N', symbol)} (lower is better)" for symbol in ("Cov$_N$", "miss$_N$")]
+        curves = [[profile.curve(grid) for profile in profiles], [profile.miss_curve(grid) for profile in profiles]]
+        return plot_profiles(dict(zip(names, curves)), path, title=title)
 
     def to_json(self, path: str | PathLike[str] | None = None) -> str:
         """The profile as JSON text, every number exact, infinities as text; also written to `path` where given."""
@@ -397,6 +462,11 @@ def _grid(log_ratios: FloatArray) -> FloatArray:
     finite = log_ratios[np.isfinite(log_ratios)]
     top = float(finite.max()) + 0.25 if finite.size else 0.0
     return np.exp(np.linspace(0.0, min(max(top, math.log(16)), math.log(1e6)), 97))
+
+
+def _curve(name: str, n: FloatArray, values: FloatArray, intervals: list[tuple[float, float]]) -> ProfileCurve:
+    low, high = np.asarray(intervals).T
+    return ProfileCurve(name, n, values, low, high)
 
 
 def _concatenate(first: NDArray[Any] | None, second: NDArray[Any] | None) -> NDArray[Any] | None:

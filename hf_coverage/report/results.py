@@ -41,7 +41,7 @@ def coverage_results(
         confidence: Level of the intervals.
 
     Returns:
-        The results. Beyond lm-evaluation-harness, `intervals` holds `[low, high]` for every coverage.
+        The results. Beyond lm-evaluation-harness, `intervals` holds `[low, high]` for every Cov_N and miss_N.
 
     Raises:
         ValueError: If two profiles have one name.
@@ -120,7 +120,8 @@ def _paired(name: str, metrics: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _intervals(profile: CoverageProfile, n: Sequence[float], confidence: float) -> dict[str, list[float]]:
-    return {f"{profile.key(value)},none": list(profile.interval(value, confidence)) for value in n}
+    covs = {f"{profile.key(value)},none": list(profile.interval(value, confidence)) for value in n}
+    return covs | {f"{profile.miss_key(value)},none": list(profile.miss_interval(value, confidence)) for value in n}
 
 
 def _strict(value: Any) -> Any:

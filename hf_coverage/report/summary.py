@@ -1,19 +1,25 @@
 """What coverage profiles say, as tables and in plain sentences."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hf_coverage.functional.checks import metric_key
-from hf_coverage.functional.paired import PairedDifference, paired_coverage_difference
+from hf_coverage.functional.paired import PairedDifference, paired_coverage_difference, paired_miss_difference
 from hf_coverage.functional.statistics import MeanEstimate, mean_interval
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.report.table import Cell, Column, Interval, Table, format_number
 
-__all__ = ["comparison_table", "paired_differences", "profile_table", "summarize_profiles"]
+__all__ = [
+    "comparison_table",
+    "paired_differences",
+    "paired_miss_differences",
+    "profile_table",
+    "summarize_profiles",
+]
 
 
 def profile_table(profiles: Sequence[CoverageProfile], n: Sequence[float], *, regret: float = 0.1) -> Table:
-    """Coverage, KL, cross-entropy and Best-of-N budget of models, one row each, with 95 % intervals.
+    """Cov_N, miss_N, KL, cross-entropy and Best-of-N budgets of models, one row each, with 95 % intervals.
 
     Args:
         profiles: All on references of which the same is known.
@@ -26,20 +32,24 @@ def profile_table(profiles: Sequence[CoverageProfile], n: Sequence[float], *, re
     quantity = shared_quantity(profiles)
     columns: list[Column | str] = ["model", "rows", "prompts"]
     columns += [Column(profiles[0].label(value), "lower") for value in n]
+    columns += [Column(profiles[0].miss_label(value), "lower") for value in n]
     bound = profiles[0].is_upper_bound
     columns += [] if bound else [Column("KL", "lower")]
-    columns += [Column("cross-entropy", "lower"), Column("Best-of-N budget", "lower")]
+    columns += [Column(name, "lower") for name in ("cross-entropy", "Best-of-N budget", "guaranteed budget")]
     rows: list[list[Cell]] = []
     for profile in profiles:
         cells: list[Cell] = [profile.name, profile.num_rows, profile.num_groups]
         cells += [coverage_cell(profile, value) for value in n]
+        cells += [miss_cell(profile, value) for value in n]
         cells += [] if bound else [_mean_cell(profile.kl, profile.kl_standard_error, profile.num_groups)]
         cells.append(_cross_entropy_cell(profile))
-        rows.append([*cells, _whole(profile.best_of_n_budget(regret).n)])
+        budget = profile.best_of_n_budget(regret)
+        rows.append([*cells, _whole(budget.n), _whole(budget.guaranteed_n)])
     units = "Cross-entropy is" if bound else "KL and cross-entropy are"
     caption = (
-        f"{_capital(quantity)}, lower is better, with 95 % confidence intervals. {units} in nats a response; the "
-        f"Best-of-N budget allows a regret of {regret:g}."
+        f"{_capital(quantity)} and {quantity.replace('Cov_N', 'miss_N')}, lower is better, with 95 % confidence "
+        f"intervals. {units} in nats a response; the Best-of-N budget is the samples with which miss_N is at most "
+        f"{regret:g}, the guaranteed budget those with which it is so with 95 % confidence."
     )
     return Table(columns, rows, caption)
 
@@ -52,22 +62,22 @@ def paired_differences(
     Raises:
         ValueError: If the two profiles show different quantities or have different rows.
     """
-    shared_quantity([baseline, other])
-    return [
-        paired_coverage_difference(
-            other.log_ratios,
-            baseline.log_ratios,
-            value,
-            groups=baseline.groups,
-            weights=baseline.weights,
-            confidence=confidence,
-        )
-        for value in n
-    ]
+    return _differences(paired_coverage_difference, baseline, other, n, confidence)
+
+
+def paired_miss_differences(
+    baseline: CoverageProfile, other: CoverageProfile, n: Sequence[float], *, confidence: float = 0.95
+) -> list[PairedDifference]:
+    """miss_N of `other` minus miss_N of `baseline` on the same rows, at each N; positive: `other` covers less.
+
+    Raises:
+        ValueError: If the two profiles show different quantities or have different rows.
+    """
+    return _differences(paired_miss_difference, baseline, other, n, confidence)
 
 
 def comparison_table(baseline: CoverageProfile, others: Sequence[CoverageProfile], n: Sequence[float]) -> Table:
-    """Paired differences of models to a baseline on the same rows, one row for each model and N.
+    """Paired differences of models to a baseline on the same rows, two rows for each model and N: Cov_N and miss_N.
 
     Args:
         baseline: What the others are compared with.
@@ -77,22 +87,18 @@ def comparison_table(baseline: CoverageProfile, others: Sequence[CoverageProfile
     shared_quantity([baseline, *others])
     rows: list[list[Cell]] = []
     for other in others:
-        for value, difference in zip(n, paired_differences(baseline, other, n)):
-            rows.append(
-                [
-                    other.name,
-                    baseline.label(value),
-                    other.level(value),
-                    baseline.level(value),
-                    Interval(difference.difference, difference.low, difference.high),
-                    difference.p_value,
-                    verdict(difference),
-                ]
-            )
+        for value, by_cov, by_miss in zip(
+            n, paired_differences(baseline, other, n), paired_miss_differences(baseline, other, n)
+        ):
+            values = other.level(value), baseline.level(value)
+            rows.append([other.name, baseline.label(value), *values, *_difference_cells(by_cov)])
+            values = other.miss_level(value), baseline.miss_level(value)
+            rows.append([other.name, baseline.miss_label(value), *values, *_difference_cells(by_miss)])
     columns: list[Column | str] = ["model", "quantity", "value", baseline.name, "difference", "p-value", "verdict"]
+    tests = f"p-values are of single comparisons, not corrected for there being {len(rows)}"
     caption = (
         f"Paired differences to {baseline.name} on the same rows, with 95 % confidence intervals: "
-        "below zero the model covers more than the baseline."
+        f"below zero the model covers more than the baseline{'; ' + tests if len(rows) > 1 else ''}."
     )
     return Table(columns, rows, caption)
 
@@ -112,9 +118,9 @@ def summarize_profiles(
         >>> profile = CoverageProfile.from_logprobs([-1.0] * 9 + [-9.0], [-1.0] * 10, name="small")
         >>> first, second = summarize_profiles([profile], [2, 16], regret=0.2)
         >>> first
-        "10.0 % of the reference's responses (95 % interval 1.8 % to 40.4 %) are at least 16 times less likely ..."
+        "10.0 % of the reference's responses (95 % interval 0.3 % to 44.5 %) are at least 16 times less likely ..."
         >>> second.split(": ")[1]
-        'Best-of-N with 5 samples is guaranteed to lose at most 0.2 of expected reward against the reference, ...'
+        'Best-of-N with 1 sample loses at most 0.2 of expected reward against the reference, whatever the reward ...'
     """
     shared_quantity(profiles)
     at = max(n)
@@ -140,11 +146,32 @@ def coverage_cell(profile: CoverageProfile, n: float) -> Interval:
     return Interval(profile.level(n), *profile.interval(n))
 
 
+def miss_cell(profile: CoverageProfile, n: float) -> Interval:
+    """miss_N (its upper bound on a plain corpus) with its 95 % interval."""
+    return Interval(profile.miss_level(n), *profile.miss_interval(n))
+
+
 def verdict(difference: PairedDifference) -> str:
     """A paired difference in one word or two."""
     if difference.low > 0:
         return "worse"
     return "better" if difference.high < 0 else "no clear difference"
+
+
+def _differences(
+    difference: Callable[..., PairedDifference],
+    baseline: CoverageProfile,
+    other: CoverageProfile,
+    n: Sequence[float],
+    confidence: float,
+) -> list[PairedDifference]:
+    shared_quantity([baseline, other])
+    rows = {"groups": baseline.groups, "weights": baseline.weights}
+    return [difference(other.log_ratios, baseline.log_ratios, value, **rows, confidence=confidence) for value in n]
+
+
+def _difference_cells(difference: PairedDifference) -> list[Cell]:
+    return [Interval(difference.difference, difference.low, difference.high), difference.p_value, verdict(difference)]
 
 
 def _mean_cell(mean: float, standard_error: float, num_groups: int) -> Interval:
@@ -189,15 +216,21 @@ def _difference_sentence(baseline: CoverageProfile, other: CoverageProfile, n: f
 
 def _budget_sentence(profile: CoverageProfile, regret: float) -> str:
     budget = profile.best_of_n_budget(regret)
-    loss = f"lose at most {regret:g} of expected reward against the reference"
+    loss = f"loses at most {regret:g} of expected reward against the reference, whatever the reward in [0, 1]"
     if math.isinf(budget.n):
-        return f"{profile.name}: no number of samples is guaranteed to make Best-of-N {loss}."
+        return (
+            f"{profile.name}: no number of samples is sure to be enough so that Best-of-N {loss}: too many responses "
+            "are out of reach."
+        )
     necessary = math.ceil(budget.necessary_n)
-    floor = f"; fewer than {necessary:,} cannot guarantee it" if necessary >= 2 else ""
-    return (
-        f"{profile.name}: Best-of-N with {format_number(_whole(budget.n))} samples is guaranteed to {loss}, whatever "
-        f"the reward in [0, 1]{floor}."
+    floor = f"; fewer than {necessary:,} are not enough for every reward" if necessary >= 2 else ""
+    sure = (
+        f"these {profile.num_groups:,} prompts are too few to say it with 95 % confidence of any number"
+        if math.isinf(budget.guaranteed_n)
+        else f"with {format_number(_whole(budget.guaranteed_n))} it is guaranteed with 95 % confidence"
     )
+    samples = f"{format_number(_whole(budget.n))} {'sample' if budget.n == 1 else 'samples'}"
+    return f"{profile.name}: Best-of-N with {samples} {loss}, by the estimate; {sure}{floor}."
 
 
 def _whole(n: float) -> float:

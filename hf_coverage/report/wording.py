@@ -26,6 +26,8 @@ _MEANING = {
 }
 
 _READING = (
+    "miss_N is the chance that N samples miss such a response, averaged over the reference: no reward makes Best-of-N "
+    "with N samples lose more. It is smoother than Cov_N, so that it tells models apart on fewer rows.",
     "Best-of-N with about N samples, and reinforcement learning on such samples, cannot count on the responses in "
     "Cov_N: they are too rare to be drawn.",
     "The profile falls as N grows. Where it reaches zero early, a few samples are enough; where it stays up at large "
@@ -56,9 +58,10 @@ _INTERVALS = (
 )
 
 _BUDGET = (
-    "A Best-of-N budget is a guarantee computed from the measured Cov_N as if it were exact: that many samples are "
-    "enough whatever the reward in [0, 1]. The necessary number is the other side: with fewer, some reward exists on "
-    "which Best-of-N loses more than asked."
+    "A Best-of-N budget is the least number of samples whose miss_N is at most the loss allowed: enough whatever the "
+    "reward in [0, 1]. The estimate takes the measured miss_N as exact; the guaranteed number rests on an upper "
+    "confidence bound that holds for any number of prompts. The necessary number is the other side: with fewer, some "
+    "reward exists on which Best-of-N loses more than asked."
 )
 
 

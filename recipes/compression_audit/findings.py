@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from scipy import stats
 
 from hf_coverage import CoverageProfile
-from hf_coverage.functional.bounds import BestOfNBudget
+from hf_coverage.functional.miss_profile import SampleBudget
 from hf_coverage.functional.checks import FloatArray, metric_key
 from hf_coverage.functional.paired import PairedDifference, paired_coverage_difference, paired_kl_difference
 from hf_coverage.plots import COLORS, new_axes, save_figure
@@ -209,7 +209,7 @@ def explain(audit: Audit) -> list[str]:
     return sentences
 
 
-def _enough(budget: BestOfNBudget) -> str:
+def _enough(budget: SampleBudget) -> str:
     if math.isinf(budget.n):
         return "no number of samples is enough"
     return f"{samples(budget.n)} samples are enough and {samples(budget.necessary_n)} necessary"
@@ -247,7 +247,7 @@ def draw_audit(audit: Audit, path: str | PathLike[str] | None = None) -> Figure:
     lines = []
     for profile, color, at in zip(audit.profiles[1:], COLORS, perplexities):
         curve = profile.curve(grid)
-        lines += left.plot(curve.n, curve.coverage, color=color, linewidth=1.8, label=profile.name)
+        lines += left.plot(curve.n, curve.value, color=color, linewidth=1.8, label=profile.name)
         left.fill_between(curve.n, curve.low, curve.high, color=color, alpha=0.13, linewidth=0)
         if 0 < profile.kl < math.inf:
             left.plot(grid, normal_coverage(profile.kl, grid), color=color, linewidth=1, linestyle=":")

@@ -118,7 +118,7 @@ def draw(measure: Any, half: Half, runs: dict[str, list[Run]], chosen: dict[str,
             losses, [profile.cov(measure.choose_n) for profile in shown], "o-", color=color, label=name, alpha=0.8
         )
         curve = half.of(chosen[name]).curve(grid)
-        right.plot(curve.n, curve.coverage, ":" if name == START else "-", color=color, label=name)
+        right.plot(curve.n, curve.value, ":" if name == START else "-", color=color, label=name)
         right.fill_between(curve.n, curve.low, curve.high, color=color, alpha=0.12, linewidth=0)
     left.set_xlabel("cross-entropy in nats a response (lower is better)")
     left.set_ylabel(f"Cov$_{{{metric_key(measure.choose_n)}}}$ (lower is better)")

@@ -164,7 +164,7 @@ def draw_known(results: Results, path: Path) -> None:
         profile = CoverageProfile.from_log_ratios(log_ratios_of(known, PLAIN))
         top = max(8.0, 1.2 * float(np.quantile(profile.log_ratios, 0.95)))
         curve = profile.curve(np.exp(np.linspace(0, top, 193)))
-        lines = ax.plot(np.log(curve.n), curve.coverage, color=COLORS[6], linewidth=2, label="as it is")
+        lines = ax.plot(np.log(curve.n), curve.value, color=COLORS[6], linewidth=2, label="as it is")
         ax.fill_between(np.log(curve.n), curve.low, curve.high, color=COLORS[6], alpha=0.1, linewidth=0)
         rules = [(name, rule) for name, rule in results.rules.items() if name in known.followed and not rule.on_prompt]
         for (name, rule), color in zip(rules, COLORS):

@@ -42,8 +42,8 @@ def test_infinite_values_make_the_mean_infinite_and_one_group_leaves_the_error_o
 
 
 @pytest.mark.parametrize(("hits", "rows"), [(0, 30), (3, 30), (30, 30)])
-def test_independent_rows_give_wilsons_interval(hits, rows):
-    expected = stats.binomtest(hits, rows).proportion_ci(0.9, "wilson")
+def test_independent_rows_give_clopper_and_pearson_s_interval(hits, rows):
+    expected = stats.binomtest(hits, rows).proportion_ci(0.9, "exact")
     observed = proportion_interval([True] * hits + [False] * (rows - hits), confidence=0.9)
     assert observed == pytest.approx((expected.low, expected.high))
 

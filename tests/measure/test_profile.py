@@ -75,14 +75,19 @@ def test_an_upper_bound_never_goes_by_the_name_of_coverage():
         profile.cov(2)
     with pytest.raises(ValueError, match="`cross_entropy` is its upper bound"):
         _ = profile.kl
+    with pytest.raises(ValueError, match=r"`miss_upper\(n\)` gives the upper bound"):
+        profile.miss(2)
     assert profile.cov_upper(8) == 0.5
+    assert profile.miss_upper(8) == pytest.approx(((1 - math.exp(-1)) ** 8 + (1 - math.exp(-3)) ** 8) / 2)
     assert set(profile.metrics([8])) == {
         "cov_upper_8",
         "cov_upper_8_stderr",
+        "miss_upper_8",
+        "miss_upper_8_stderr",
         "sequence_cross_entropy",
         "sequence_cross_entropy_stderr",
     }
-    assert "upper bound" in profile.plot().axes[0].get_ylabel()
+    assert all("upper bound" in ax.get_ylabel() for ax in profile.plot().axes)
     assert profile.best_of_n_budget(0.2).necessary_n == 1.0
 
 
@@ -169,11 +174,14 @@ def test_several_models_are_drawn_in_one_picture(tmp_path):
     first, second = (CoverageProfile.from_log_ratios(rng.normal(m, 2, 200), name=f"model {m}") for m in (1, 2))
     figure = first.plot(tmp_path / "profile.png", others=[second])
     assert (tmp_path / "profile.png").read_bytes()[:4] == b"\x89PNG"
-    (ax,) = figure.axes
+    ax, of_miss = figure.axes
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["model 1", "model 2"]
     for line, profile in zip(ax.lines, (first, second)):
         n, values = line.get_data()
         assert values.tolist() == profile.cov(n).tolist()
+    for line, profile in zip(of_miss.lines, (first, second)):
+        n, values = line.get_data()
+        assert values.tolist() == profile.miss(n).tolist()
     with pytest.raises(ValueError, match="same quantity"):
         first.plot(others=[CoverageProfile.from_logprobs([-1.0])])
 
@@ -183,4 +191,4 @@ def test_infinite_ratios_are_counted_everywhere_and_drawn():
     assert profile.cov([1, 1e9]).tolist() == [1.0, 0.5]
     assert profile.kl == math.inf
     assert profile.n_for(0.4) == math.inf
-    assert np.asarray(profile.curve().coverage)[-1] == 0.5
+    assert np.asarray(profile.curve().value)[-1] == 0.5

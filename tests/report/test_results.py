@@ -26,9 +26,10 @@ def test_every_metric_is_a_pair_under_lm_eval_s_names():
         key.removesuffix(",none"): value for key, value in found["results"]["small"].items() if key != "alias"
     } == (metrics)
     assert found["higher_is_better"]["small"] == dict.fromkeys(
-        ["cov_2", "cov_16", "kl", "sequence_cross_entropy"], False
+        ["cov_2", "cov_16", "miss_2", "miss_16", "kl", "sequence_cross_entropy"], False
     )
     assert found["intervals"]["small"]["cov_16,none"] == list(PROFILE.interval(16))
+    assert found["intervals"]["small"]["miss_16,none"] == list(PROFILE.miss_interval(16))
     assert found["n-samples"]["small"] == {"original": 4, "effective": 4}
     assert found["configs"]["small"] == {"reference": "density", "num_rows": 4, "num_prompts": 2}
     assert found["config"] == {"seed": 3}
@@ -68,7 +69,7 @@ def test_samples_stand_beside_the_results_with_the_same_date(tmp_path):
 def test_the_upper_bound_keeps_its_name():
     found = coverage_results([CoverageProfile.from_logprobs([-1.0, -2.0], name="plain")], [2])
     assert "cov_upper_2,none" in found["results"]["plain"]
-    assert list(found["intervals"]["plain"]) == ["cov_upper_2,none"]
+    assert list(found["intervals"]["plain"]) == ["cov_upper_2,none", "miss_upper_2,none"]
 
 
 def test_two_models_of_one_name_are_refused():

@@ -7,7 +7,7 @@ import datasets
 import evaluate
 
 # The loader of `evaluate` tells users without this package to `pip install` what the trailing comment names.
-from hf_coverage.functional import checks, coverage_profile, statistics  # From: hf-coverage
+from hf_coverage.functional import checks, coverage_profile, miss_profile, statistics  # From: hf-coverage
 
 _DESCRIPTION = """
 Coverage profile of a language model: Cov_N is the share of the reference's responses that the model gives N times less
@@ -26,6 +26,8 @@ Args:
     confidence: two-sided confidence level of the intervals, 0.95 by default.
 Returns:
     cov_<n>: share of rows with log D - log p >= log n, for each n; lower is better.
+    miss_<n>: mean of (1 - min(1, p/D))^n, for each n: no reward makes Best-of-N with n samples lose more; lower is
+        better. It is smoother than cov_<n> and tells models apart on fewer rows.
     kl: mean of log D - log p, nats; inf where a response has probability 0.
     sequence_cross_entropy: mean of -log p, nats a response.
     Each of them also with its standard error <key>_stderr and its interval from <key>_low to <key>_high; NaN where
@@ -40,7 +42,7 @@ Examples:
     >>> results["cov_2"], results["cov_16"], results["kl"], results["sequence_cross_entropy"]
     (0.5, 0.25, 2.25, 3.25)
     >>> round(results["cov_16_low"], 4), round(results["cov_16_high"], 4)
-    (0.0456, 0.6994)
+    (0.0063, 0.8059)
 """
 
 _CITATION = """\
@@ -81,12 +83,16 @@ class Coverage(evaluate.Metric):
         logprobs = checks.check_logprobs(predictions, name="predictions")
         log_ratios = checks.check_logprobs(references, name="references", allow_minus_infinity=False) - logprobs
         codes = None if groups is None else statistics.group_codes(groups)
+        n = list(n) if isinstance(n, Iterable) else [n]
         results: dict[str, float] = {}
-        for value in n if isinstance(n, Iterable) else [n]:
+        for value in n:
             hits = coverage_profile.reached(log_ratios, value)
-            share = statistics.clustered_mean(hits, groups=codes)
             interval = statistics.proportion_interval(hits, groups=codes, confidence=confidence)
-            results |= _entries(checks.coverage_key(value), share, interval)
+            results |= _entries(checks.coverage_key(value), statistics.clustered_mean(hits, groups=codes), interval)
+        for value in n:
+            missed = miss_profile.miss_values(log_ratios, value)
+            interval = statistics.bounded_mean_interval(missed, groups=codes, confidence=confidence)
+            results |= _entries(checks.miss_key(value), statistics.clustered_mean(missed, groups=codes), interval)
         for key, values in (("kl", log_ratios), ("sequence_cross_entropy", -logprobs)):
             estimate = statistics.clustered_mean(values, groups=codes)
             results |= _entries(key, estimate, statistics.mean_interval(estimate, confidence))

@@ -7,7 +7,7 @@ import datasets
 import evaluate
 
 # The loader of `evaluate` tells users without this package to `pip install` what the trailing comment names.
-from hf_coverage.functional import checks, coverage_profile, paired, statistics  # From: hf-coverage
+from hf_coverage.functional import checks, coverage_profile, miss_profile, paired, statistics  # From: hf-coverage
 
 _DESCRIPTION = """
 Compares the coverage of two language models on the same reference responses. Cov_N is the share of the responses that
@@ -28,6 +28,8 @@ Args:
 Returns:
     cov_<n>_1, cov_<n>_2: Cov_N of the first and of the second model, for each n; lower is better.
     cov_<n>_difference: the first minus the second; positive means that the first model covers less.
+    miss_<n>_1, miss_<n>_2, miss_<n>_difference: the same of miss_N, which no reward makes Best-of-N with N samples
+        lose more than; it tells models apart on fewer rows.
     kl_1, kl_2, kl_difference: the same of the mean of log D - log p, nats; inf where a response has probability 0.
     Each difference also with its interval from <key>_low to <key>_high and <key>_p, its two-sided p-value; NaN where
     there is none. The p-values are of one test each: with many n, expect the smallest to be small by chance.
@@ -88,11 +90,15 @@ class CoverageComparison(evaluate.Comparison):
         ratios1 = reference - checks.check_logprobs(predictions1, name="predictions1")
         ratios2 = reference - checks.check_logprobs(predictions2, name="predictions2")
         codes = None if groups is None else statistics.group_codes(groups)
+        n = list(n) if isinstance(n, Iterable) else [n]
         results: dict[str, float] = {}
-        for value in n if isinstance(n, Iterable) else [n]:
-            test = paired.paired_coverage_difference(ratios1, ratios2, value, groups=codes, confidence=confidence)
-            levels = coverage_profile.coverage(ratios1, value), coverage_profile.coverage(ratios2, value)
-            results |= _entries(checks.coverage_key(value), levels, test)
+        for difference, level, key in (
+            (paired.paired_coverage_difference, coverage_profile.coverage, checks.coverage_key),
+            (paired.paired_miss_difference, miss_profile.miss, checks.miss_key),
+        ):
+            for value in n:
+                test = difference(ratios1, ratios2, value, groups=codes, confidence=confidence)
+                results |= _entries(key(value), (level(ratios1, value), level(ratios2, value)), test)
         test = paired.paired_kl_difference(ratios1, ratios2, groups=codes, confidence=confidence)
         return results | _entries("kl", (ratios1.mean(), ratios2.mean()), test)
 
