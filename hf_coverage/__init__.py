@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hf_coverage.report.card import write_model_card
     from hf_coverage.report.html import write_html_report
     from hf_coverage.select.callback import TournamentCallback
+    from hf_coverage.select.choose import Choice, choose
     from hf_coverage.select.predictiveness import PredictivenessResult, predictiveness
     from hf_coverage.select.result import TournamentResult
     from hf_coverage.select.tournament import tournament
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "BestOfNResult": "decode.best_of_n_result",
     "CallBudget": "decode.prefix_walkers",
+    "Choice": "select.choose",
     "CoverageCallback": "measure.callback",
     "CoverageLoss": "optim.objectives",
     "CoverageProfile": "measure.profile",
@@ -68,6 +70,7 @@ _HOMES = {
     "TournamentCallback": "select.callback",
     "TournamentResult": "select.result",
     "ValueGuidedDecoder": "decode.backtracking",
+    "choose": "select.choose",
     "evaluate_best_of_n": "decode.best_of_n",
     "judge_best_of_n": "decode.best_of_n",
     "layer_groups": "optim.groups",
@@ -97,6 +100,7 @@ _HOMES = {
 __all__ = [
     "BestOfNResult",
     "CallBudget",
+    "Choice",
     "CoverageCallback",
     "CoverageLoss",
     "CoverageProfile",
@@ -118,6 +122,7 @@ __all__ = [
     "TournamentCallback",
     "TournamentResult",
     "ValueGuidedDecoder",
+    "choose",
     "evaluate_best_of_n",
     "evaluate_module",
     "generate_module",

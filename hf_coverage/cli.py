@@ -8,7 +8,18 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from hf_coverage import __version__
-from hf_coverage.commands import best_of_n, compare, profile, report, sample, score, suggest, tournament, tune_ttt
+from hf_coverage.commands import (
+    best_of_n,
+    choose,
+    compare,
+    profile,
+    report,
+    sample,
+    score,
+    suggest,
+    tournament,
+    tune_ttt,
+)
 from hf_coverage.commands.console import print_error, print_interrupted
 from hf_coverage.commands.options import command_line
 
@@ -34,7 +45,7 @@ hf-coverage compare scores/BASE scores/MODEL
 
 hf-coverage report scores/BASE scores/MODEL --card
 
-hf-coverage tournament RUN/checkpoint-* --data corpus
+hf-coverage choose RUN/checkpoint-* --data corpus --samples 16
 
 hf-coverage best-of-n MODEL problems.jsonl --verifier math-verify
 
@@ -107,6 +118,7 @@ for _command, _examples in (
     (profile.profile, profile.EXAMPLES),
     (compare.compare, compare.EXAMPLES),
     (report.report, report.EXAMPLES),
+    (choose.choose, choose.EXAMPLES),
     (tournament.tournament, tournament.EXAMPLES),
     (best_of_n.best_of_n, best_of_n.EXAMPLES),
     (suggest.suggest, suggest.EXAMPLES),

@@ -29,6 +29,7 @@ __all__ = [
     "new_axes",
     "plot_best_of_n",
     "plot_challenges",
+    "plot_choice",
     "plot_predictiveness",
     "plot_profiles",
     "plot_training_curves",
@@ -297,6 +298,70 @@ def plot_challenges(
     if winner is not None:
         left, bottom = names.index(winner) - 0.5, -0.5
         ax.add_patch(Rectangle((left, bottom), 1, len(names), fill=False, edgecolor=COLORS[1], linewidth=2))
+    if title:
+        ax.set_title(title)
+    return save_figure(figure, path)
+
+
+def plot_choice(
+    curves: Sequence[ProfileCurve],
+    picks: Sequence[tuple[float, str]],
+    path: str | PathLike[str] | None = None,
+    *,
+    ylabel: str = "miss$_N$ (lower is better)",
+    title: str | None = None,
+) -> Figure:
+    """Draw the losses of candidates over the number of samples, and which of them is picked at some numbers.
+
+    Args:
+        curves: One for each candidate; those that are picked are in colour, at most seven, the others in grey.
+        picks: A number of samples and the name of the candidate that is picked for it.
+        path: File to write, its format given by the suffix; None only returns the figure.
+        ylabel: What the vertical axis shows.
+        title: Title above the axes.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If a pick is not one of the curves.
+
+    Example:
+        >>> one, two = (ProfileCurve(name, [1, 8], values, values, values) for name, values in
+        ...     [("early", [0.5, 0.1]), ("late", [0.4, 0.3])])
+        >>> figure = plot_choice([one, two], [(1, "late"), (8, "early")])
+        >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        ['late', 'early']
+    """
+    by_name = {curve.name: curve for curve in curves}
+    unknown = [name for _, name in picks if name not in by_name]
+    if unknown:
+        raise ValueError(f"`picks` must be among the curves {list(by_name)}, but {unknown[0]!r} is not.")
+    picked = list(dict.fromkeys(name for _, name in picks))
+    figure, (ax,) = new_axes()
+    for curve in curves:
+        if curve.name not in picked[: len(COLORS)]:
+            ax.plot(curve.n, curve.value, color="#bbbbbb", linewidth=0.9, zorder=1)
+    for name, color in zip(picked, COLORS):
+        curve = by_name[name]
+        ax.plot(curve.n, curve.value, color=color, linewidth=1.8, label=name, zorder=3)
+        ax.fill_between(curve.n, curve.low, curve.high, color=color, alpha=0.18, linewidth=0)
+        at = [n for n, pick in picks if pick == name]
+        ax.plot(
+            at,
+            np.interp(np.log(at), np.log(curve.n), np.asarray(curve.value, dtype=float)),
+            "o",
+            color=color,
+            markersize=6,
+            zorder=4,
+        )
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.set_xlabel("samples that will be drawn")
+    ax.set_ylabel(ylabel)
+    ax.set_ylim(bottom=0)
+    ax.margins(x=0.02)
+    ax.legend(frameon=False, title="picked (others in grey)" if len(curves) > len(picked) else None)
     if title:
         ax.set_title(title)
     return save_figure(figure, path)

@@ -64,7 +64,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def parse_n(values: list[str] | None) -> tuple[float, ...]:
+def parse_n(values: list[str] | None, flag: str = "--n") -> tuple[float, ...]:
     """The N of `--n 2,4 --n 5.7` as numbers, whole ones as integers."""
     numbers: list[float] = []
     for text in ",".join(values or [DEFAULT_N]).split(","):
@@ -72,7 +72,7 @@ def parse_n(values: list[str] | None) -> tuple[float, ...]:
             number = check_n(float(text))
         except ValueError as error:
             raise typer.BadParameter(
-                f"{text.strip()!r} is not an N: give numbers >= 1, such as `--n 2,4,8`."
+                f"{text.strip()!r} is not an N: give numbers >= 1, such as `{flag} 2,4,8`."
             ) from error
         numbers.append(int(number) if number == int(number) else number)
     return tuple(dict.fromkeys(numbers))

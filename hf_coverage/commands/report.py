@@ -13,7 +13,7 @@ from hf_coverage.commands.profile import collect, draw, result_config
 from hf_coverage.commands.score_folder import Measured
 from hf_coverage.inference.loading import ModelOptions
 
-__all__ = ["EXAMPLES", "report"]
+__all__ = ["EXAMPLES", "origin", "report"]
 
 EXAMPLES = """\
 [bold]Examples[/]
@@ -78,7 +78,7 @@ def _write_page(
         tables=tables,
         figures=[Picture(figure, caption[0].upper() + caption[1:]) for figure in draw(profiles)],
         kinds=[profile.kind for profile in profiles],
-        provenance=_origin(measured),
+        provenance=origin(measured),
     )
 
 
@@ -93,7 +93,7 @@ def _write_cards(
             one.profile,
             corpus=one.facts.get("corpus", one.facts["scores"]),
             corpus_fingerprint=one.facts.get("fingerprint"),
-            provenance=_origin([one]),
+            provenance=origin([one]),
             n=n,
             regret=regret,
             metadata={name: value for name, value in metadata.items() if value is not None},
@@ -107,7 +107,7 @@ def _same_rows(measured: Sequence[Measured]) -> bool:
     return len(measured) > 1 and all(np.array_equal(first, other.reference.rows) for other in measured[1:])
 
 
-def _origin(measured: Sequence[Measured]) -> dict[str, object]:
+def origin(measured: Sequence[Measured]) -> dict[str, object]:
     """Where each number came from, one line a fact, a fact that all models share only once."""
     from hf_coverage.report.provenance import provenance
 

@@ -23,7 +23,7 @@ from hf_coverage.report.table import Cell, Column, Table
 if TYPE_CHECKING:
     from hf_coverage.select.result import TournamentResult
 
-__all__ = ["EXAMPLES", "tournament"]
+__all__ = ["EXAMPLES", "checkpoint_of", "score_checkpoints", "tournament"]
 
 EXAMPLES = """\
 [bold]Examples[/]
@@ -218,12 +218,12 @@ def _read(folders: dict[str, Path], n: float) -> dict[str, _Contender]:
             logprobs=profile.logprobs,
             groups=first.reference.groups,
             coverage=None if profile.is_upper_bound else profile.cov(n),
-            checkpoint=_checkpoint(folder, measured.facts),
+            checkpoint=checkpoint_of(folder, measured.facts),
         )
     return contenders
 
 
-def _checkpoint(folder: Path, facts: dict[str, Any]) -> str | None:
+def checkpoint_of(folder: Path, facts: dict[str, Any]) -> str | None:
     """Where the model of a score folder is; None for a step of a training that was evaluated and not saved."""
     if "checkpoint" not in facts:
         return str(facts.get("model", folder))

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hf_coverage.functional.best_of_n import *
     from hf_coverage.functional.bounds import *
     from hf_coverage.functional.checks import *
+    from hf_coverage.functional.choice import *
     from hf_coverage.functional.coverage_profile import *
     from hf_coverage.functional.coverage_watch import *
     from hf_coverage.functional.distillation import *
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from hf_coverage.functional.tournament_challenges import *
     from hf_coverage.functional.tournament_guarantee import *
     from hf_coverage.functional.tournament_racing import *
+    from hf_coverage.functional.tournament_soft import *
     from hf_coverage.functional.tournament_standing import *
     from hf_coverage.functional.ttt_config import *
 
@@ -71,6 +73,11 @@ _HOMES = {
         "coverage_key",
         "metric_key",
         "miss_key",
+    ),
+    "choice": (
+        "Decision",
+        "check_losses",
+        "decide",
     ),
     "coverage_profile": (
         "coverage",
@@ -150,6 +157,7 @@ _HOMES = {
         "PairedDifference",
         "paired_coverage_difference",
         "paired_kl_difference",
+        "paired_loss_difference",
         "paired_miss_difference",
         "rows_to_tell_apart",
     ),
@@ -220,6 +228,12 @@ _HOMES = {
     "tournament_racing": (
         "Race",
         "race",
+    ),
+    "tournament_soft": (
+        "envelope",
+        "envelope_losses",
+        "soft_challenge_rates",
+        "soft_losses",
     ),
     "tournament_standing": (
         "Rates",

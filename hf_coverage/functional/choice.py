@@ -1,11 +1,11 @@
-"""Which of several candidates has the least loss, and how sure that is: statements that were simulated before they were made.
+"""Which of several candidates has the least loss, and how sure that is, in statements that were simulated.
 
-`l[m, i]` in [0, 1] is what candidate m loses on row i, the same rows for all: its miss, 1 - Pass@N, or its score against
-an envelope. The pick is always the candidate with the least mean loss. What may be said of it comes from the paired
-differences, in which the difficulty of the rows cancels, with the prompt as what was sampled:
+`l[m, i]` in [0, 1] is what candidate m loses on row i, the same rows for all: its miss, 1 - Pass@N, or its score
+against an envelope. The pick is always the candidate with the least mean loss. What may be said of it comes from the
+paired differences, in which the difficulty of the rows cancels, with the prompt as what was sampled:
 
-* `within`: the pick is at most this far from the best. Multiple comparisons with the best, with a pseudo prompt in each
-  direction for what was too rare to be seen.
+* `within`: the pick is at most this far from the best. Multiple comparisons with the best, with a pseudo prompt in
+  each direction for what was too rare to be seen.
 * `left`: the candidates that cannot be told from the best: with the confidence stated, the best is among them.
 * `probability_best`: differences are shrunk towards equality as James and Stein do, before the law of the means is
   asked how often the pick is the best. A bootstrap, which shrinks nothing, says .2 to .3 too much.
@@ -65,7 +65,7 @@ class Decision(NamedTuple):
         return len(self.left) == 1 or self.within <= self.tolerance
 
 
-def check_losses(losses: Sequence[ArrayLike]) -> FloatArray:
+def check_losses(losses: Sequence[ArrayLike] | FloatArray) -> FloatArray:
     """Losses as a table `(M, R)` of float64, after checking that they lie in [0, 1].
 
     Raises:
@@ -90,7 +90,7 @@ def check_losses(losses: Sequence[ArrayLike]) -> FloatArray:
 
 
 def decide(
-    losses: Sequence[ArrayLike],
+    losses: Sequence[ArrayLike] | FloatArray,
     *,
     groups: Iterable[Any] | None = None,
     tolerance: float = 0.0,
@@ -172,7 +172,8 @@ def _prompts(table: FloatArray, means: FloatArray, groups: Iterable[Any] | None)
 def _normal_draws(covariance: FloatArray, rng: np.random.Generator) -> FloatArray:
     """Draws of N(0, V) `(draws, M)`; V may be singular, as it is where candidates are equal."""
     values, vectors = np.linalg.eigh(covariance)
-    return rng.standard_normal((_DRAWS, len(values))) @ (vectors * np.sqrt(np.maximum(values, 0.0))).T
+    values[values < _ALIKE * values.max()] = 0.0  # else equal candidates would differ by the root of rounding
+    return rng.standard_normal((_DRAWS, len(values))) @ (vectors * np.sqrt(values)).T
 
 
 def _paired_errors(covariance: FloatArray) -> FloatArray:

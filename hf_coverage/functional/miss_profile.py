@@ -275,7 +275,7 @@ def _least_n(is_enough: Callable[[float], bool], *, above: float) -> float:
         if math.log(high) > _LARGEST_LOG_N / 2:
             return math.inf
     while high - low > max(1.0, 1e-12 * high):
-        middle = math.floor(math.sqrt(low) * math.sqrt(high)) if high > 2 * low else math.floor((low + high) / 2)
-        middle = float(min(max(middle, low + 1), high - 1))
+        between = math.sqrt(low) * math.sqrt(high) if high > 2 * low else (low + high) / 2
+        middle = min(max(float(math.floor(between)), low + 1), high - 1)
         low, high = (low, middle) if is_enough(middle) else (middle, high)
     return high

@@ -17,6 +17,7 @@ __all__ = [
     "PairedDifference",
     "paired_coverage_difference",
     "paired_kl_difference",
+    "paired_loss_difference",
     "paired_miss_difference",
     "rows_to_tell_apart",
 ]
@@ -110,6 +111,35 @@ def paired_miss_difference(
     """
     a, b = miss_values(log_ratios_a, n), miss_values(log_ratios_b, n)
     _check_same_rows(a, b)
+    return _difference_of_shares(a - b, groups, weights, confidence)
+
+
+def paired_loss_difference(
+    losses_a: ArrayLike,
+    losses_b: ArrayLike,
+    *,
+    groups: Iterable[Any] | None = None,
+    weights: ArrayLike | None = None,
+    confidence: float = 0.95,
+) -> PairedDifference:
+    """Mean loss of a minus mean loss of b on the same rows, losses being in [0, 1]; see `paired_miss_difference`.
+
+    Args:
+        losses_a: `(R,)` of model a.
+        losses_b: `(R,)` of model b.
+        groups: `(R,)` the prompt of each row; None if no prompt repeats.
+        weights: `(R,)` non-negative row weights.
+        confidence: Two-sided level.
+
+    Raises:
+        ValueError: If the two describe different numbers of rows.
+
+    Example:
+        >>> paired_loss_difference([1.0, 0.0], [0.5, 0.0]).difference
+        0.25
+    """
+    a, b = np.asarray(losses_a, dtype=np.float64), np.asarray(losses_b, dtype=np.float64)
+    _check_same_rows(a, b, "losses")
     return _difference_of_shares(a - b, groups, weights, confidence)
 
 

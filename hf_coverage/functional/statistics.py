@@ -349,7 +349,7 @@ def _stakes(mean: float, rate: float) -> tuple[FloatArray, FloatArray]:
         )
     first = max(1 - seen / mean, 1e-12)
     doublings = np.arange(1 + math.ceil(-math.log2(first)))
-    money = 0.5 ** (doublings + 1)
+    money = np.asarray(0.5 ** (doublings + 1.0), dtype=np.float64)
     money[-1] *= 2
     return np.minimum(first * 2.0**doublings, 1.0), money
 
@@ -358,9 +358,9 @@ def _rounded_up(means: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Different values and how often each stands; of very many, neighbours are raised to the largest of them."""
     values, times = np.unique(means, return_counts=True)
     if values.size <= _VALUES:
-        return values, times.astype(np.float64)
-    last = np.linspace(0, values.size - 1, _VALUES, dtype=np.intp)
-    return values[last], np.diff(np.cumsum(times)[last], prepend=0).astype(np.float64)
+        return np.asarray(values, dtype=np.float64), times.astype(np.float64)
+    last = np.linspace(0, values.size - 1, _VALUES).astype(np.intp)
+    return np.asarray(values[last], dtype=np.float64), np.diff(np.cumsum(times)[last], prepend=0).astype(np.float64)
 
 
 def _gaffke_end(means: FloatArray, weight: FloatArray, beyond: float) -> float:

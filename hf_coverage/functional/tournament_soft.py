@@ -5,20 +5,20 @@ every response by how surely N samples of b miss it, if the challenger's probabi
 
     S[a, b] = mean_i exp(-N p_b(y_i|x_i) / p_a(y_i|x_i)),
 
-an upper bound on miss_N where a has the density of D, since `(1 - u)^N <= exp(-N u)`. The score of b is its challenge by
-the *envelope*, which gives each response the largest probability that any candidate gives it. Lower is better.
+an upper bound on miss_N where a has the density of D, since `(1 - u)^N <= exp(-N u)`. The score of b is its challenge
+by the *envelope*, which gives each response the largest probability that any candidate gives it. Lower is better.
 
-With `E_N = E_D[exp(-N p/D)]`, so that `miss_N <= E_N` and `Cov_N <= e E_N`, the pick of M candidates on n rows has, for
-any a in [0, 1] and with probability 1 - delta,
+With `E_N = E_D[exp(-N p/D)]`, so that `miss_N <= E_N` and `Cov_N <= e E_N`, the pick of M candidates on n rows has,
+for any a in [0, 1] and with probability 1 - delta,
 
     E_{N^(1+a)}(pick) <= 2 min_m Cov_{N^a}(p_m) + M N^-(1-a) / e + 2 sqrt(log(2 M / delta) / (2 n)).
 
 *Proof.* Let m be any candidate and e the envelope. Where `p_m >= D / N^a`, `exp(-N^(1+a) p_b / D) <= exp(-N p_b / p_m)
-<= exp(-N p_b / p_e)`, so E_{N^(1+a)}(b) is at most b's expected score plus Cov_{N^a}(p_m). There also `exp(-N p_m / p_e)
-<= exp(-N^(1-a) D / p_e) <= p_e / (e N^(1-a) D)`, because `exp(-1/t) <= t/e`, and `E_D[p_e / D] <= M`: m's expected score
-is at most Cov_{N^a}(p_m) + M N^-(1-a) / e. The pick's score is at most m's on the rows, and Hoeffding's inequality takes
-both to their expectations. A challenge by candidates one by one would have no M there; over experiments the envelope
-chose a little better.
+<= exp(-N p_b / p_e)`, so E_{N^(1+a)}(b) is at most b's expected score plus Cov_{N^a}(p_m). There also `exp(-N p_m /
+p_e) <= exp(-N^(1-a) D / p_e) <= p_e / (e N^(1-a) D)`, because `exp(-1/t) <= t/e`, and `E_D[p_e / D] <= M`: m's
+expected score is at most Cov_{N^a}(p_m) + M N^-(1-a) / e. The pick's score is at most m's on the rows, and Hoeffding's
+inequality takes both to their expectations. A challenge by candidates one by one would have no M there; over
+experiments the envelope chose a little better.
 """
 
 import math

@@ -14,10 +14,10 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from hf_coverage.functional.checks import metric_key
 from hf_coverage.inference.files import write_atomically
 from hf_coverage.inference.loading import some
 from hf_coverage.measure.evaluation_callback import CoverageWarning
+from hf_coverage.select.choose import Choice
 from hf_coverage.select.result import TournamentResult
 
 __all__ = [
@@ -86,13 +86,13 @@ def checkpoint_signature(folder: str | os.PathLike[str]) -> dict[str, list[int]]
 
 
 def write_best_checkpoint(
-    path: str | os.PathLike[str], result: TournamentResult, checkpoints: Mapping[str, str | os.PathLike[str]]
+    path: str | os.PathLike[str], result: TournamentResult | Choice, checkpoints: Mapping[str, str | os.PathLike[str]]
 ) -> Path:
-    """Write the winner of a tournament over checkpoints as JSON, in the words of `trainer_state.json`.
+    """Write the winner among checkpoints as JSON, in the words of `trainer_state.json`.
 
     Args:
         path: The file, by custom `best_checkpoint.json`.
-        result: The tournament.
+        result: The tournament, or the choice.
         checkpoints: The folder, or Hub id, of each candidate that can be loaded; the best of these is written.
 
     Returns:
@@ -113,10 +113,10 @@ def write_best_checkpoint(
     record: dict[str, Any] = {
         "best_model_checkpoint": found[best],
         "best_metric": result.scores[best],
-        "metric": f"tournament_{metric_key(result.n)}",
+        "metric": result.metric_name,
         "greater_is_better": False,
         "tied_with": [found[name] for name in result.ties if name != best and best in result.ties],
-        "cross_entropy_checkpoint": found[result.cross_entropy_choice],
+        "cross_entropy_checkpoint": found.get(result.cross_entropy_choice or ""),
         "sentence": sentence,
         "scores": {found[name]: result.scores[name] for name in result.ranking},
     }

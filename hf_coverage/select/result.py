@@ -90,6 +90,11 @@ class TournamentResult:
         return self.ranking[0]
 
     @property
+    def metric_name(self) -> str:
+        """What the scores are called among metrics: `tournament_16`."""
+        return f"tournament_{metric_key(self.n)}"
+
+    @property
     def matrix(self) -> FloatArray:
         """`(M, M)` challenges that scores are the column maxima of: C[a, b], minus 2 g O[a, b] with an offset."""
         return self.rates - self.offsets

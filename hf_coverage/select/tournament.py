@@ -15,7 +15,7 @@ from hf_coverage.functional.tournament_standing import Standing
 from hf_coverage.measure.score_table import ScoreTable
 from hf_coverage.select.result import SweepPoint, TournamentResult
 
-__all__ = ["Candidate", "tournament"]
+__all__ = ["Candidate", "by_name", "read_candidates", "tournament"]
 
 _T = TypeVar("_T")
 
@@ -77,10 +77,10 @@ def tournament(
     """
     if not isinstance(candidates, Mapping) or not candidates:
         raise ValueError("`candidates` must map at least one name to log-probabilities or a score table.")
-    candidates = _by_name(candidates, "candidates")
+    candidates = by_name(candidates, "candidates")
     names = tuple(candidates)
     levels = list(dict.fromkeys(check_n(value) for value in (n, *sweep)))
-    table = _read(candidates)
+    table = read_candidates(candidates)
     offset = _offset(names, on_policy, on_policy_groups, gamma)
     raced = None
     if race_confidence is not None:
@@ -110,7 +110,7 @@ def tournament(
     return _result(names, standing, raced, gamma if offset else None, table[0].size, points, suggested)
 
 
-def _by_name(given: Mapping[Any, _T], what: str) -> dict[str, _T]:
+def by_name(given: Mapping[Any, _T], what: str) -> dict[str, _T]:
     """A mapping whose keys, numbers among them, are names; two that read the same would be one."""
     named = {str(key): value for key, value in given.items()}
     if len(named) < len(given):
@@ -118,7 +118,7 @@ def _by_name(given: Mapping[Any, _T], what: str) -> dict[str, _T]:
     return named
 
 
-def _read(candidates: Mapping[str, Candidate]) -> list[FloatArray]:
+def read_candidates(candidates: Mapping[str, Candidate]) -> list[FloatArray]:
     """All candidates' log-probabilities, after checking that they speak of the same rows."""
     first: tuple[ScoreTable, str] | None = None
     rows: list[FloatArray] = []
@@ -158,8 +158,8 @@ def _offset(
     """The offset arguments of `hold_tournament`, in the order of the names; empty for the simple tournament."""
     if on_policy is None:
         return {}
-    on_policy = {b: _by_name(given, f"on_policy[{b!r}]") for b, given in _by_name(on_policy, "on_policy").items()}
-    groups = _by_name(groups or {}, "on_policy_groups")
+    on_policy = {b: by_name(given, f"on_policy[{b!r}]") for b, given in by_name(on_policy, "on_policy").items()}
+    groups = by_name(groups or {}, "on_policy_groups")
     for what, given in (("on_policy", on_policy), *((f"on_policy[{b!r}]", on_policy[b]) for b in on_policy)):
         if set(given) != set(names):
             raise ValueError(f"`{what}` must have an entry for each candidate, {list(names)}, but has {list(given)}.")

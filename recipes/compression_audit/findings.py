@@ -13,8 +13,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from scipy import stats
 
 from hf_coverage import CoverageProfile
-from hf_coverage.functional.miss_profile import SampleBudget
 from hf_coverage.functional.checks import FloatArray, metric_key
+from hf_coverage.functional.miss_profile import SampleBudget
 from hf_coverage.functional.paired import PairedDifference, paired_coverage_difference, paired_kl_difference
 from hf_coverage.plots import COLORS, new_axes, save_figure
 from hf_coverage.report.table import Cell, Column, Interval, Table, format_number

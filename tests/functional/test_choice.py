@@ -1,0 +1,140 @@
+"""Decisions between candidates: the formulas by slow loops, and what is stated counted over simulated choices."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hf_coverage.functional.choice import decide
+
+KINDS = ("nearly equal", "close", "distinct", "heavy-tailed", "class-dropping")
+_SPREAD = {"nearly equal": 0.01, "close": 0.1, "distinct": 0.6, "heavy-tailed": 0.1, "class-dropping": 0.05}
+
+
+def candidates(kind, size, rng):
+    """A law of the losses of Best-of-16 of `size` candidates on common rows, and its true means."""
+    shifts = 1 + rng.normal(0, _SPREAD[kind], size)
+    lost = rng.uniform(0, 0.03, size) if kind == "class-dropping" else None
+
+    def draw(rows):
+        own = 0.5 * rng.standard_t(2, (size, rows)) if kind == "heavy-tailed" else 0.4 * rng.normal(size=(size, rows))
+        ratios = rng.normal(0, 1.5, rows) + shifts[:, None] + own
+        if lost is not None:  # a class of prompts that some candidates have given up
+            ratios = np.where(rng.random(rows) < lost[:, None], 12.0, ratios)
+        with np.errstate(divide="ignore"):
+            return np.exp(16 * np.log(-np.expm1(-np.maximum(ratios, 0.0))))
+
+    return draw, np.mean([draw(20_000).mean(axis=1) for _ in range(5)], axis=0)
+
+
+def simulate(kind, size, rows, repetitions, rng):
+    """How often the statements hold: within, left; and the mean probability stated beside how often it came true."""
+    found = []
+    for repetition in range(repetitions):
+        if repetition % 5 == 0:
+            draw, truth = candidates(kind, size, rng)
+        decision = decide(draw(rows), seed=repetition)
+        best = int(np.argmin(truth))
+        behind = truth[decision.pick] - truth[best]
+        found.append((behind <= decision.within + 1e-3 / rows, best in decision.left))
+        found[-1] += (decision.probability_best, decision.pick == best)
+    return np.mean(found, axis=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_stated_is_true_of_simulated_choices(kind, capsys):
+    rng = np.random.default_rng(KINDS.index(kind))
+    lines = [f"{kind}: candidates, rows, within holds, best is left, probability stated, came true"]
+    for size, rows in itertools.product((2, 5, 20), (100, 250, 1000)):
+        within, left, stated, true = simulate(kind, size, rows, 500, rng)
+        lines.append(f"{size:4} {rows:5} {within:.3f} {left:.3f} {stated:.3f} {true:.3f}")
+        assert within >= 0.93
+        assert left >= 0.92
+        assert stated <= true + 0.12
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))
+
+
+@pytest.mark.parametrize(("kind", "size", "rows"), [("nearly equal", 2, 100), ("class-dropping", 2, 100)])
+def test_what_is_stated_is_true_where_it_was_hardest(kind, size, rows):
+    within, left, stated, true = simulate(kind, size, rows, 150, np.random.default_rng(1))
+    slack = 2.6 * math.sqrt(0.05 * 0.95 / 150)
+    assert within >= 0.95 - slack
+    assert left >= 0.95 - slack
+    assert stated <= true + 0.12 + 0.06
+
+
+def test_the_pick_has_the_least_loss_and_is_left():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        losses = rng.random((6, 40))
+        decision = decide(losses)
+        assert decision.pick == int(np.argmin(losses.mean(axis=1)))
+        assert decision.left[0] == decision.pick
+        assert list(decision.losses[list(decision.left)]) == sorted(decision.losses[list(decision.left)])
+
+
+def test_two_candidates_by_the_formulas_written_out():
+    rng = np.random.default_rng(3)
+    a, b = rng.random(200), np.clip(rng.random(200) + 0.02, 0, 1)
+    decision = decide([a, b], tolerance=0.001)
+    difference = b - a
+    error, behind = difference.std(ddof=1) / math.sqrt(200), difference.mean()
+    padded = math.sqrt(error**2 + 2 * (np.abs(difference).max() / 200) ** 2)
+    quantile = stats.norm.ppf(0.95)
+    assert decision.pick == 0
+    assert decision.within == pytest.approx(quantile * padded - behind, abs=2e-3)
+    signal = (behind / error) ** 2 * 198 / 200
+    kept = max(0.0, 1 - 1 / signal)
+    stated = stats.norm.cdf(kept * behind / (math.sqrt(kept) * error)) if kept else 0.5
+    assert decision.probability_best == pytest.approx(stated, abs=0.02)
+    assert decision.probability_within == pytest.approx(stats.norm.cdf((behind + 0.001) / error), abs=0.02)
+    expected = 200 * ((quantile * padded / (0.001 + behind)) ** 2 - 1)
+    assert decision.rows_needed == pytest.approx(expected, rel=0.05)
+
+
+def test_equal_candidates_share_the_probability_and_any_is_the_best():
+    row = np.random.default_rng(0).random(100)
+    decision = decide([row, row, row])
+    assert decision.probability_best == pytest.approx(1 / 3)
+    assert set(decision.left) == {0, 1, 2}
+    assert (decision.within, decision.rows_needed, decision.is_decided) == (0.0, 0.0, True)
+    assert decision.probability_within == 1.0
+
+
+def test_no_number_of_rows_tells_equal_means_apart():
+    rng = np.random.default_rng(0)
+    row = rng.random(100)
+    decision = decide([row, rng.permutation(row)])
+    assert decision.rows_needed == math.inf
+    assert not decision.is_decided
+
+
+def test_rows_that_repeat_a_prompt_add_nothing():
+    losses = np.random.default_rng(0).random((3, 50))
+    once = decide(losses)
+    thrice = decide(np.repeat(losses, 3, axis=1), groups=[row // 3 for row in range(150)])
+    assert thrice.within == pytest.approx(once.within)
+    assert thrice.left == once.left
+    assert thrice.probability_best == pytest.approx(once.probability_best)
+    assert decide(np.repeat(losses, 3, axis=1)).within < once.within
+
+
+def test_few_prompts():
+    alone = decide([[0.1, 0.2], [0.3, 0.4]], groups=["a", "a"])
+    assert (alone.within, alone.probability_best, alone.left) == (1.0, None, (0, 1))
+    few = decide(np.random.default_rng(0).random((5, 4)))
+    assert few.probability_best is None
+    assert decide([[0.5, 0.5]]).left == (0,)
+
+
+def test_bad_losses_are_named():
+    with pytest.raises(ValueError, match=r"row 1 of candidate 0 is 1\.5"):
+        decide([[0.0, 1.5]])
+    with pytest.raises(ValueError, match="candidate 0 has 2 and candidate 1 has 1"):
+        decide([[0.0, 1.0], [0.5]])
+    with pytest.raises(ValueError, match="`tolerance` must be a loss"):
+        decide([[0.0, 1.0]], tolerance=1.0)
