@@ -34,6 +34,7 @@ WRITTEN = {
     "tournament": tournament(TABLE, 4, sweep=[2, 8], groups=list("aabc")),
     "tournament, tied": tournament({"a": LOGPROBS, "b": LOGPROBS}, 4),
     "tournament, offset": tournament(TABLE, 16, on_policy=OWN, gamma=0.5),
+    "tournament, soft": tournament(TABLE, 4, edge="soft", sweep=[2, 8], groups=list("aabc")),
     "tournament, raced": tournament(RACED, 4, race_confidence=0.9),
     "tournament, without a chance": tournament({"a": LOGPROBS, "b": [-np.inf] * 4}, 4),
     "best of n": failing(),
@@ -112,6 +113,10 @@ def _anything(odd, facts):
     return False
 
 
+def _order(scores):
+    return sorted(scores, key=scores.__getitem__)
+
+
 MAY_BE = {
     CoverageProfile: {
         "groups": lambda odd, facts: odd is None,
@@ -124,6 +129,8 @@ MAY_BE = {
         "n": lambda odd, facts: odd >= 1,
         "gamma": lambda odd, facts: facts["gamma"] is not None and odd > facts["gamma"],
         "cross_entropies": lambda odd, facts: odd.keys() == facts["cross_entropies"].keys(),
+        "edge": lambda odd, facts: odd == "left out" and facts["edge"] == "hard",
+        "scores": lambda odd, facts: facts["edge"] == "soft" and _order(odd) == _order(facts["scores"]),
         "win_rates": lambda odd, facts: odd == {},
         "dropped": lambda odd, facts: odd == {},
         "suggested_n": lambda odd, facts: odd is None,

@@ -68,6 +68,9 @@ def tournament(
     n: Annotated[
         float, typer.Option("--n", "-n", help="N of the challenges, a real number; the larger, the rarer they are.")
     ] = 16,
+    soft: Annotated[
+        bool, typer.Option("--soft", help="Challenge without an edge: no ties, and better picks in our experiments.")
+    ] = False,
     sweep: Annotated[
         list[str] | None, typer.Option(help="More N to report, comma-separated, in the same pass.")
     ] = None,
@@ -127,6 +130,8 @@ def tournament(
     """
     from hf_coverage.select.checkpoints import distinct_names
 
+    if soft and (on_policy or race is not None):
+        raise typer.BadParameter("`--soft` has neither an offset nor a race: leave `--on-policy` and `--race` out.")
     if on_policy and race is not None:
         raise typer.BadParameter("`--race` is for the simple tournament: leave it or `--on-policy` out.")
     if not gamma > 0:
@@ -134,7 +139,7 @@ def tournament(
     sources = [candidate.rstrip("/") for candidate in candidates]
     names = distinct_names(sources)
     scoring = {"batch_tokens": batch_tokens, "shard_rows": shard_rows}
-    offset: dict[str, Any] = {}
+    offset: dict[str, Any] = {"edge": "soft"} if soft else {}
     if on_policy:
         asked = Generations(generations, max_new_tokens, batch_size, seed)
         folder = output_dir / "on_policy"
@@ -243,7 +248,7 @@ def _table(result: "TournamentResult", measured: dict[str, _Contender]) -> Table
     level, known = metric_key(result.n), all(one.coverage is not None for one in measured.values())
     columns: list[Column | str] = ["checkpoint", Column(f"score at N = {level}", "lower")]
     columns += [Column("mean challenge", "lower"), Column("cross-entropy (nats)", "lower")]
-    columns += [Column("wins", "higher")] if result.win_rates else []
+    columns += [Column("bootstrap wins", "higher")] if result.win_rates else []
     columns += [Column(f"Cov_{level}", "lower")] if known else []
     rows: list[list[Cell]] = []
     for name in result.ranking:
@@ -251,7 +256,8 @@ def _table(result: "TournamentResult", measured: dict[str, _Contender]) -> Table
         cells += [result.win_rates.get(name)] if result.win_rates else []
         cells += [measured[name].coverage] if known else []
         rows.append([*cells, _chosen_by(result, name)])
-    return Table([*columns, "chosen by"], rows, "Best first. Score: worst challenge by another checkpoint.")
+    challenge = "challenge by all" if result.edge == "soft" else "worst challenge by another checkpoint"
+    return Table([*columns, "chosen by"], rows, f"Best first. Score: {challenge}.")
 
 
 def _chosen_by(result: "TournamentResult", name: str) -> str:

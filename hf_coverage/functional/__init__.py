@@ -224,6 +224,7 @@ _HOMES = {
     "tournament_guarantee": (
         "offset_guarantee",
         "simple_guarantee",
+        "soft_guarantee",
     ),
     "tournament_racing": (
         "Race",
@@ -232,6 +233,7 @@ _HOMES = {
     "tournament_soft": (
         "envelope",
         "envelope_losses",
+        "hold_soft_tournament",
         "soft_challenge_rates",
         "soft_losses",
     ),

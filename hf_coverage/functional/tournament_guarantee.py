@@ -4,7 +4,7 @@ import math
 
 from hf_coverage.functional.checks import check_n
 
-__all__ = ["offset_guarantee", "simple_guarantee"]
+__all__ = ["offset_guarantee", "simple_guarantee", "soft_guarantee"]
 
 
 def simple_guarantee(n: float, num_candidates: int, num_prompts: int, *, a: float = 0.5, delta: float = 0.05) -> str:
@@ -77,6 +77,37 @@ def offset_guarantee(n: float, num_candidates: int, num_prompts: int, *, gamma: 
     return (
         f"{asked}meet it. With probability {_percent(delta)}, and up to constants that it does not state, sampling "
         f"costs {sampling:.3g} (log(M/delta)/n), and the offset saves the {gamma / n:.3g} (g/N) of Theorem 6.3."
+    )
+
+
+def soft_guarantee(n: float, num_candidates: int, num_prompts: int, *, a: float = 0.5, delta: float = 0.05) -> str:
+    """What `tournament_soft` proves of a soft tournament that was held, its numbers filled in.
+
+    Args:
+        n: The N of the tournament.
+        num_candidates: M.
+        num_prompts: n, the number of independent pairs.
+        a: Trades what is promised against the slack `M N^-(1-a) / e`, in [0, 1].
+        delta: Probability that the promise fails.
+
+    Raises:
+        ValueError: If `a` or `delta` is out of range.
+
+    Example:
+        >>> print(soft_guarantee(16, num_candidates=20, num_prompts=1000))
+        With probability 95 %, miss_64 of the pick is at most twice the least Cov_4 of the 20 candidates + 1.84
+        (M N^-(1-a) / e) + 0.116 (of sampling), with a = 0.5.
+    """
+    if not 0 <= a <= 1:
+        raise ValueError(f"`a` must lie in [0, 1], but is {a}.")
+    if not 0 < delta < 1:
+        raise ValueError(f"`delta` must lie strictly between 0 and 1, but is {delta}.")
+    sampling = 2 * math.sqrt(math.log(2 * num_candidates / delta) / (2 * num_prompts))
+    slack = num_candidates * check_n(n) ** (a - 1) / math.e
+    return (
+        f"With probability {_percent(delta)}, miss_{n ** (1 + a):.4g} of the pick is at most twice the least "
+        f"Cov_{n**a:.4g} of the {num_candidates} candidates + {slack:.3g} (M N^-(1-a) / e) + {sampling:.3g} (of "
+        f"sampling), with a = {a:g}."
     )
 
 

@@ -22,14 +22,17 @@ experiments the envelope chose a little better.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from hf_coverage.functional.checks import FloatArray, check_logprobs, check_n
+from hf_coverage.functional.statistics import group_codes
+from hf_coverage.functional.tournament_standing import Standing, Tally, stand
 
-__all__ = ["envelope", "envelope_losses", "soft_challenge_rates", "soft_losses"]
+__all__ = ["envelope", "envelope_losses", "hold_soft_tournament", "soft_challenge_rates", "soft_losses"]
 
 _ROWS = 65_536
 """Rows at once, so that what lies between two tables stays small."""
@@ -113,3 +116,38 @@ def soft_challenge_rates(logprobs: Iterable[ArrayLike], n: float) -> FloatArray:
                 if a != b:
                     sums[a, b] += soft_losses(challenger, defender, n).sum()
     return sums / size
+
+
+def hold_soft_tournament(
+    logprobs: Sequence[ArrayLike], n: float | Sequence[float], *, groups: Iterable[Any] | None = None
+) -> list[Standing]:
+    """Hold the soft tournament of M candidates on the same R rows, at one N or many.
+
+    Scores are challenges by the envelope, the matrix those of the candidates one by one. Equal scores, of equal
+    candidates, are ranked by the mean challenge, then by cross-entropy, then in the order given.
+
+    Args:
+        logprobs: `(M, R)` log p of each candidate, nats.
+        n: One or K real numbers >= 1.
+        groups: `(R,)` the prompt of each row; None if no prompt repeats.
+
+    Returns:
+        K standings, without offsets and win rates.
+
+    Example:
+        >>> (standing,) = hold_soft_tournament([[-1.0, -1.0, -9.0], [-1.0, -4.0, -2.0]], n=8)
+        >>> standing.scores.round(3), standing.ranking
+        (array([0.331, 0.224]), (1, 0))
+    """
+    table = [check_logprobs(values, name=f"logprobs[{m}]") for m, values in enumerate(logprobs)]
+    size = table[0].size
+    num_groups = size if groups is None else int(np.unique(group_codes(groups)).size)
+    entropies = np.array([-np.minimum(values, 0.0).mean() for values in table])
+    highest, standings = envelope(table), []
+    for level in n if isinstance(n, Iterable) else [n]:
+        tally = Tally(len(table), 0)
+        tally.rates = soft_challenge_rates(table, level)
+        tally.scores = np.array([soft_losses(highest, values, level).mean() for values in table])
+        tally.means = tally.rates.sum(axis=0) / max(1, len(table) - 1)
+        standings.append(stand(check_n(level), tally, entropies, None, list(range(len(table))), num_groups))
+    return standings

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from hf_coverage.functional.checks import FloatArray, metric_key
-from hf_coverage.functional.tournament_guarantee import offset_guarantee, simple_guarantee
+from hf_coverage.functional.tournament_guarantee import offset_guarantee, simple_guarantee, soft_guarantee
 from hf_coverage.functional.tournament_standing import TieBreak
 from hf_coverage.inference.files import read_json, strict_json
 from hf_coverage.plots import plot_challenges
@@ -18,7 +18,9 @@ from hf_coverage.plots import plot_challenges
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SweepPoint", "TournamentResult"]
+__all__ = ["Edge", "SweepPoint", "TournamentResult"]
+
+Edge = Literal["hard", "soft"]
 
 _FORMAT = 1
 _DERIVED = ("format", "winner", "sentence", "guarantee", "cross_entropy_choice")
@@ -45,17 +47,18 @@ class TournamentResult:
     Attributes:
         names: The M candidates, in the order given.
         n: The N of the challenges.
-        rates: `(M, M)` C[a, b], how often a challenges b.
+        edge: `"hard"`, the paper's, or `"soft"`: see `functional.tournament_soft`.
+        rates: `(M, M)` C[a, b], how often a challenges b; S[a, b] in a soft tournament.
         offsets: `(M, M)` 2 g O[a, b]; zeros in a simple tournament.
         gamma: g of an offset tournament; None in a simple one.
-        scores: Worst challenge of each candidate.
+        scores: Worst challenge of each candidate; in a soft tournament the challenge by all others together.
         mean_challenges: Mean challenge of each candidate, without an offset, the first tie-break.
         cross_entropies: E[-log p] of each candidate, nats a response, the second tie-break.
         ranking: Candidates, best first; those that racing dropped come last.
         ties: The candidates with the least score, where there are several; else empty.
         decided_by: What broke the tie; None where there was none.
-        win_rates: How often each candidate wins when prompts are drawn anew; empty without a bootstrap, or with one
-            prompt.
+        win_rates: Share of the bootstrap's samples of these prompts in which each candidate wins, which is more than
+            its chance to win on others; empty without a bootstrap, or with one prompt.
         num_rows: R.
         num_prompts: Distinct prompts.
         sweep: The tournament at other N.
@@ -83,6 +86,7 @@ class TournamentResult:
     suggested_n: float | None = None
     dropped: dict[str, int] = field(default_factory=dict)
     race_confidence: float | None = None
+    edge: Edge = "hard"
 
     @property
     def winner(self) -> str:
@@ -122,7 +126,10 @@ class TournamentResult:
                 f"{len(self.names)} scores are 0 and tell nothing apart: {remedy}."
             )
         if self.winner in self.win_rates:
-            parts.append(f"With prompts drawn anew it wins {_percent(self.win_rates[self.winner])} of the time.")
+            parts.append(
+                f"It wins in {_percent(self.win_rates[self.winner])} of bootstrap samples of these prompts, which is "
+                "more than its chance to win on others."
+            )
         if self.dropped:
             parts.append(
                 f"Racing dropped {len(self.dropped)} of {len(self.names)} candidates before all rows were compared; "
@@ -131,13 +138,15 @@ class TournamentResult:
         return " ".join([*parts, self._against_cross_entropy()])
 
     def guarantee(self, *, a: float = 0.5, delta: float = 0.05) -> str:
-        """What Theorem 6.3 (6.4 with an offset) promises of the winner, with this tournament's numbers in it.
+        """What Theorem 6.3 (6.4 with an offset, ours of a soft one) promises of the winner, with the numbers in it.
 
         Args:
             a: Trades what is promised against its slack, in [0, 1]; for the simple tournament.
             delta: Probability that the promise fails.
         """
         size = len(self.names), self.num_prompts
+        if self.edge == "soft":
+            return soft_guarantee(self.n, *size, a=a, delta=delta)
         if self.gamma is not None:
             return offset_guarantee(self.n, *size, gamma=self.gamma, delta=delta)
         return simple_guarantee(self.n, *size, a=a, delta=delta)
@@ -198,7 +207,15 @@ class TournamentResult:
         yield "gamma", self.gamma is None or (_is_number(self.gamma) and 0 < self.gamma < np.inf)
         limit = 0.0 if self.gamma is None else 2 * self.gamma
         yield "offsets", bool(((self.offsets >= 0) & (self.offsets <= limit)).all())
-        yield "scores", _agree(self.scores, dict(zip(names, self.matrix.max(0))))
+        yield "edge", self.edge in get_args(Edge)
+        worst = dict(zip(names, self.matrix.max(0)))
+        # all others together challenge more than any of them
+        yield (
+            "scores",
+            all(worst[name] - 1e-9 <= self.scores[name] <= 1 for name in names)
+            if self.edge == "soft"
+            else _agree(self.scores, worst),
+        )
         others = max(1, len(names) - 1)
         # the mean challenge was once taken after the offset
         means = [dict(zip(names, table.sum(0) / others)) for table in (self.rates, self.matrix)]
@@ -231,12 +248,23 @@ class TournamentResult:
         size = f"{self.num_rows:,} responses to {self.num_prompts:,} prompts"
         if len(self.names) == 1:
             return f"{self.winner} wins, being the only candidate ({size})."
+        if self.edge == "soft":
+            return self._soft_decision(size)
         less = "" if self.gamma is None else ", less the offset"
         level, (best, second) = metric_key(self.n), [_percent(self.scores[name]) for name in self.ranking[:2]]
         return (
             f"{self.winner} wins the tournament of {len(self.names)} candidates at N = {level} ({size}): its worst "
             f"challenger gives {best} of the responses at least {level} times its probability{less}. Lower is better; "
             f"the runner-up, {self.ranking[1]}, has {second}."
+        )
+
+    def _soft_decision(self, size: str) -> str:
+        level, (best, second) = metric_key(self.n), [format(self.scores[name], ".3g") for name in self.ranking[:2]]
+        return (
+            f"{self.winner} wins the soft tournament of {len(self.names)} candidates at N = {level} ({size}) with a "
+            f"score of {best}: about the chance that {level} of its samples miss what the others would write. Lower "
+            f"is better; the runner-up, {self.ranking[1]}, has {second}. It finds what is good at more samples than "
+            f"{level}."
         )
 
     def _against_cross_entropy(self) -> str:
@@ -280,6 +308,7 @@ def _listed(names: list[str]) -> str:
 def _read_fields(facts: dict[str, Any]) -> dict[str, Any]:
     """The fields of a result from what JSON keeps of them."""
     known = {item.name for item in fields(TournamentResult)}
+    facts = {"edge": "hard"} | facts  # which was not said while there was no other
     odd = sorted(set(facts) ^ (known | set(_DERIVED)))
     if odd:
         raise ValueError(f"it lacks, or has besides, {', '.join(map(repr, odd))}")

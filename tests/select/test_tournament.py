@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import hf_coverage
 from hf_coverage.functional.tournament import hold_tournament
+from hf_coverage.functional.tournament_soft import envelope_losses, soft_challenge_rates
 from hf_coverage.measure.score_table import ScoreTable
 from hf_coverage.measure.scores import Scores
 from hf_coverage.select.checkpoints import (
@@ -295,3 +296,24 @@ def test_a_signature_changes_with_the_model_and_not_with_the_training_state(tmp_
     (tmp_path / "model.safetensors").write_bytes(b"other weights")
     assert checkpoint_signature(tmp_path) != before
     assert checkpoint_signature("org/model-on-the-hub") == {}
+
+
+def test_a_soft_tournament_has_no_ties_and_says_what_it_found():
+    rng = np.random.default_rng(0)
+    table = {name: np.minimum(rng.normal(-3, 1, 200), 0) for name in "abc"}
+    hard, soft = tournament(table, 1000), tournament(table, 1000, edge="soft", sweep=[8])
+    assert len(hard.ties) == 3
+    assert soft.ties == ()
+    losses = envelope_losses(table.values(), 8).mean(axis=1)
+    assert soft.sweep[0].scores == pytest.approx(dict(zip("abc", losses)))
+    assert soft.rates == pytest.approx(soft_challenge_rates(table.values(), 1000))
+    assert soft.sentence.startswith(f"{soft.winner} wins the soft tournament of 3 candidates at N = 1000")
+    assert soft.guarantee().startswith("With probability 95 %, miss_3.162e+04 of the pick")
+
+
+def test_a_soft_tournament_takes_no_offset_and_no_race():
+    table = {"a": [-1.0, -2.0], "b": [-2.0, -1.0]}
+    with pytest.raises(ValueError, match="`edge` 'soft' has no offset and no race"):
+        tournament(table, 4, edge="soft", race_confidence=0.9)
+    with pytest.raises(ValueError, match="`edge` must be 'hard' or 'soft'"):
+        tournament(table, 4, edge="round")
