@@ -1,11 +1,11 @@
 """Has coverage worsened while cross-entropy improved? A sequential paired test over the evaluations of one run.
 
-Every evaluation scores the same rows, so two evaluations are compared row by row, not as two noisy points. The best
-one so far is remembered by the rows it reaches log N on, one bit each: enough for the test, and small enough to live
-in `trainer_state.json`.
+Every evaluation scores the same rows, so two evaluations are compared row by row, not as two noisy points. What is
+compared is miss_N, which moves before Cov_N does. The best evaluation so far is remembered by what it misses of each
+row, four bytes each: enough for the test, and small enough to live in `trainer_state.json`.
 """
 
-import math
+import base64
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -13,27 +13,28 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_coverage.functional.coverage_profile import coverage, reached
-from hf_coverage.functional.paired import PairedDifference, paired_coverage_difference
+from hf_coverage.functional.checks import FloatArray
+from hf_coverage.functional.miss_profile import miss_values
+from hf_coverage.functional.paired import PairedDifference, paired_loss_difference
 
 __all__ = ["BestEvaluation", "WatchState", "Worsening", "update_watch"]
 
 
 @dataclass(frozen=True)
 class BestEvaluation:
-    """The evaluation with the lowest Cov_N so far; of equals, the one with the lowest cross-entropy.
+    """The evaluation with the lowest miss_N so far; of equals, the one with the lowest cross-entropy.
 
     Args:
         step: The training step.
-        coverage: Cov_N.
+        miss: miss_N.
         cross_entropy: Mean of -log p, nats a response.
-        reached: One bit a row, `r >= log N`, packed and written in hexadecimal.
+        missed: What it misses of each row, as float32 in base 64.
     """
 
     step: int
-    coverage: float
+    miss: float
     cross_entropy: float
-    reached: str
+    missed: str
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ class WatchState:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "WatchState":
-        """Undo `dataclasses.asdict`."""
+        """Undo `dataclasses.asdict`; a best evaluation that was kept by Cov_N, as it once was, is forgotten."""
         best = state["best"]
-        return cls(state["evaluations"], None if best is None else BestEvaluation(**best), state["warned"])
+        known = best is not None and "missed" in best
+        return cls(state["evaluations"], BestEvaluation(**best) if known else None, state["warned"])
 
 
 class Worsening(NamedTuple):
@@ -62,13 +64,13 @@ class Worsening(NamedTuple):
 
     Args:
         best: The evaluation with the best coverage.
-        coverage: Cov_N now.
+        miss: miss_N now.
         cross_entropy: Cross-entropy now, nats a response.
-        test: Cov_N now minus Cov_N then on the same rows.
+        test: miss_N now minus miss_N then on the same rows.
     """
 
     best: BestEvaluation
-    coverage: float
+    miss: float
     cross_entropy: float
     test: PairedDifference
 
@@ -85,16 +87,17 @@ def update_watch(
 ) -> tuple[WatchState, Worsening | None]:
     """Show the watch one more evaluation of the same rows.
 
-    A worsening is reported once: when cross-entropy is lower than at the evaluation with the best Cov_N, Cov_N is
-    higher, and the paired test has `p < alpha / (m (m + 1))` after m earlier evaluations. These levels sum to alpha,
-    however long the run, so that looking at every evaluation does not turn noise into an alarm.
+    A worsening is reported once: when cross-entropy is lower than at the evaluation with the best miss_N, miss_N is
+    higher, and the two-sided paired test has `p < 2 alpha / (m^2 (m + 1))` after m earlier evaluations. The best of m
+    was selected by the same rows, so that its level is shared by m one-sided tests; over the evaluations the levels
+    sum to alpha, however long the run. A corpus of few hundred prompts cannot show a worsening of a few hundredths.
 
     Args:
         state: What the watch remembers; `WatchState()` at first.
         step: The training step.
         log_ratios: `(R,)` log D - log p, nats.
         cross_entropy: Mean of -log p over the same rows, nats a response.
-        n: The N of Cov_N.
+        n: The N of miss_N.
         groups: `(R,)` the prompt of each row; None if no prompt repeats.
         alpha: Chance of a false alarm that the whole run may have.
 
@@ -105,34 +108,34 @@ def update_watch(
         ValueError: If the number of rows changed.
 
     Example:
-        >>> falling_then_rising = [np.where(np.arange(200) < covered, 3.0, 0.0) for covered in (60, 20, 70)]
+        >>> falling_then_rising = [np.where(np.arange(200) < lost, float("inf"), 0.0) for lost in (60, 20, 70)]
         >>> state = WatchState()
         >>> for step, ratios in enumerate(falling_then_rising):
         ...     state, worsening = update_watch(state, step=step, log_ratios=ratios, cross_entropy=9.0 - step, n=8)
-        >>> worsening.best.step, worsening.best.coverage, worsening.coverage
+        >>> worsening.best.step, worsening.best.miss, worsening.miss
         (1, 0.1, 0.35)
     """
-    ratios = np.asarray(log_ratios, dtype=np.float64)
-    bits = np.packbits(reached(ratios, n)).tobytes().hex()
-    now = BestEvaluation(int(step), coverage(ratios, n), float(cross_entropy), bits)
+    missed = miss_values(log_ratios, n)
+    now = BestEvaluation(int(step), float(missed.mean()), float(cross_entropy), _packed(missed))
     best, seen = state.best, state.evaluations
-    if best is None or (now.coverage, now.cross_entropy) < (best.coverage, best.cross_entropy):
+    if best is None or (now.miss, now.cross_entropy) < (best.miss, best.cross_entropy):
         return replace(state, evaluations=seen + 1, best=now), None
-    then = _hits(best.reached)
-    # whole bytes hide a few rows more or fewer, of which the share of hits knows
-    if len(best.reached) != len(now.reached) or then.sum() / ratios.size != best.coverage:
-        raise ValueError(f"`log_ratios` must describe the same rows at every evaluation, but now has {ratios.size}.")
+    then = _unpacked(best.missed)
+    if then.size != missed.size:
+        raise ValueError(f"`log_ratios` must describe the same rows at every evaluation, but now has {missed.size}.")
     state = replace(state, evaluations=seen + 1)
-    # Cov_N is at least the best here, so a difference that is significant at all is a worsening.
+    # miss_N is at least the best here, so a difference that is significant at all is a worsening.
     if state.warned or not now.cross_entropy < best.cross_entropy:
         return state, None
-    before = np.where(then[: ratios.size], math.inf, math.log(n) - 1.0)
-    test = paired_coverage_difference(ratios, before, n, groups=groups)
-    if not test.p_value < alpha / (seen * (seen + 1)):
+    test = paired_loss_difference(missed, then, groups=groups)
+    if not test.p_value < 2 * alpha / (seen**2 * (seen + 1)):
         return state, None
-    return replace(state, warned=True), Worsening(best, now.coverage, cross_entropy, test)
+    return replace(state, warned=True), Worsening(best, now.miss, cross_entropy, test)
 
 
-def _hits(packed: str) -> np.ndarray:
-    """The rows whose bit is set, and zeros up to a whole byte."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(packed), dtype=np.uint8)).astype(bool)
+def _packed(missed: FloatArray) -> str:
+    return base64.b64encode(missed.astype("<f4").tobytes()).decode()
+
+
+def _unpacked(missed: str) -> FloatArray:
+    return np.frombuffer(base64.b64decode(missed), dtype="<f4").astype(np.float64)

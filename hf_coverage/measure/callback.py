@@ -35,8 +35,9 @@ class CoverageCallback(CorpusCallback):
 
     Training is not changed: a run ends with the same weights, bit for bit, as one without the callback.
 
-    Once in a run a `CoverageWarning` is given if cross-entropy went on improving while Cov_N is significantly worse
-    than at its best evaluation (a paired test over the same rows); it names the best checkpoint.
+    Once in a run a `CoverageWarning` is given if cross-entropy went on improving while miss_N is significantly worse
+    than at its best evaluation (a paired test over the same rows); it names the best checkpoint. With a few hundred
+    prompts it can hardly see a worsening; a thousand see one of a few hundredths.
 
     In a run with checkpoints the tokens of the corpus are kept in `<output_dir>/coverage`, from where a callback that
     `restore_callback_states_from_checkpoint` rebuilds takes them.
@@ -182,10 +183,10 @@ def _worsening_message(
     best = worsening.best
     folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{best.step}"
     where = str(folder) if folder.is_dir() else "not saved as a checkpoint"
-    what = f"the {profile.label(n)}" if profile.is_upper_bound else profile.label(n)
+    what = f"the {profile.miss_label(n)}" if profile.is_upper_bound else profile.miss_label(n)
     return (
         f"Coverage is getting worse while cross-entropy improves. From step {best.step} to step {step}, {what} went "
-        f"up from {best.coverage:.4g} to {worsening.coverage:.4g} (lower is better) and cross-entropy fell from "
+        f"up from {best.miss:.4g} to {worsening.miss:.4g} (lower is better) and cross-entropy fell from "
         f"{best.cross_entropy:.4g} to {worsening.cross_entropy:.4g} nats a response (paired test over the same "
         f"{profile.num_rows} rows: p = {worsening.test.p_value:.1g}). Best-of-N and RL now find fewer of the good "
         f"responses. The best checkpoint for them so far is step {best.step} ({where})."

@@ -6,18 +6,17 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from scipy.stats import norm
 
 from hf_coverage.functional.coverage_watch import WatchState, update_watch
 
 
 def ratios_with(covered: int, rows: int = 1000) -> np.ndarray:
-    """Log ratios with this many rows beyond N = 16."""
-    return np.where(np.arange(rows) < covered, 3.0, 0.0)
+    """Log ratios with this many rows out of reach."""
+    return np.where(np.arange(rows) < covered, math.inf, 0.0)
 
 
 def watch(evaluations, n=16, groups=None):
-    """Feed (rows beyond N, or log ratios; cross-entropy) in turn; the step of the warning and the warning."""
+    """Feed (rows out of reach, or log ratios; cross-entropy) in turn; the step of the warning and the warning."""
     state, found = WatchState(), []
     for step, (ratios, cross_entropy) in enumerate(evaluations):
         ratios = ratios_with(ratios) if isinstance(ratios, int) else ratios
@@ -35,10 +34,10 @@ def test_falling_then_rising_coverage_is_reported_once_with_its_best_step():
     found = watch([(113, 1.3), (47, 1.2), (48, 1.1), (50, 1.0), (104, 0.9), (140, 0.8)])
     assert [step for step, _ in found] == [4]
     worsening = found[0][1]
-    assert (worsening.best.step, worsening.best.coverage, worsening.coverage) == (1, 0.047, 0.104)
+    assert (worsening.best.step, worsening.best.miss, worsening.miss) == (1, 0.047, 0.104)
     assert (worsening.best.cross_entropy, worsening.cross_entropy) == (1.2, 0.9)
     assert worsening.test.difference == pytest.approx(0.057)
-    assert worsening.test.p_value < 0.05 / 20
+    assert worsening.test.p_value < 0.1 / (16 * 5)
 
 
 @pytest.mark.parametrize(
@@ -73,12 +72,30 @@ def test_false_alarms_stay_within_alpha_however_often_one_looks():
     rng = np.random.default_rng(0)
     runs, alarms = 100, 0
     for _ in range(runs):
-        # Thirty checkpoints of equal coverage whose rows go in and out of reach, half by luck of the checkpoint.
+        # Forty checkpoints of equal coverage whose rows go in and out of reach, half by luck of the checkpoint.
         lasting = rng.normal(size=300)
-        scores = [math.sqrt(0.5) * (lasting + rng.normal(size=300)) for _ in range(30)]
-        hits = [np.where(score < norm.ppf(0.1), 3.0, 0.0) for score in scores]
-        alarms += bool(watch([(ratios, 2.0 - 0.01 * step) for step, ratios in enumerate(hits)]))
+        scores = [math.sqrt(0.5) * (lasting + rng.normal(size=300)) for _ in range(40)]
+        alarms += bool(watch([(1.5 + 1.5 * score, 2.0 - 0.01 * step) for step, score in enumerate(scores)]))
     assert alarms / runs <= 0.05
+
+
+@pytest.mark.parametrize(("rows", "least"), [(1000, 0.95), (4000, 1.0)])
+def test_a_class_that_is_given_up_is_seen(rows, least):
+    rng = np.random.default_rng(1)
+    seen = 0
+    for _ in range(40):
+        rare = rng.random(rows) < 0.1
+        base = rng.normal(1, 1, rows)
+        # the common class improves all the while; the rare one is given up, a nat an evaluation
+        run = [(base - 0.1 * step + np.where(rare, max(0, step - 3), 0), 3 - 0.1 * step) for step in range(10)]
+        seen += bool(watch(run))
+    assert seen / 40 >= least
+
+
+def test_a_state_that_was_kept_by_cov_n_is_begun_anew():
+    best = {"step": 1, "coverage": 0.1, "cross_entropy": 1.0, "reached": "ff"}
+    state = WatchState.from_dict({"evaluations": 4, "best": best, "warned": False})
+    assert (state.evaluations, state.best) == (4, None)
 
 
 def test_of_equal_coverage_the_lower_cross_entropy_is_the_best():
