@@ -12,8 +12,7 @@ import torch
 from filelock import FileLock
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from recipes.smollm2 import load_model, load_tokenizer
-from tests.jobs_in_turn import pytest_runtest_protocol as pytest_runtest_protocol
+from recipes.smollm2 import load_model, load_tokenizer, reading_once
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +25,8 @@ def smollm2(tmp_path_factory):
     lock = FileLock(place / "smollm2.lock")
     with lock:
         if not file.exists():
-            torch.save((load_model(), load_tokenizer()), file)
+            with reading_once():
+                torch.save((load_model(), load_tokenizer()), file)
         shared = torch.load(file, weights_only=False, mmap=True)
     yield shared
     with lock:
