@@ -7,12 +7,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Workers share the cores, and a matrix product's rounding depends on the number of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import gc
+
 import pytest
 import torch
 from filelock import FileLock
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from recipes.smollm2 import load_model, load_tokenizer, reading_once
+
+
+def pytest_collection_finish():
+    """Let no garbage collection, such as the Trainer calls itself, go through the million objects of imports again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
