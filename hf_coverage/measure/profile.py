@@ -313,7 +313,9 @@ class CoverageProfile:
     def curve(self, n: Iterable[float] | None = None, confidence: float = 0.95) -> ProfileCurve:
         """Cov_N (or its upper bound) with its interval on a grid of N; by default up to where the profile ends."""
         grid = np.asarray(_grid(self.log_ratios) if n is None else list(n), dtype=np.float64)
-        bounds = np.asarray([self.interval(value, confidence) for value in grid])
+        # rows that reach one N reach all below it: as many hits are the same hits, and have the same interval
+        _, first, place = np.unique(coverage(self.log_ratios, grid), return_index=True, return_inverse=True)
+        bounds = np.asarray([self.interval(grid[index], confidence) for index in first])[place]
         return ProfileCurve(self.name, grid, self.level(grid), bounds[:, 0], bounds[:, 1])
 
     def plot(
