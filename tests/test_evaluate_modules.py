@@ -9,7 +9,6 @@ import math
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import hf_coverage
 from hf_coverage.evaluate_modules.widget import build_widget, computation
 from hf_coverage.functional.coverage_profile import coverage_interval
 from hf_coverage.functional.paired import paired_coverage_difference, paired_kl_difference
+from tests.processes import Job
 
 INF = math.inf
 ROOT = Path(hf_coverage.__file__).parent.parent
@@ -266,24 +266,16 @@ print(repr(results))
 """
 
 
-@pytest.mark.jobs
 def test_two_processes_share_the_rows_and_rank_0_gets_the_result(load, tmp_path):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", _RANK, str(rank), str(tmp_path / "shared")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    script = tmp_path / "rank.py"
+    script.write_text(_RANK)
+    ranks = [Job(script, rank, tmp_path / "shared") for rank in range(2)]
+    done = [rank.wait() for rank in ranks]
+    assert [rank.returncode for rank in done] == [0, 0], done
     rows = [-1.0, -5.0, -2.0, -INF, -3.0]
     alone = load().compute(predictions=rows, references=[-1.0] * 5, n=[2, 16], groups=["a", "b", "b", "c", "c"])
-    assert outputs[0][0].strip() == repr(alone)
-    assert outputs[1][0].strip() == "None"
+    assert done[0].stdout.strip() == repr(alone)
+    assert done[1].stdout.strip() == "None"
 
 
 @pytest.mark.parametrize(("name", "kind"), MODULES.items())

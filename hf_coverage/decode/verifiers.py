@@ -127,6 +127,8 @@ class MathVerify(Verifier):
             raise ImportError("`MathVerify` needs math-verify: `pip install math-verify`.") from error
         self.columns = (column,)
         self._mathematics = mathematics
+        # Samples of one prompt share few answers, and SymPy takes hundredths of a second to compare two.
+        self._agree = functools.lru_cache(maxsize=1024)(mathematics.answers_agree)
 
     def __reduce__(self) -> Any:
         return type(self), self.columns
@@ -154,7 +156,7 @@ class MathVerify(Verifier):
         if not (known and self._mathematics.readings(gold)):
             raise ValueError(f"the answer {answer!r} of the corpus cannot be read as mathematics")
         given = self._mathematics.final_answers(completion_text(completion))
-        return float(any(self._mathematics.answers_agree(gold, piece) for piece in given))
+        return float(any(self._agree(gold, piece) for piece in given))
 
 
 class ReasoningGym(Verifier):

@@ -372,11 +372,14 @@ class CoverageProfile:
     def curve(self, n: Iterable[float] | None = None, confidence: float = 0.95) -> ProfileCurve:
         """Cov_N (or its upper bound) with its interval on a grid of N; by default up to where the profile ends."""
         grid = np.asarray(_grid(self.log_ratios) if n is None else list(n), dtype=np.float64)
-        return _curve(self.name, grid, self.level(grid), [self.interval(value, confidence) for value in grid])
+        # rows that reach one N reach all below it: as many hits are the same hits, and have the same interval
+        _, first, place = np.unique(coverage(self.log_ratios, grid), return_index=True, return_inverse=True)
+        intervals = [self.interval(grid[index], confidence) for index in first]
+        return _curve(self.name, grid, self.level(grid), [intervals[k] for k in place])
 
     def miss_curve(self, n: Iterable[float] | None = None, confidence: float = 0.95) -> ProfileCurve:
-        """miss_N (or its upper bound) with its interval on a grid of N; by default that of `curve`."""
-        grid = np.asarray(_grid(self.log_ratios) if n is None else list(n), dtype=np.float64)
+        """miss_N (or its upper bound) with its interval on a grid of N; by default a third of that of `curve`."""
+        grid = np.asarray(_grid(self.log_ratios)[::3] if n is None else list(n), dtype=np.float64)
         intervals = [self.miss_interval(value, confidence) for value in grid]
         return _curve(self.name, grid, self.miss_level(grid), intervals)
 
@@ -405,8 +408,9 @@ class CoverageProfile:
             raise ValueError(f"`others` must show the same quantity as this profile, but there are {quantities}.")
         grids = [_grid(profile.log_ratios) for profile in profiles]
         grid = max(grids, key=lambda values: values[-1]).tolist() if n is None else list(n)
+        smooth = grid[::3] if n is None else grid  # a curve without steps needs fewer points
         names = [f"{quantities[0].replace('Cov_N', symbol)} (lower is better)" for symbol in ("Cov$_N$", "miss$_N$")]
-        curves = [[profile.curve(grid) for profile in profiles], [profile.miss_curve(grid) for profile in profiles]]
+        curves = [[profile.curve(grid) for profile in profiles], [profile.miss_curve(smooth) for profile in profiles]]
         return plot_profiles(dict(zip(names, curves)), path, title=title)
 
     def to_json(self, path: str | PathLike[str] | None = None) -> str:

@@ -1,20 +1,16 @@
 """`hf-coverage best-of-n`: what it prints and writes is what the library says."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
-import hf_coverage
 from hf_coverage import BestOfNResult, evaluate_best_of_n
 from hf_coverage.decode.verifiers import ExactMatch
 from tests.commands.shell import PROMPTS, error_line, invoke, load, results_in
+from tests.processes import run
 
-ROOT = Path(hf_coverage.__file__).parents[1]
 ANSWERS = ["sat", "ran", ".", "on", "the"]
 
 
@@ -118,15 +114,11 @@ def test_a_failure_is_one_line(problems, options, message):
     assert not Path("out").exists() or "profile" in options
 
 
-@pytest.mark.jobs
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes_and_speak_once(problems, work):
     options = "best-of-n student problems.jsonl --k 4 --max-new-tokens 3 --batch-size 4 --shard-rows 8"
-    command = f"-m torch.distributed.run --standalone --nproc_per_node 2 -m hf_coverage {options} -n 1,4 -o two"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("student solves") == 1
+    printed = run(*f"-m hf_coverage {options} -n 1,4 -o two".split(), ranks=2)
+    assert printed.count("student solves") == 1
     invoke(f"{options} -o one")
     name = "best_of_n-exact-match.json"
     assert Path("two", name).read_text() == Path("one", name).read_text()

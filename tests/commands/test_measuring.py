@@ -1,9 +1,6 @@
 """From prompts to a model card: every number is the library's."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +8,10 @@ import pytest
 from datasets import Dataset, load_from_disk
 from huggingface_hub import ModelCard
 
-import hf_coverage
 from hf_coverage import ScoreTable, sample_corpus, score_answers, score_responses
 from hf_coverage.functional.paired import paired_coverage_difference
 from tests.commands.shell import PROMPTS, error_line, invoke, library_profile, load, results_in
-
-ROOT = Path(hf_coverage.__file__).parents[1]
+from tests.processes import run
 
 
 def test_sample_is_the_library_s_corpus(work):
@@ -163,14 +158,10 @@ def test_models_on_other_rows_are_not_compared(work):
     )
 
 
-@pytest.mark.jobs
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes_and_speak_once(work):
     options = "score student corpus --shard-rows 8"
-    command = f"-m torch.distributed.run --standalone --nproc_per_node 2 -m hf_coverage {options} -o two"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("student: 30 responses") == 1
+    printed = run(*f"-m hf_coverage {options} -o two".split(), ranks=2)
+    assert printed.count("student: 30 responses") == 1
     np.testing.assert_allclose(ScoreTable.open("two").logprob, ScoreTable.open("scores/student").logprob, atol=1e-5)
     invoke("profile two --output-dir out")

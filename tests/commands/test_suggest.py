@@ -1,17 +1,13 @@
 """`hf-coverage suggest`: what it prints and writes is what the library says."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, load_from_disk
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-import hf_coverage
 from hf_coverage import measure_inherent_variance
 from hf_coverage.commands.suggest import measure
 from hf_coverage.functional.step_sizes import (
@@ -24,8 +20,8 @@ from hf_coverage.functional.step_sizes import (
 from hf_coverage.measure.corpus import encode_corpus
 from hf_coverage.measure.inherent_variance import gradient_norms
 from tests.commands.shell import error_line, invoke, load
+from tests.processes import run
 
-ROOT = Path(hf_coverage.__file__).parents[1]
 COMMAND = "suggest student --data corpus --n 16 --steps 1000 --output-dir out"
 
 
@@ -184,15 +180,11 @@ def test_smollm2_s_bounds_are_vacuous(smollm2):
     assert "The bounds are vacuous" in found.verdict()
 
 
-@pytest.mark.jobs
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes_and_speak_once(work):
     options = "suggest student --data corpus -n 16 --steps 1000 --gradient-norms 3 --device cpu"
-    command = f"-m torch.distributed.run --standalone --nproc_per_node 2 -m hf_coverage {options} -o two"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("What this takes for granted") == 1
+    printed = run(*f"-m hf_coverage {options} -o two".split(), ranks=2)
+    assert printed.count("What this takes for granted") == 1
     invoke(f"{options} -o one")
     one, two = strict("one/suggestion.json"), strict("two/suggestion.json")
     assert two["gradient_norms"] == pytest.approx(one["gradient_norms"], rel=1e-5)

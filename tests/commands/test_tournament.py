@@ -1,33 +1,26 @@
 """`hf-coverage tournament` on checkpoints that fit in a test."""
 
 import json
-import os
 import re
 import shlex
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
-import hf_coverage
 from hf_coverage import tournament
 from hf_coverage.cli import app
 from hf_coverage.commands import tournament as command
 from hf_coverage.measure.score_table import ScoreTable
 from hf_coverage.tasks.graph_search import GraphSearch
+from tests import processes
+from tests.processes import Job
 
-ROOT = Path(hf_coverage.__file__).parents[1]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 OPTIONS = "--data corpus.jsonl --n 2 --bootstrap 50 --shard-rows 4 --device cpu --tokenizer none"
 
 
@@ -178,44 +171,33 @@ def text_run(run):
     return run
 
 
-def command_line(run, folder, *launcher):
-    # `-n`: torchrun takes `--n` for the beginning of an option of its own, wherever it stands
+def command_line(run, folder):
     options = OPTIONS.replace("--tokenizer none", "").replace("--shard-rows 4", "--shard-rows 1")
-    options = options.replace("--n 2", "-n 2")
-    words = f"{checkpoints(run)} {options} --output-dir {folder}".split()
-    return [sys.executable, *launcher, "-m", "hf_coverage", "tournament", *words]
+    return f"-m hf_coverage tournament {checkpoints(run)} {options} --output-dir {folder}".split()
 
 
-@pytest.mark.jobs
 @pytest.mark.slow
 def test_a_killed_command_goes_on_and_ends_the_same(text_run):
-    subprocess.run(command_line(text_run, "whole"), env=ENVIRONMENT, check=True, capture_output=True)
+    processes.run(*command_line(text_run, "whole"))
     shards, kills = [], 0
     for enough in (3, 25, 45):
-        job = subprocess.Popen(
-            command_line(text_run, "parts"), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        job = Job(*command_line(text_run, "parts"))
         while job.poll() is None and len(shards) < enough:
             time.sleep(0.002)
             shards = list((text_run / "parts").glob("scores/*/scores-*"))
         if job.poll() is None:
-            job.send_signal(signal.SIGKILL)
+            job.kill()
             kills += 1
-        job.wait()
     assert kills
-    subprocess.run(command_line(text_run, "parts"), env=ENVIRONMENT, check=True, capture_output=True)
+    processes.run(*command_line(text_run, "parts"))
     assert outcome(text_run / "parts") == outcome(text_run / "whole")
 
 
-@pytest.mark.jobs
 @pytest.mark.slow
 def test_two_processes_decide_as_one(text_run):
-    for folder, start in (("one", ()), ("two", LAUNCHER), ("two", LAUNCHER)):
-        done = subprocess.run(
-            command_line(text_run, folder, *start), env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-14000:]
-        assert done.stdout.count("wins the tournament") == 1
+    for folder, ranks in (("one", None), ("two", 2), ("two", 2)):
+        printed = processes.run(*command_line(text_run, folder), ranks=ranks, COLUMNS="200")
+        assert printed.count("wins the tournament") == 1
     one, two = outcome(text_run / "one"), outcome(text_run / "two")
     assert one == two
 
@@ -240,16 +222,9 @@ def twenty_checkpoints(tmp_path, monkeypatch):
     return tmp_path
 
 
-def tournament_of_twenty(folder, *launcher):
-    command = [sys.executable, *launcher, "-m", "hf_coverage", "tournament", *checkpoints(Path.cwd()).split()]
+def tournament_of_twenty(folder, ranks):
     options = f"--data corpus -n 2 --sweep 1.5,4 --bootstrap 100 --shard-rows 50 --device cpu --output-dir {folder}"
-    return subprocess.Popen(
-        [*command, *options.split()],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Job(*f"-m hf_coverage tournament {checkpoints(Path.cwd())} {options}".split(), ranks=ranks)
 
 
 def content(folder):
@@ -260,26 +235,21 @@ def content(folder):
     return found | facts
 
 
-def run_killed(folder, rng, kills, *launcher):
+def run_killed(folder, rng, kills, ranks=None):
     """Kill the command, all of its processes, at random moments of its scoring; then let it end."""
     stops = sorted(rng.choice(20 * 12 - 10, size=kills, replace=False))
     for stop in stops:
-        job = tournament_of_twenty(folder, *launcher)
+        job = tournament_of_twenty(folder, ranks)
         while job.poll() is None and len(list(folder.glob("scores/*/scores-*"))) <= stop:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.05))
-        assert job.poll() is None, job.communicate()[1][-6000:]
-        # torchrun gives its processes sessions of their own, and they would outlive it
-        for process in (*psutil.Process(job.pid).children(recursive=True), job):
-            process.kill()
-        job.communicate()
+        assert job.poll() is None, job.wait().stderr[-6000:]
+        job.kill()
         assert not (folder / "best_checkpoint.json").exists()
-    job = tournament_of_twenty(folder, *launcher)
-    _, errors = job.communicate(timeout=600)
-    assert job.returncode == 0, errors[-6000:]
+    done = tournament_of_twenty(folder, ranks).wait(600)
+    assert done.returncode == 0, done.stderr[-6000:]
 
 
-@pytest.mark.jobs
 @pytest.mark.slow
 def test_twenty_checkpoints_killed_again_and_again_in_one_process_and_in_two(twenty_checkpoints):
     rng = np.random.default_rng(0)
@@ -289,5 +259,5 @@ def test_twenty_checkpoints_killed_again_and_again_in_one_process_and_in_two(twe
     assert len(set(json.loads(expected["tournament.json"])["scores"].values())) > 10
     run_killed(Path("killed"), rng, 4)
     assert content(Path("killed")) == expected
-    run_killed(Path("killed_two"), rng, 2, *LAUNCHER)
+    run_killed(Path("killed_two"), rng, 2, ranks=2)
     assert content(Path("killed_two")) == expected

@@ -1,12 +1,8 @@
 """The offset tournament on the command line: what candidates write, what is kept of it, and what it decides."""
 
 import json
-import os
 import shlex
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +10,7 @@ from datasets import load_from_disk
 
 from hf_coverage import ScoreTable, score_responses, tournament
 from hf_coverage.commands import on_policy
+from tests import processes
 from tests.commands.shell import error_line, invoke, load
 
 NAMES = ("teacher", "student", "other")
@@ -119,16 +116,11 @@ def test_an_interrupted_scoring_goes_on(run, monkeypatch):
     assert json.loads((run / "whole/tournament.json").read_text()) == interrupted
 
 
-@pytest.mark.jobs
 @pytest.mark.slow
 def test_two_processes_end_the_same(run):
-    command = f"{COMMAND.replace('--n 2', '-n 2')} --on-policy --device cpu --generations 12"
-    root = Path(on_policy.__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2"
-    for launch, out in (("", "one"), (launcher, "two")):
-        words = shlex.split(f"{launch} -m hf_coverage {command.replace('--output-dir out', f'--output-dir {out}')}")
-        subprocess.run([sys.executable, *words], env=environment, check=True, capture_output=True, timeout=300)
+    command = f"-m hf_coverage {COMMAND} --on-policy --device cpu --generations 12"
+    for ranks, out in ((None, "one"), (2, "two")):
+        processes.run(*shlex.split(command.replace("--output-dir out", f"--output-dir {out}")), ranks=ranks)
     one, two = (json.loads((run / out / "tournament.json").read_text()) for out in ("one", "two"))
     assert np.array(one.pop("offsets")) == pytest.approx(np.array(two.pop("offsets")))
     assert one["ranking"] == two["ranking"]

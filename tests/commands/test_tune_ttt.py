@@ -1,18 +1,14 @@
 """`hf-coverage tune-ttt`: what it prints and keeps is what the library says."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, load_from_disk
 from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig
 
-import hf_coverage
 from hf_coverage import StepRule, score_responses, ttt_generate, tune_ttt
 from hf_coverage.functional.ttt_config import TTTConfig
 from hf_coverage.measure.corpus import encode_corpus
@@ -20,8 +16,8 @@ from hf_coverage.select.ttt_settings import STEP_SIZES, rule_name
 from hf_coverage.select.ttt_step_size import measure_step_size
 from hf_coverage.select.tune_ttt import split_groups
 from tests.commands.shell import error_line, invoke, load
+from tests.processes import run
 
-ROOT = Path(hf_coverage.__file__).parents[1]
 COMMAND = "tune-ttt student --data corpus --n 4 --lr 0.01,0.3 --radius none,0.5 --output-dir out"
 RULES = [StepRule(lr, radius) for lr in (0.01, 0.3) for radius in (None, 0.5)]
 
@@ -290,15 +286,11 @@ def test_what_is_no_number_is_a_usage_error(work, option, words):
     assert words in invoke(f"tune-ttt student --data corpus --n 4 {option}", code=2)
 
 
-@pytest.mark.jobs
 @pytest.mark.slow
 def test_two_processes_keep_what_one_keeps_and_speak_once(work):
     options = "tune-ttt student --data corpus -n 4 --lr 0.3 --device cpu"
-    command = f"-m torch.distributed.run --standalone --nproc_per_node 2 -m hf_coverage {options} -o two"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Lower is better") == 1
+    printed = run(*f"-m hf_coverage {options} -o two".split(), ranks=2)
+    assert printed.count("Lower is better") == 1
     invoke(f"{options} -o one")
     one, two = strict("one/tune_ttt.json"), strict("two/tune_ttt.json")
     assert one["difference"] == pytest.approx(two["difference"])

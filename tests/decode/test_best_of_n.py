@@ -3,10 +3,7 @@
 import datetime
 import decimal
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +18,8 @@ from hf_coverage.measure.scoring import score_responses
 from tests import reference
 from tests.decode.bad_verifiers import share_of_even
 from tests.decode.best_of_n_runs import K, build, evaluate, make_corpus
+from tests.processes import Job, run
 
-ROOT = Path(__file__).parents[2]
 PROMPTS = [[2], [3, 4], [5, 6, 7], [8], [9, 2], [10, 10, 3]]
 
 
@@ -172,9 +169,8 @@ def test_what_is_kept_is_the_result(finished):
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(finished, tmp_path, number):
     """Killed by SIGKILL in the middle of writing the metadata, samples, or verdicts."""
     whole, expected = finished
-    command = [sys.executable, "-m", "tests.decode.best_of_n_runs", str(tmp_path), str(number)]
-    killed = subprocess.run(command, cwd=ROOT, timeout=240, check=False, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    killed = Job("-m", "tests.decode.best_of_n_runs", tmp_path, number).wait()
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len([name for name in contents(tmp_path) if not name.endswith(".part")]) == number
     assert evaluate(tmp_path).to_json() == expected.to_json()
     assert contents(tmp_path) == contents(whole)
@@ -239,16 +235,9 @@ def test_samples_of_something_else_are_not_mixed_in(finished, tmp_path):
         evaluate(tmp_path)
 
 
-@pytest.mark.jobs
 def test_two_processes_are_equal_to_one(finished, tmp_path):
     whole, result = finished
-    script = Path(__file__).with_name("best_of_n_runs.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    job = subprocess.run(
-        [*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert job.returncode == 0, job.stderr[-6000:]
+    run(Path(__file__).with_name("best_of_n_runs.py"), tmp_path, ranks=2)
     for rank in range(2):
         assert (tmp_path / f"rank{rank}.json").read_text().strip() == result.to_json()
     samples = {name: text for name, text in contents(whole).items() if name.startswith("samples")}

@@ -2,10 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,8 +20,7 @@ from tests.decode.exploration_runs import (
     make_corpus,
     tiny_llama,
 )
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run
 
 
 def tiny_gemma2():
@@ -190,20 +185,10 @@ def test_it_is_a_reward_of_a_real_grpo_step(tmp_path, prompts):
 def ranks(tmp_path_factory):
     """What each of two ranks has kept."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        [*command, exploration_ranks.__file__, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
+    run(exploration_ranks.__file__, folder, ranks=2)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.jobs
 @pytest.mark.parametrize("model", ["whole", "sharded"])
 def test_two_processes_reward_a_group_as_one_does(ranks, model):
     """Groups that are split over ranks, and unequal numbers of rows."""
@@ -213,14 +198,12 @@ def test_two_processes_reward_a_group_as_one_does(ranks, model):
     assert [len(rank[model]) for rank in ranks] == [3, 5]
 
 
-@pytest.mark.jobs
 def test_two_processes_return_the_features_of_one(ranks):
     features = response_features(exploration_ranks.build(), None, make_corpus())
     for rank in ranks:
         np.testing.assert_allclose(rank["features"], features, atol=1e-6)
 
 
-@pytest.mark.jobs
 def test_a_grpo_step_of_two_processes_rewards_groups_that_lie_on_both(ranks):
     """Each rank makes two completions of the one prompt, and its group is all four."""
     prompts, ids = (ranks[0][name] + ranks[1][name] for name in ("prompts", "completion_ids"))

@@ -64,6 +64,21 @@ def test_math_verify_judges_in_a_worker_and_here(timeout):
     assert [v.reward for v in judged(MathVerify(), rows, timeout)] == [expected for *_, expected in MATHEMATICS]
 
 
+def test_two_answers_are_compared_once(monkeypatch):
+    from hf_coverage.decode import mathematics
+
+    compared, agree = [], mathematics.answers_agree
+    monkeypatch.setattr(mathematics, "answers_agree", lambda *pair: compared.append(pair) or agree(*pair))
+    verifier = MathVerify()
+    responses = ["0.5", r"So \boxed{0.5}.", "It is $0.5$.", "2"]
+    assert verifier(completions=responses * 2, answer=["1/2", "1/2", "1/2", "1/2", "2", "2", "2", "2"]) == [
+        *[1.0, 1.0, 1.0, 0.0],
+        *[0.0, 0.0, 0.0, 1.0],
+    ]
+    assert {("1/2", "0.5"), ("1/2", "2"), ("2", "2")} <= set(compared)
+    assert len(compared) == len(set(compared))
+
+
 def test_math_verify_is_killed_where_sympy_hangs():
     """A power tower that sympy computes in C, where math-verify's own signal does not reach it."""
     rows = [{"completions": text, "answer": "2"} for text in ("9^{9^{9^{9}}}", "2")]

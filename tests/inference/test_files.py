@@ -5,7 +5,6 @@ import os
 import signal
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +13,13 @@ from datasets import Dataset, load_from_disk
 
 from hf_coverage.inference.files import read_json, strict_json, write_atomically, written_whole
 from hf_coverage.plots import new_axes, save_figure
+from tests.processes import run
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
-    script = Path(__file__).with_name("killed_writers.py")
-    environment = os.environ | {"PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
-    job = subprocess.run(
-        [sys.executable, str(script), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert job.returncode == 0, job.stderr[-3000:]
+    run(Path(__file__).with_name("killed_writers.py"), folder)
     return folder
 
 

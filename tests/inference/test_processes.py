@@ -1,28 +1,19 @@
 """What the processes of a job share out is what one process does alone, and they keep pace."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from hf_coverage.inference.processes import map_over_processes, split_over_processes
-
-pytestmark = pytest.mark.jobs
+from tests.processes import run_by_torchrun
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).with_name("processes_ranks.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
-    job = subprocess.run(
-        [*command, str(folder)], env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert job.returncode == 0, job.stderr[-6000:]
+    run_by_torchrun(script, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

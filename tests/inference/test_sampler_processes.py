@@ -1,30 +1,19 @@
 """A corpus does not depend on the number of processes that sample it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.inference.sampling_ranks import build, results_of
-
-pytestmark = pytest.mark.jobs
+from tests.processes import run
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).with_name("sampling_ranks.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
-    # A process may wait for the other one for ever: that is what is tested here, hence the time limit.
-    job = subprocess.run(
-        [*command, str(folder)], env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert job.returncode == 0, job.stderr[-6000:]
+    run(Path(__file__).with_name("sampling_ranks.py"), folder, ranks=2)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

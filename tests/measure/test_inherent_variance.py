@@ -1,10 +1,5 @@
 """B and the inherent variance of an output head, against loops, enumeration and the linear model of the theory."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -33,9 +28,9 @@ from hf_coverage.tasks.linear_features import FeatureMap
 from hf_coverage.tasks.linear_instances import small_step_instance
 from tests import reference
 from tests.measure import head_ranks
+from tests.processes import run
 from tests.tasks.linear_exact import enumerate_responses, feature_bound, inherent_variance
 
-ROOT = Path(__file__).parents[2]
 PROMPT, HORIZON, VOCABULARY = [0, 3, 2], 3, 5
 SMALL = {
     "vocab_size": 13,
@@ -245,19 +240,9 @@ def test_rows_without_a_response_are_refused_by_name():
         measure_inherent_variance(make_llama(tied=False), None, corpus.remove_columns("completion"), progress=False)
 
 
-@pytest.mark.jobs
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        [*command, head_ranks.__file__, str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
+    run(head_ranks.__file__, tmp_path, ranks=2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     expected = head_ranks.measure()

@@ -186,6 +186,18 @@ def test_several_models_are_drawn_in_one_picture(tmp_path):
         first.plot(others=[CoverageProfile.from_logprobs([-1.0])])
 
 
+def test_a_curve_has_the_interval_of_each_n(monkeypatch):
+    """Found once for all N that the same rows reach."""
+    logprobs = [-0.5, -1.0, -2.5, -2.5, -4.0, -7.0, -math.inf, -30.0]
+    profile = CoverageProfile.from_logprobs(logprobs, [-1.0] * 8, groups=[0, 0, 1, 2, 2, 3, 4, 4], weights=range(8))
+    found, interval = [], CoverageProfile.interval
+    monkeypatch.setattr(CoverageProfile, "interval", lambda self, *args: found.append(args) or interval(self, *args))
+    for grid in (None, [1e6, 1.0, math.exp(1.5), 4.4, 4.6, 4.5, 1e300]):
+        curve = profile.curve(grid, confidence=0.9)
+        assert list(zip(curve.low, curve.high)) == [interval(profile, n, 0.9) for n in curve.n]
+    assert len(found) < 15
+
+
 def test_infinite_ratios_are_counted_everywhere_and_drawn():
     profile = CoverageProfile.from_logprobs([-math.inf, -1.0], [-1.0, -1.0])
     assert profile.cov([1, 1e9]).tolist() == [1.0, 0.5]

@@ -1,7 +1,6 @@
 """Score tables: what comes back, what an interruption leaves, and what is refused."""
 
 import json
-import multiprocessing
 import random
 import shutil
 import signal
@@ -18,6 +17,7 @@ from hf_coverage.measure.score_table import ScoreTable
 from hf_coverage.measure.scores import Scores
 from hf_coverage.measure.scoring import score_responses
 from tests.measure import killed_run
+from tests.processes import server
 
 
 def score(folder, *, model=None, corpus=None, **arguments):
@@ -207,8 +207,7 @@ def test_wrong_sizes_are_named(table):
 
 def test_twenty_kills_lose_nothing(tmp_path):
     """SIGKILL at random points of the run; whatever it had reached, the runs after it end with the same bytes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.measure.killed_run"])
+    context = server()
     start = time.perf_counter()
     killed_run.run(tmp_path / "whole")
     duration = time.perf_counter() - start

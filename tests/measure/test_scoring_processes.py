@@ -1,36 +1,20 @@
 """Two gloo ranks give the bits of one process, whatever the row count, and FSDP the same numbers."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from hf_coverage.inference.fingerprint import weight_fingerprint
 from tests.measure import scoring_ranks
-
-pytestmark = pytest.mark.jobs
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import Job
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """What each of two ranks returned, and what the job printed."""
     folder = tmp_path_factory.mktemp("job")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        [*command, scoring_ranks.__file__, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return folder, [dict(np.load(folder / f"rank{rank}.npz")) for rank in range(2)], finished.stdout + finished.stderr
+    done = Job(scoring_ranks.__file__, folder, ranks=2).wait()
+    assert done.returncode == 0, done.stderr
+    return folder, [dict(np.load(folder / f"rank{rank}.npz")) for rank in range(2)], done.stdout + done.stderr
 
 
 def test_several_rules_leave_the_bytes_of_one_process(job, tmp_path):

@@ -3,9 +3,6 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +20,8 @@ from tests.optim import distillation_ranks
 from tests.optim.distillation_runs import collate, distillation_trainer, loss_by_definition, tiny_model, tiny_teacher
 from tests.optim.optimizers import weights
 from tests.optim.trainer_runs import VOCABULARY, SequenceTrainer, make_trainer, token_rows
+from tests.processes import run
 
-ROOT = Path(__file__).parents[2]
 ONE_STEP = {
     "max_steps": 1,
     "lr_scheduler_type": "constant",
@@ -315,21 +312,11 @@ def test_trl_trains_with_it(tmp_path):
 def job(tmp_path_factory):
     """What each of two ranks ended with, and what it logged."""
     folder = tmp_path_factory.mktemp("job")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        [*command, distillation_ranks.__file__, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-6000:]
+    run(distillation_ranks.__file__, folder, ranks=2)
     ranks = [folder / f"rank{rank}" for rank in range(2)]
     return [(dict(np.load(f"{path}.npz")), json.loads(Path(f"{path}.json").read_text())) for path in ranks]
 
 
-@pytest.mark.jobs
 @pytest.mark.parametrize("name", distillation_ranks.RUNS)
 def test_two_ranks_agree_with_one_process(job, tmp_path, name):
     """Two sequences to a rank and accumulation step, against eight at once."""
@@ -347,7 +334,6 @@ def test_two_ranks_agree_with_one_process(job, tmp_path, name):
             assert job[0][1]["evaluation"][key] == pytest.approx(evaluation[key], rel=1e-4), key
 
 
-@pytest.mark.jobs
 def test_sharded_models_agree_with_whole_ones(job, tmp_path):
     expected = distillation_ranks.train_sharded(tmp_path, 0, 1)
     for results, _ in job:

@@ -1,10 +1,5 @@
 """Two gloo ranks, with DDP and FSDP2, give the numbers of one process."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,26 +7,14 @@ import torch
 from tests.optim import optimizer_ranks
 from tests.optim.optimizers import FACTORIES, NO_DTENSOR, build_model, train, weights
 from tests.optim.trainer_runs import make_trainer
-
-pytestmark = pytest.mark.jobs
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """What each of two ranks ended with."""
     folder = tmp_path_factory.mktemp("job")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        [*command, optimizer_ranks.__file__, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-6000:]
+    run(optimizer_ranks.__file__, folder, ranks=2)
     return [dict(np.load(folder / f"rank{rank}.npz")) for rank in range(2)]
 
 

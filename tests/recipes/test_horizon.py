@@ -1,9 +1,6 @@
 """Graph search at several horizons at a size of seconds: the table and figure, and a run killed half-way."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import pytest
 
 from hf_coverage import CoverageProfile
 from recipes import horizon
+from tests.processes import Job, run
 
 ROOT = Path(__file__).parents[2]
 GRAPH_SEARCH = ROOT / "recipes" / "graph_search"
@@ -37,38 +35,26 @@ def command(output: Path) -> list[str]:
     words = ["-m", "recipes.horizon", "--config", str(config), "--output_dir", str(output)]
     for name, value in TINY.items():
         words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
-    return [sys.executable, *words]
+    return words
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-def run(output: Path) -> str:
-    done = subprocess.run(command(output), env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-@pytest.mark.jobs
 @pytest.mark.slow
 def test_killed_half_way_it_ends_as_if_nothing_had_been(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert "Ratios are to the least H" in run(whole)
+    assert "Ratios are to the least H" in run(*command(whole))
     assert "KL of a coin" in (whole / "table.md").read_text()
     assert (whole / "figure_2.png").read_bytes().startswith(b"\x89PNG")
     profiles = sorted(file.relative_to(whole) for file in whole.glob("h-*/seed-*/profiles/*.json"))
     assert len(profiles) == 2 * 2 * 2
 
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command(killed), env=environment(), **quiet)
-    while process.poll() is None and not (killed / "h-6" / "seed-0" / "train" / "checkpoint-9").exists():
+    job = Job(*command(killed))
+    while job.poll() is None and not (killed / "h-6" / "seed-0" / "train" / "checkpoint-9").exists():
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    job.kill()
+    assert job.poll() == -signal.SIGKILL, "the run ended before it could be killed"
     done = {file: file.stat().st_mtime_ns for file in killed.glob("h-4/**/model.safetensors")}
     assert done
-    run(killed)
+    run(*command(killed))
     assert all(file.stat().st_mtime_ns == when for file, when in done.items())
     for file in [Path("table.md"), *profiles]:
         assert (whole / file).read_bytes() == (killed / file).read_bytes()

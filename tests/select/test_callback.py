@@ -2,15 +2,11 @@
 
 import copy
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +30,7 @@ from tests.measure.callback_runs import (
     tiny_model,
     without_times,
 )
+from tests.processes import Job
 from tests.select import callback_runs
 from tests.select.callback_runs import SetWeights, giving_up, rows_in, steps_in, train
 
@@ -523,18 +520,10 @@ def left_by(folder):
     return rows_in(folder), steps_in(folder), without_times(logs), best, model
 
 
-@pytest.mark.jobs
 @pytest.mark.slow
 def test_a_training_killed_again_and_again_ends_the_same(tmp_path):
     def start(folder):
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.select.killed_training", str(folder)],
-            cwd=Path(__file__).parents[2],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return Job("-m", "tests.select.killed_training", folder)
 
     rng = np.random.default_rng(0)
     for stop in sorted(rng.choice(np.arange(2, 29), size=5, replace=False)):
@@ -542,13 +531,11 @@ def test_a_training_killed_again_and_again_ends_the_same(tmp_path):
         while job.poll() is None and not (tmp_path / "killed" / "tournament" / f"step-{stop}").exists():
             time.sleep(0.0005)
         time.sleep(rng.uniform(0, 0.03))
-        assert job.poll() is None, job.communicate()[1][-6000:]
+        assert job.poll() is None, job.wait().stderr[-6000:]
         job.kill()
-        job.communicate()
     for folder in ("killed", "whole"):
-        job = start(tmp_path / folder)
-        _, errors = job.communicate(timeout=300)
-        assert job.returncode == 0, errors[-6000:]
+        done = start(tmp_path / folder).wait()
+        assert done.returncode == 0, done.stderr[-6000:]
     assert left_by(tmp_path / "killed") == left_by(tmp_path / "whole")
 
 
