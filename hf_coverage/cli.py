@@ -101,15 +101,15 @@ def _help(command: Callable[..., None]) -> str:
     return "\n\n".join(" ".join(text.split()) for text in (command.__doc__ or "").split("\n\n"))
 
 
-for _command, _examples in (
+for _command, _examples, *_folders in (
     (sample.sample, sample.EXAMPLES),
     (score.score, score.EXAMPLES),
     (profile.profile, profile.EXAMPLES),
     (compare.compare, compare.EXAMPLES),
     (report.report, report.EXAMPLES),
     (tournament.tournament, tournament.EXAMPLES),
-    (best_of_n.best_of_n, best_of_n.EXAMPLES),
+    (best_of_n.best_of_n, best_of_n.EXAMPLES, best_of_n.written_folders),
     (suggest.suggest, suggest.EXAMPLES),
     (tune_ttt.tune_ttt, tune_ttt.EXAMPLES),
 ):
-    app.command(help=_help(_command), epilog=_examples)(command_line(_command))
+    app.command(help=_help(_command), epilog=_examples)(command_line(_command, *_folders))

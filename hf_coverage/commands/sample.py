@@ -9,6 +9,7 @@ import typer
 from hf_coverage.commands.console import is_main_process, say
 from hf_coverage.commands.inputs import check_number_of_responses, read_dataset, write_origin
 from hf_coverage.commands.options import AppendEos, BatchSize, Seed, Split, TopK, TopP, output_folder
+from hf_coverage.inference.folder_lock import LOCK_FILES
 from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer
 from hf_coverage.report.provenance import running_command, versions
 
@@ -114,7 +115,7 @@ def _check_choice(kind: Source, teacher: str | None, tokenizer: str | None, outp
         raise typer.BadParameter(f"`--from {kind.value}` needs a `--teacher`, the model that is the reference.")
     if teacher is None and tokenizer is None:
         raise typer.BadParameter("windows of text need a `--tokenizer`: that of the models to be judged.")
-    if output_dir.exists() and any(output_dir.iterdir()):
+    if any(path.name not in LOCK_FILES for path in output_dir.iterdir()):
         raise FileExistsError(f"`output_dir` {output_dir} is not empty: choose another folder, or remove this one.")
 
 
