@@ -62,7 +62,7 @@ class _Commands(TyperGroup):
             if ctx.params.get("debug"):
                 raise
             if isinstance(error, KeyboardInterrupt):
-                print_interrupted(ctx.invoked_subcommand)
+                print_interrupted()
                 raise typer.Exit(130) from error
             print_error(error)
             raise typer.Exit(1) from error

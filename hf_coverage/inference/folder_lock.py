@@ -6,11 +6,13 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from hf_coverage.inference.files import made_folder
 
 __all__ = ["LOCK_FILES", "folder_lock"]
 
@@ -53,33 +55,28 @@ def folder_lock(folder: str | os.PathLike[str], purpose: str) -> Iterator[None]:
     if folder.is_dir() and not os.access(folder, os.W_OK):
         yield
         return
-    made: list[Path] = []
     lock = FileLock(folder / _LOCK)
-    try:
-        _acquire(lock, folder, made)
-        if lock.is_locked:
-            owner = {"host": socket.gethostname(), "pid": os.getpid(), "command": purpose}
-            owner["since"] = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-            (folder / _OWNER).write_text(json.dumps(owner), encoding="utf-8")
-        yield
-    finally:
-        if lock.is_locked:
-            # While it is held: once it is not, the files may be another process's.
-            for name in (_OWNER, _LOCK):
-                with suppress(OSError):
-                    (folder / name).unlink()
-            lock.release()
-        for path in reversed(made):
-            with suppress(OSError):  # something is in it
-                path.rmdir()
+    with ExitStack() as made:
+        try:
+            _acquire(lock, folder, made)
+            if lock.is_locked:
+                owner = {"host": socket.gethostname(), "pid": os.getpid(), "command": purpose}
+                owner["since"] = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+                (folder / _OWNER).write_text(json.dumps(owner), encoding="utf-8")
+            yield
+        finally:
+            if lock.is_locked:
+                # While it is held: once it is not, the files may be another process's.
+                for name in (_OWNER, _LOCK):
+                    with suppress(OSError):
+                        (folder / name).unlink()
+                lock.release()
 
 
-def _acquire(lock: FileLock, folder: Path, made: list[Path]) -> None:
-    """Take a lock, and note which folders were made for it, from the top."""
+def _acquire(lock: FileLock, folder: Path, made: ExitStack) -> None:
+    """Take a lock in a folder, which is made for it if it is not there."""
     while True:
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        made += reversed(missing)
+        made.enter_context(made_folder(folder))
         try:
             lock.acquire(timeout=_PATIENCE)
         except Timeout:

@@ -19,7 +19,7 @@ from datasets import Dataset
 
 from hf_coverage import evaluate_best_of_n, judge_best_of_n
 from hf_coverage.decode import verifier_key as keys
-from hf_coverage.decode.prompt_table import PromptTable, digest
+from hf_coverage.decode.prompt_table import PromptTable
 from hf_coverage.decode.sample_verdicts import Judging
 from hf_coverage.decode.verifier_key import verifier_key
 from hf_coverage.decode.verifiers import ExactMatch, MathVerify, ReasoningGym, RewardModel
