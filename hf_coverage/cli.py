@@ -10,6 +10,7 @@ from typer.exceptions import TyperException
 from hf_coverage import __version__
 from hf_coverage.commands import best_of_n, compare, profile, report, sample, score, suggest, tournament, tune_ttt
 from hf_coverage.commands.console import print_error, print_interrupted
+from hf_coverage.commands.inputs import leave_job
 from hf_coverage.commands.options import command_line
 
 __all__ = ["app"]
@@ -66,6 +67,8 @@ class _Commands(TyperGroup):
                 raise typer.Exit(130) from error
             print_error(error)
             raise typer.Exit(1) from error
+        finally:
+            leave_job()
 
 
 app = typer.Typer(

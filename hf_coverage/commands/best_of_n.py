@@ -118,7 +118,7 @@ def best_of_n(
         sampling |= {"top_p": top_p, "seed": seed, "shard_rows": shard_rows, "output_dir": folder}
         words, weights = load_tokenizer(model, loading), load_model(model, loading)
         result = _evaluate(weights, words, rows, chosen, judging | sampling | {"name": model_name(model, loading)})
-    leave_job(loading.device)
+    leave_job()
     if is_main_process():
         _report(result, result.levels() if n is None else _levels(n, result.k), measured, folder)
 
