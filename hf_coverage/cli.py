@@ -21,6 +21,7 @@ from hf_coverage.commands import (
     tune_ttt,
 )
 from hf_coverage.commands.console import print_error, print_interrupted
+from hf_coverage.commands.inputs import leave_job
 from hf_coverage.commands.options import command_line
 
 __all__ = ["app"]
@@ -73,10 +74,12 @@ class _Commands(TyperGroup):
             if ctx.params.get("debug"):
                 raise
             if isinstance(error, KeyboardInterrupt):
-                print_interrupted(ctx.invoked_subcommand)
+                print_interrupted()
                 raise typer.Exit(130) from error
             print_error(error)
             raise typer.Exit(1) from error
+        finally:
+            leave_job()
 
 
 app = typer.Typer(
@@ -112,7 +115,7 @@ def _help(command: Callable[..., None]) -> str:
     return "\n\n".join(" ".join(text.split()) for text in (command.__doc__ or "").split("\n\n"))
 
 
-for _command, _examples in (
+for _command, _examples, *_folders in (
     (sample.sample, sample.EXAMPLES),
     (score.score, score.EXAMPLES),
     (profile.profile, profile.EXAMPLES),
@@ -120,8 +123,8 @@ for _command, _examples in (
     (report.report, report.EXAMPLES),
     (choose.choose, choose.EXAMPLES),
     (tournament.tournament, tournament.EXAMPLES),
-    (best_of_n.best_of_n, best_of_n.EXAMPLES),
+    (best_of_n.best_of_n, best_of_n.EXAMPLES, best_of_n.written_folders),
     (suggest.suggest, suggest.EXAMPLES),
     (tune_ttt.tune_ttt, tune_ttt.EXAMPLES),
 ):
-    app.command(help=_help(_command), epilog=_examples)(command_line(_command))
+    app.command(help=_help(_command), epilog=_examples)(command_line(_command, *_folders))

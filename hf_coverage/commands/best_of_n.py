@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hf_coverage.decode.best_of_n_result import BestOfNResult, Prediction
     from hf_coverage.measure.profile import CoverageProfile
 
-__all__ = ["EXAMPLES", "best_of_n"]
+__all__ = ["EXAMPLES", "best_of_n", "written_folders"]
 
 EXAMPLES = """\
 [bold]Examples[/]
@@ -95,6 +95,7 @@ def best_of_n(
     """
     from hf_coverage.decode.verifiers import named_verifier
 
+    *_, folder = written_folders(model, output_dir)
     rows = read_dataset(data, split, limit=limit)
     column = answer_column or ("answer" if "answer" in rows.column_names else "completion")
     chosen = named_verifier(verifier, column=column, device=loading.device)
@@ -103,9 +104,8 @@ def best_of_n(
     judging = {"threshold": threshold, "timeout": timeout, "batch_size": batch_size}
     measured = None if profile is None else read_measured(profile).profile
     if _holds_samples(model):
-        folder, result = output_dir or Path(model), _judge(model, rows, chosen, judging)
+        result = _judge(model, rows, chosen, judging)
     else:
-        folder = output_dir or Path("best_of_n")
         if n is not None:
             _levels(n, k)  # before anything is sampled
         check_number_of_responses(len(rows), k, max_new_tokens)
@@ -118,9 +118,16 @@ def best_of_n(
         sampling |= {"top_p": top_p, "seed": seed, "shard_rows": shard_rows, "output_dir": folder}
         words, weights = load_tokenizer(model, loading), load_model(model, loading)
         result = _evaluate(weights, words, rows, chosen, judging | sampling | {"name": model_name(model, loading)})
-    leave_job(loading.device)
+    leave_job()
     if is_main_process():
         _report(result, result.levels() if n is None else _levels(n, result.k), measured, folder)
+
+
+def written_folders(model: str, output_dir: Path | None, **options: Any) -> list[Path]:
+    """The folders that the command writes to: that of the samples that are judged, and last that of the results."""
+    if _holds_samples(model):
+        return [Path(model), output_dir or Path(model)]
+    return [output_dir or Path("best_of_n")]
 
 
 def _holds_samples(folder: str) -> bool:

@@ -48,10 +48,8 @@ def print_error(error: BaseException) -> None:
     Console(stderr=True).print(line, soft_wrap=True)
 
 
-def print_interrupted(command: str | None) -> None:
+def print_interrupted() -> None:
     """Say how to go on with a command after Ctrl-C."""
     if is_main_process():
         text = "Interrupted. Run the same command again to go on: what was finished is kept."
-        if command == "sample":  # a corpus is written when it is all there
-            text = "Interrupted: nothing was written. Run the same command again to begin anew."
         Console(stderr=True).print(text, soft_wrap=True)

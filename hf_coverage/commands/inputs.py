@@ -138,10 +138,16 @@ def decided_by_main_process(question: Callable[[], bool], device: str | None = N
     return on_main_process(question)
 
 
-def leave_job(device: str | None = None) -> None:
-    """End what the processes of a job do together: those that are done may exit while the main process goes on."""
+def leave_job() -> None:
+    """End what the processes of a job do together: those that are done may exit while the main process goes on.
+
+    A process group that is still there when the interpreter exits may abort it.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        join_job(device).destroy_process_group()
+        from accelerate import PartialState
+
+        if PartialState._shared_state:  # else the job was not joined, and asking would wait for the others
+            PartialState().destroy_process_group()
 
 
 def _existing(path: Path) -> str:

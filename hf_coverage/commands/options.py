@@ -1,7 +1,9 @@
 """Options that several commands share, how dataclasses become options, and `--config`, which gives any from a file."""
 
 import inspect
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -11,7 +13,9 @@ import typer
 import yaml
 
 from hf_coverage.functional.checks import check_n
-from hf_coverage.inference.loading import ModelOptions, changed_settings
+from hf_coverage.inference.folder_lock import folder_lock
+from hf_coverage.inference.loading import ModelOptions, changed_settings, join_job
+from hf_coverage.report.provenance import running_command
 
 __all__ = [
     "DEFAULT_N",
@@ -150,12 +154,21 @@ class CorpusOptions:
         return changed_settings(self, "split", "append_eos", "group_by")
 
 
-def command_line(command: Callable[..., None]) -> Callable[..., None]:
+def _output_dir(*, output_dir: Path | None = None, **options: Any) -> list[Path]:
+    return [] if output_dir is None else [output_dir]
+
+
+def command_line(
+    command: Callable[..., None], folders: Callable[..., Sequence[Path]] = _output_dir
+) -> Callable[..., None]:
     """A command as typer takes it: each dataclass that it takes becomes an option for every field; and `--config`.
+
+    While it runs, no other process may run a command that writes to the same folder.
 
     Args:
         command: A function of options and arguments in typer's annotations, and of dataclasses. A field's annotation
             is typer's too, or its help stands in its metadata, as transformers' `HfArgumentParser` has it.
+        folders: Where the command writes, from its options.
 
     Returns:
         A function of the options alone, which makes the dataclasses of them and calls the command.
@@ -164,9 +177,10 @@ def command_line(command: Callable[..., None]) -> Callable[..., None]:
     groups: dict[str, Any] = {name: p.annotation for name, p in parameters.items() if is_dataclass(p.annotation)}
 
     def run(*, config: ConfigFile = None, **values: Any) -> None:
-        for name, group in groups.items():
-            values[name] = group(**{one.name: values.pop(one.name) for one in fields(group)})
-        command(**values)
+        with _locked(folders(**values), values.get("device")):
+            for name, group in groups.items():
+                values[name] = group(**{one.name: values.pop(one.name) for one in fields(group)})
+            command(**values)
 
     flat: list[inspect.Parameter] = []
     for name, one in parameters.items():
@@ -175,6 +189,25 @@ def command_line(command: Callable[..., None]) -> Callable[..., None]:
     spread: Any = wraps(command)(run)
     spread.__signature__ = inspect.Signature(flat)
     return spread
+
+
+@contextmanager
+def _locked(folders: Sequence[Path], device: str | None) -> Iterator[None]:
+    """Hold folders for a job: its main process does, and what it raises is raised on all processes."""
+    with ExitStack() as stack:
+
+        def lock() -> None:
+            for folder in dict.fromkeys(map(os.path.realpath, folders)):
+                stack.enter_context(folder_lock(folder, running_command()))
+
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            lock()
+        else:
+            from hf_coverage.inference.processes import on_main_process
+
+            join_job(device)
+            on_main_process(lock)
+        yield
 
 
 def _field_options(group: Any) -> list[inspect.Parameter]:

@@ -87,7 +87,7 @@ def collect(
         folder = output_dir / "scores" / name.replace("/", "__")
         score_into(folder, source, corpus, name=name, reading=reading, loading=loading)
         measured.append(read_measured(str(folder)))
-    leave_job(loading.device)
+    leave_job()
     return measured
 
 

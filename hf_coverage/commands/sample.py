@@ -9,6 +9,7 @@ import typer
 from hf_coverage.commands.console import is_main_process, say
 from hf_coverage.commands.inputs import check_number_of_responses, read_dataset, write_origin
 from hf_coverage.commands.options import AppendEos, BatchSize, Seed, Split, TopK, TopP, output_folder
+from hf_coverage.inference.folder_lock import LOCK_FILES
 from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer
 from hf_coverage.report.provenance import running_command, versions
 
@@ -34,6 +35,10 @@ hf-coverage sample pairs.jsonl --from pairs --teacher Qwen/Qwen3-1.7B --append-e
 """
 
 
+_UNFINISHED = ".unfinished"
+"""In the folder of a corpus: what was sampled or scored of it so far."""
+
+
 class Source(str, Enum):
     """What the source holds."""
 
@@ -44,7 +49,7 @@ class Source(str, Enum):
 
 def sample(
     source: Annotated[str, typer.Argument(help="Prompts, texts or pairs: folder, .jsonl, .parquet, .txt, or Hub id.")],
-    output_dir: Annotated[Path, output_folder("Folder for the corpus; new or empty.")],
+    output_dir: Annotated[Path, output_folder("Folder for the corpus; new or empty, or that of an interrupted run.")],
     kind: Annotated[
         Source,
         typer.Option(
@@ -68,6 +73,7 @@ def sample(
     max_windows: Annotated[int | None, typer.Option(help="Keep that many windows, chosen at random.")] = None,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
+    shard_rows: Annotated[int, typer.Option(help="Responses between two writes: what an interruption costs.")] = 256,
     split: Split = None,
     *,
     loading: ModelOptions,
@@ -77,6 +83,9 @@ def sample(
 
     With a teacher every response comes with log D(y|x), its log-probability under the very distribution that it was
     sampled from, so that Cov_N itself can be measured. Plain text has none, and gives an upper bound only.
+
+    Run the same command again to go on after an interruption: what was sampled or scored is kept, and the corpus is
+    the same to the byte.
     """
     _check_choice(kind, teacher, loading.tokenizer, output_dir)
     rows = read_dataset(source, split, document=kind is Source.texts, limit=limit)
@@ -93,7 +102,8 @@ def sample(
         settings |= {"stride": stride, "max_windows": max_windows, "append_eos": append_eos}
     else:
         settings = {"append_eos": append_eos}
-    corpus = _build(kind, rows, column, words, model, settings)
+    unfinished = output_dir / _UNFINISHED
+    corpus = _build(kind, rows, column, words, model, settings, {"output_dir": unfinished, "shard_rows": shard_rows})
     if is_main_process():
         from hf_coverage.inference.files import written_whole
         from hf_coverage.inference.fingerprint import vocabulary_fingerprint
@@ -101,11 +111,15 @@ def sample(
         asked = {"command": running_command(), "source": source, "from": kind.value, "teacher": teacher}
         # windows and samples are token ids, which contain their end already: nothing is appended when they are scored
         final = {"append_eos": append_eos and kind is Source.pairs}
-        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.mkdir(parents=True, exist_ok=True)  # says of files half in their place whose they are
         with written_whole(output_dir) as part:
             corpus.save_to_disk(part)
             made = {"tokenizer_fingerprint": vocabulary_fingerprint(words), "versions": versions()}
             write_origin(part, asked | settings | final | made)
+        # the record last: without it, what is left could pass for something else
+        for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "metadata.json"):
+            path.unlink()
+        unfinished.rmdir()
     _report(corpus, output_dir)
 
 
@@ -114,25 +128,45 @@ def _check_choice(kind: Source, teacher: str | None, tokenizer: str | None, outp
         raise typer.BadParameter(f"`--from {kind.value}` needs a `--teacher`, the model that is the reference.")
     if teacher is None and tokenizer is None:
         raise typer.BadParameter("windows of text need a `--tokenizer`: that of the models to be judged.")
-    if output_dir.exists() and any(output_dir.iterdir()):
+    there = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
+    if there - {*LOCK_FILES} and _UNFINISHED not in there:
         raise FileExistsError(f"`output_dir` {output_dir} is not empty: choose another folder, or remove this one.")
 
 
 def _build(
-    kind: Source, rows: "Dataset", column: str | None, tokenizer: Any, model: Any, settings: dict[str, Any]
+    kind: Source,
+    rows: "Dataset",
+    column: str | None,
+    tokenizer: Any,
+    model: Any,
+    settings: dict[str, Any],
+    keeping: dict[str, Any],
 ) -> "Dataset":
     from hf_coverage.measure.builders import sample_corpus, teacher_scored_corpus, windows_corpus
     from hf_coverage.measure.corpus_columns import template_kwargs
 
     progress = is_main_process()
     if kind is Source.pairs:
-        return teacher_scored_corpus(rows, model, tokenizer, progress=progress, **settings)
+        folder = keeping["output_dir"]
+        return teacher_scored_corpus(rows, model, tokenizer, output_dir=folder, progress=progress, **settings)
     values = _column(rows, column)
     if kind is Source.prompts:
         own = template_kwargs(rows)
+        settings = settings | keeping
         return sample_corpus(model, tokenizer, values, chat_template_kwargs=own, progress=progress, **settings)
     corpus = windows_corpus(values, tokenizer, **settings)
-    return corpus if model is None else teacher_scored_corpus(corpus, model, tokenizer, progress=progress)
+    if model is None:
+        _require_nothing_kept(keeping["output_dir"])
+        return corpus
+    return teacher_scored_corpus(corpus, model, tokenizer, output_dir=keeping["output_dir"], progress=progress)
+
+
+def _require_nothing_kept(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(
+            f"`output_dir` {folder.parent} holds an unfinished corpus of something else: choose another folder, or "
+            "remove this one."
+        )
 
 
 def _column(rows: "Dataset", column: str | None) -> list[Any]:

@@ -92,7 +92,7 @@ def suggest(
         batch_tokens=batch_tokens,
         output_dir=output_dir / "head_statistics",
     )
-    leave_job(loading.device)
+    leave_job()
     if is_main_process():
         show(suggestion)
         say(f"All numbers are in {_write(suggestion, output_dir, model=model, data=data, teacher=teacher)}.")

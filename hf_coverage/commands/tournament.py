@@ -146,7 +146,7 @@ def tournament(
         offset = offset_arguments(sources, names, folder, data, asked, reading, loading, **scoring)
         offset["gamma"] = gamma
     folders = score_checkpoints(sources, names, output_dir / "scores", data, reading, loading, **scoring)
-    leave_job(loading.device)
+    leave_job()
     if not is_main_process():
         return
     measured = _read(dict(zip(names, folders)), n)

@@ -173,7 +173,7 @@ def tune_ttt(
         shard_rows=shard_rows,
         **encoding,
     )
-    leave_job(loading.device)
+    leave_job()
     if is_main_process():
         choice = choose(scores, rules, n, reference, seed)
         show(choice)

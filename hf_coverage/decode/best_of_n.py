@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -14,21 +13,20 @@ from accelerate import PartialState
 from huggingface_hub.utils import tqdm
 
 from hf_coverage.decode.best_of_n_result import BestOfNResult
-from hf_coverage.decode.prompt_table import PromptTable, digest
-from hf_coverage.decode.sample_verdicts import Judging, Rows
-from hf_coverage.decode.shards import JsonShards, read_metadata
-from hf_coverage.inference.fingerprint import config_fingerprint, tokenizer_fingerprint, weight_fingerprint
+from hf_coverage.decode.prompt_table import PromptTable
+from hf_coverage.decode.sample_verdicts import Judging
+from hf_coverage.inference.fingerprint import digest
 from hf_coverage.inference.forward import unwrap
+from hf_coverage.inference.kept_samples import SAMPLE, Rows, damaged, kept_samples, sampling_facts
 from hf_coverage.inference.processes import on_main_process
 from hf_coverage.inference.sampler import Sampler, Sampling, end_token_ids
+from hf_coverage.inference.shards import JsonShards, read_metadata
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["evaluate_best_of_n", "judge_best_of_n"]
-
-_SAMPLE = ("prompt", "sample", "ids")
 
 
 def evaluate_best_of_n(
@@ -108,27 +106,18 @@ def evaluate_best_of_n(
     References:
         arXiv 2510.15020, Section 2; arXiv 2107.03374, Section 2.1, for the unbiased estimate.
     """
-    if k < 1 or shard_rows < 1:
-        raise ValueError(f"`k` and `shard_rows` must be at least 1, got {k} and {shard_rows}.")
     table = PromptTable.from_corpus(corpus)
     judging = Judging.prepare(verifier, table, timeout, batch_size)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, end_token_ids(eos_token_id, model, tokenizer))
     sampler = Sampler(model, sampling, batch_size=batch_size, seed=seed)
     prompts = table.encode(tokenizer)
-    facts: dict[str, Any] = {"k": k, "batch_size": batch_size, "seed": seed, "sampling": asdict(sampling)}
-    facts |= {"rows_per_shard": max(1, shard_rows // batch_size) * batch_size, "prompts": digest(prompts)}
+    facts = sampling_facts(sampler, prompts, tokenizer, k=k, shard_rows=shard_rows)
     facts |= {"corpus": digest(table.codes.tolist())}
-    facts |= {
-        "weights": weight_fingerprint(model),
-        "config": config_fingerprint(model),
-        "dtype": str(sampler.model.dtype),
-    }
-    facts |= {"tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer)}
     facts |= {"about": {"model": name or _name(model)}}
     shards = None
     if output_dir is not None:
         shards = on_main_process(partial(JsonShards, output_dir, "samples", facts))
-    samples = _sampled(sampler, prompts, tokenizer, facts, shards)
+    samples = kept_samples(sampler, prompts, tokenizer, shards, k=k, rows_per_shard=facts["rows_per_shard"])
     return _collect(samples, table, facts, judging, output_dir, threshold=threshold, progress=progress)
 
 
@@ -222,48 +211,12 @@ def _collect(
     )
 
 
-def _sampled(
-    sampler: Sampler,
-    prompts: list[list[int]],
-    tokenizer: PreTrainedTokenizerBase | None,
-    facts: dict[str, Any],
-    shards: JsonShards | None,
-) -> Iterator[Rows]:
-    """Shards of samples, read where they are kept and else drawn."""
-    size = facts["rows_per_shard"]
-    for index, places in enumerate(_shard_places(prompts, facts)):
-        kept = None if shards is None else on_main_process(partial(shards.read, index, _SAMPLE))
-        if kept is not None:
-            yield _of_places(kept, places, shards, index)
-            continue
-        samples = sampler.draw(
-            [prompts[prompt] for prompt, _ in places], first_batch=index * (size // sampler.batch_size)
-        )
-        rows = [
-            {"prompt": prompt, "sample": number} | asdict(sample) for (prompt, number), sample in zip(places, samples)
-        ]
-        if tokenizer is not None:
-            texts = tokenizer.batch_decode([sample.ids for sample in samples], skip_special_tokens=True)
-            rows = [row | {"text": text} for row, text in zip(rows, texts)]
-        if shards is not None:
-            on_main_process(partial(shards.write, index, rows))
-        yield rows
-
-
-def _shard_places(prompts: list[list[int]], facts: dict[str, Any]) -> list[list[tuple[int, int]]]:
-    """Prompt and number of each sample, shard by shard, in the order that `Sampler.draw` takes them: by length."""
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    places = [(prompt, number) for prompt in order for number in range(facts["k"])]
-    size = facts["rows_per_shard"]
-    return [places[start : start + size] for start in range(0, len(places), size)]
-
-
 def _kept(shards: JsonShards, facts: dict[str, Any], table: PromptTable) -> Iterator[Rows]:
     """Shards of samples that must be there."""
     total = len(table) * facts["k"]
     seen: set[tuple[int, int]] = set()
     for index in range(-(-total // facts["rows_per_shard"])):
-        rows = on_main_process(partial(shards.read, index, _SAMPLE))
+        rows = on_main_process(partial(shards.read, index, SAMPLE))
         if rows is None:
             raise ValueError(
                 f"{shards.folder} lacks samples (the first missing file is {shards.name}-{index:05d}.jsonl): run "
@@ -273,27 +226,13 @@ def _kept(shards: JsonShards, facts: dict[str, Any], table: PromptTable) -> Iter
         places = {(row["prompt"], row["sample"]) for row in rows}
         whole = len(rows) == len(places) == size
         if not whole or places & seen or not all(_is_place(place, table, facts["k"]) for place in places):
-            raise ValueError(_damaged(shards, index))
+            raise ValueError(damaged(shards, index))
         seen |= places
         yield rows
 
 
 def _is_place(place: tuple[Any, Any], table: PromptTable, k: int) -> bool:
     return all(type(part) is int and 0 <= part < size for part, size in zip(place, (len(table), k)))
-
-
-def _of_places(rows: Rows, places: list[tuple[int, int]], shards: JsonShards | None, index: int) -> Rows:
-    """A shard that was kept, if its samples are those that belong there."""
-    if [(row["prompt"], row["sample"]) for row in rows] != places:
-        raise ValueError(_damaged(shards, index))
-    return rows
-
-
-def _damaged(shards: JsonShards | None, index: int) -> str:
-    where = "" if shards is None else f"{shards.folder / shards.name}-{index:05d}.jsonl"
-    return (
-        f"{where} is damaged: its samples are not those that belong there; remove it and run the same command again."
-    )
 
 
 def _name(model: PreTrainedModel) -> str:

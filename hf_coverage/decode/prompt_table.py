@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PromptTable", "digest"]
+__all__ = ["PromptTable"]
 
 
 @dataclass(frozen=True)
@@ -106,8 +104,3 @@ class PromptTable:
     def available(self) -> list[str]:
         """Names of what a verifier may be given."""
         return ["prompts", "completions", "completion_ids", *self.columns]
-
-
-def digest(content: Any) -> str:
-    """16 hexadecimal digits of what JSON makes of something."""
-    return hashlib.blake2b(json.dumps(content, sort_keys=True, default=repr).encode(), digest_size=8).hexdigest()

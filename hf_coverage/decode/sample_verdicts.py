@@ -15,17 +15,18 @@ from typing import Any
 
 from accelerate import PartialState
 
-from hf_coverage.decode.prompt_table import PromptTable, digest
-from hf_coverage.decode.shards import JsonShards, read_metadata
+from hf_coverage.decode.prompt_table import PromptTable
 from hf_coverage.decode.verifier_calls import Verdict
 from hf_coverage.decode.verifier_key import verifier_key
 from hf_coverage.decode.verifier_runner import JudgeRows, needed_arguments, open_judge, runs_in_worker
 from hf_coverage.decode.verifiers import ExactMatch, Verifier
+from hf_coverage.inference.fingerprint import digest
+from hf_coverage.inference.kept_samples import Rows
 from hf_coverage.inference.processes import on_main_process, split_over_processes
+from hf_coverage.inference.shards import JsonShards, read_metadata
 
-__all__ = ["Judging", "Rows", "verifier_name"]
+__all__ = ["Judging", "verifier_name"]
 
-Rows = list[dict[str, Any]]
 _VERDICT = ("prompt", "sample", "reward", "error", "message")
 
 logger = logging.getLogger(__name__)

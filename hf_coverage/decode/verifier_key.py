@@ -29,8 +29,8 @@ from typing import Any
 from datasets.fingerprint import Hasher
 
 from hf_coverage import __version__
-from hf_coverage.decode.prompt_table import digest
 from hf_coverage.decode.verifiers import Verifier
+from hf_coverage.inference.fingerprint import digest
 
 __all__ = ["verifier_key"]
 

@@ -7,14 +7,24 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-__all__ = ["read_facts", "read_json", "reading", "refuse_constant", "strict_json", "write_atomically", "written_whole"]
+__all__ = [
+    "begun_with",
+    "made_folder",
+    "read_facts",
+    "read_json",
+    "reading",
+    "refuse_constant",
+    "strict_json",
+    "write_atomically",
+    "written_whole",
+]
 
 
 def write_atomically(path: str | PathLike[str], content: bytes | str) -> None:
@@ -100,6 +110,52 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def begun_with(record: Path, text: str) -> Iterator[None]:
+    """Let a block write the first file of a folder, with the record of what the folder is to hold before it.
+
+    Where nothing was written, no record says that something was begun.
+
+    Args:
+        record: The file; its folder is made. If it is there already, the folder was begun before.
+        text: Its content.
+    """
+    begins = not record.exists()
+    if not begins:
+        yield
+        return
+    with made_folder(record.parent):
+        write_atomically(record, text)
+        try:
+            yield
+        except BaseException:
+            record.unlink()
+            raise
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder for a block, and take away what was made if the block leaves nothing in it.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp()) / "a" / "b"
+        >>> with made_folder(folder):
+        ...     folder.is_dir()
+        True
+        >>> folder.parent.exists()
+        False
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError):  # something is in it
+                path.rmdir()
 
 
 def strict_json(facts: Mapping[str, Any], path: str | PathLike[str] | None = None) -> str:

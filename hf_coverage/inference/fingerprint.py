@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_coverage.inference.forward import is_sharded, unwrap
 
-__all__ = ["config_fingerprint", "tokenizer_fingerprint", "vocabulary_fingerprint", "weight_fingerprint"]
+__all__ = ["config_fingerprint", "digest", "tokenizer_fingerprint", "vocabulary_fingerprint", "weight_fingerprint"]
 
 # Where a model came from, how it is trained and how it generates: none of it changes what it predicts.
 _VOLATILE = (
@@ -113,6 +113,11 @@ def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase, size: int | None 
     """
     entries = sorted((index, token) for token, index in tokenizer.get_vocab().items() if size is None or index < size)
     return f"{entries[-1][0] + 1 if entries else 0}-{_digest(json.dumps(entries).encode())}"
+
+
+def digest(content: Any) -> str:
+    """16 hexadecimal digits of what JSON makes of something."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True, default=repr).encode(), digest_size=8).hexdigest()
 
 
 def _entries(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 _NUMBER = re.compile(r"\.\d+\.")  # of a layer, in the name of a weight
+_SUFFIXES = (".bin", ".csv", ".gguf", ".json", ".jsonl", ".parquet", ".pt", ".pth", ".safetensors", ".txt", ".yaml")
 _SHOWN = 4  # weights that an error names
 
 
@@ -139,12 +140,27 @@ def load_tokenizer(name: str, options: ModelOptions) -> "PreTrainedTokenizerBase
 def require_there(name: str) -> None:
     """Refuse what can only be a path, and is none, before the Hub is asked for a repository of that name.
 
+    `a/b` may be either. It is a path where there is a folder `a`, or where it ends as files do.
+
     Raises:
         FileNotFoundError: If nothing is there.
+
+    Example:
+        >>> require_there("weights/model.gguf")
+        Traceback (most recent call last):
+        FileNotFoundError: there is no file or folder weights/model.gguf: check the path.
     """
-    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
-    if not is_id and not Path(name).exists():
+    path = Path(name)
+    if path.exists():
+        return
+    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) and path.suffix.lower() not in _SUFFIXES
+    if not is_id:
         raise FileNotFoundError(f"there is no file or folder {name}: check the path.")
+    if "/" in name and path.parent.is_dir():
+        raise FileNotFoundError(
+            f"there is no file or folder {name}, though there is a folder {path.parent}: check the path; for the "
+            "Hub's repository of that name, run the command where no such folder is."
+        )
 
 
 def model_name(name: str, options: ModelOptions) -> str:

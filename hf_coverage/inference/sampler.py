@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -158,6 +158,7 @@ class Sampler:
         *,
         stop: Stop | None = None,
         first_batch: int = 0,
+        known: Mapping[int, list[Sample]] | None = None,
         progress: bool = False,
     ) -> list[Sample]:
         """Draw one response to each prompt; prompts that come again in a batch are read once.
@@ -170,7 +171,8 @@ class Sampler:
             prompts: Token ids, never empty; repeat a prompt for several responses.
             stop: Tells from the tokens of a response so far whether it ends here; None: only EOS ends it early.
             first_batch: Number of the first batch: prompts in ascending order of length, drawn in parts of whole
-                batches, get the samples that they get in one call.
+                batches, get the samples that they get in one call if `settle` was given all of them.
+            known: What `settle` returned.
             progress: Whether to show a progress bar on the main process.
 
         Returns:
@@ -187,7 +189,7 @@ class Sampler:
         numbered = list(enumerate(batches, first_batch))
         hidden = not (progress and PartialState().is_main_process)
         with inference(self.model), tqdm(total=len(order), desc="Sampling", unit="response", disable=hidden) as bar:
-            known = self._find_reading(numbered, prompts, stop)
+            known = {**(known or {}), **self._find_reading(numbered, prompts, stop)}
 
             def draw(batch: tuple[int, list[int]]) -> list[Sample]:
                 if batch[0] in known:
@@ -204,6 +206,27 @@ class Sampler:
             drawn = map_over_processes(draw, numbered, after_round=keep_pace)
         samples = dict(zip(chain.from_iterable(batches), chain.from_iterable(drawn)))
         return [samples[row] for row in range(len(prompts))]
+
+    def settle(self, prompts: Sequence[list[int]], *, stop: Stop | None = None) -> dict[int, list[Sample]]:
+        """Settle how prompts are laid out before parts of them are drawn; see `draw`, which does it for what it gets.
+
+        Then a part's samples do not depend on which others were drawn before it.
+
+        Args:
+            prompts: All prompts, in ascending order of length.
+            stop: See `draw`.
+
+        Returns:
+            The samples of those batches that were drawn for it, by their number.
+
+        Raises:
+            RuntimeError: See `draw`.
+        """
+        require_room(self.model, prompts, [self.sampling.max_new_tokens] * len(prompts))
+        places = range(len(prompts))
+        batches = [list(places[start : start + self.batch_size]) for start in places[:: self.batch_size]]
+        with inference(self.model):
+            return self._find_reading(list(enumerate(batches)), prompts, stop)
 
     def _find_reading(
         self, batches: list[tuple[int, list[int]]], prompts: Sequence[list[int]], stop: Stop | None

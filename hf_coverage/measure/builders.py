@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import accumulate, chain, pairwise
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from accelerate import PartialState
 from datasets import Dataset, Features, List, Value, concatenate_datasets
+from huggingface_hub.utils import tqdm
 
 from hf_coverage.inference.fingerprint import vocabulary_fingerprint
-from hf_coverage.inference.sampler import Sampler, Sampling, end_token_ids
+from hf_coverage.inference.kept_samples import kept_samples, sampling_facts
+from hf_coverage.inference.processes import on_main_process
+from hf_coverage.inference.sampler import Sample, Sampler, Sampling, end_token_ids
+from hf_coverage.inference.shards import JsonShards
 from hf_coverage.measure.corpus import encode_prompts, validate_corpus
 from hf_coverage.measure.corpus_columns import TOKENIZER_COLUMN, read_pairs
 from hf_coverage.measure.encoding import eos_token_id, special_prefix, tokenize
@@ -117,6 +124,8 @@ def sample_corpus(
     eos_token_id: int | Sequence[int] | None = None,
     seed: int = 0,
     batch_size: int = 16,
+    output_dir: str | PathLike[str] | None = None,
+    shard_rows: int = 256,
     progress: bool = True,
 ) -> Dataset:
     """Sample k responses per prompt from a teacher, each with its density under the very distribution it came from.
@@ -145,6 +154,8 @@ def sample_corpus(
         seed: What all random numbers follow from; with one `batch_size` the corpus is the same on any number of
             processes, up to rounding. The global generators are not touched.
         batch_size: Responses drawn at once.
+        output_dir: Folder that keeps what was sampled: an interrupted run goes on there, and gives the same corpus.
+        shard_rows: Responses sampled between two writes: what an interruption costs.
         progress: Whether to show a progress bar on the main process.
 
     Returns:
@@ -155,7 +166,8 @@ def sample_corpus(
 
     Raises:
         TypeError: If a prompt has the wrong type.
-        ValueError: If a number is out of its range, a prompt cannot be encoded, or it leaves no room for the response.
+        ValueError: If a number is out of its range, a prompt cannot be encoded or leaves no room for the response, or
+            `output_dir` holds samples of something else.
 
     Example:
         >>> import torch
@@ -176,7 +188,10 @@ def sample_corpus(
     ids = encode_prompts(prompts, tokenizer, chat_template_kwargs=chat_template_kwargs)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, end_token_ids(eos_token_id, teacher, tokenizer))
     sampler = Sampler(teacher, sampling, batch_size=batch_size, seed=seed)
-    samples = sampler.draw([prompt for prompt in ids for _ in range(k)], progress=progress)
+    if output_dir is None:
+        samples = sampler.draw([prompt for prompt in ids for _ in range(k)], progress=progress)
+    else:
+        samples = _kept(sampler, ids, tokenizer, output_dir, k=k, shard_rows=shard_rows, progress=progress)
     corpus = _ids_dataset(
         [prompt for prompt in ids for _ in range(k)],
         [sample.ids for sample in samples],
@@ -199,6 +214,7 @@ def teacher_scored_corpus(
     *,
     append_eos: bool = False,
     batch_tokens: int = 4096,
+    output_dir: str | PathLike[str] | None = None,
     progress: bool = True,
 ) -> Dataset:
     """Give existing prompts and completions the density of a teacher that stands for their source.
@@ -214,6 +230,7 @@ def teacher_scored_corpus(
         tokenizer: Its tokenizer; may be None for token ids.
         append_eos: End every completion of text with the EOS token; models must be scored with the same value.
         batch_tokens: Token positions computed in one forward pass.
+        output_dir: Folder that keeps the scores: an interrupted run goes on there.
         progress: Whether to show a progress bar on the main process.
 
     Returns:
@@ -240,7 +257,13 @@ def teacher_scored_corpus(
             "`corpus` has a `reference_logprob` already; to replace it, drop it with `corpus.remove_columns`."
         )
     scored = score_responses(
-        teacher, tokenizer, corpus, append_eos=append_eos, batch_tokens=batch_tokens, progress=progress
+        teacher,
+        tokenizer,
+        corpus,
+        append_eos=append_eos,
+        batch_tokens=batch_tokens,
+        output_dir=output_dir,
+        progress=progress,
     )
     logprobs = np.array(scored["logprob"][:])
     excluded = np.flatnonzero(np.isneginf(logprobs))
@@ -291,6 +314,30 @@ def single_answer_corpus(prompts: Sequence[Any], answers: Sequence[Any]) -> Data
                 "cannot be 1 for both; drop one, or give `reference_logprob` yourself."
             )
     return corpus
+
+
+def _kept(
+    sampler: Sampler,
+    prompts: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | PathLike[str],
+    *,
+    k: int,
+    shard_rows: int,
+    progress: bool,
+) -> list[Sample]:
+    """The samples of a folder, drawn where they are not there yet, in the order of the prompts."""
+    facts = sampling_facts(sampler, prompts, tokenizer, k=k, shard_rows=shard_rows)
+    shards = on_main_process(partial(JsonShards, folder, "samples", facts))
+    parts = kept_samples(sampler, prompts, tokenizer, shards, k=k, rows_per_shard=facts["rows_per_shard"])
+    hidden = not (progress and PartialState().is_main_process)
+    found: dict[tuple[int, int], Sample] = {}
+    with tqdm(total=len(prompts) * k, desc="Sampling", unit="response", disable=hidden) as bar:
+        for rows in parts:
+            for row in rows:
+                found[row["prompt"], row["sample"]] = Sample(row["ids"], row["logprob"], row["finished"])
+            bar.update(len(rows))
+    return [found[place] for place in sorted(found)]
 
 
 def _tokenize_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, append_eos: bool) -> list[list[int]]:

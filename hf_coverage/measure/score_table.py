@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from hf_coverage.inference.files import write_atomically
+from hf_coverage.inference.files import begun_with, write_atomically
 from hf_coverage.measure.scores import PER_TOKEN_COLUMNS, Scores
 
 __all__ = ["ScoreTable"]
@@ -60,7 +60,7 @@ class ScoreTable:
         """Start a table, or go on with one that holds the same thing.
 
         Args:
-            folder: Where the table is or will be; made if it does not exist.
+            folder: Where the table is or will be; made with its first shard.
             metadata: What the table holds, JSON-serialisable, with `rows` and `shard_rows`.
 
         Returns:
@@ -70,12 +70,10 @@ class ScoreTable:
             ValueError: If the folder holds a table of something else.
         """
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
         metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **metadata}
         # What is compared later is what JSON made of it.
         metadata = json.loads(json.dumps(metadata))
         if not (path / _METADATA).exists():
-            write_atomically(path / _METADATA, (json.dumps(metadata, indent=2) + "\n").encode())
             return cls(path, metadata)
         existing = _read_metadata(path)
         before, now = _identity(existing), _identity(metadata)
@@ -158,7 +156,8 @@ class ScoreTable:
             for name, column in scores.columns().items()
         }
         header = self._header(index) | {"checksum": _checksum(arrays)}
-        write_atomically(self.shard_path(index), save(arrays, {_HEADER: json.dumps(header, sort_keys=True)}))
+        with begun_with(self.folder / _METADATA, json.dumps(self.metadata, indent=2) + "\n"):
+            write_atomically(self.shard_path(index), save(arrays, {_HEADER: json.dumps(header, sort_keys=True)}))
 
     def read(self, index: int) -> Scores:
         """Read a shard back.

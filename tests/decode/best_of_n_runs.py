@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_coverage.decode import shards
 from hf_coverage.decode.best_of_n import evaluate_best_of_n
 from hf_coverage.decode.best_of_n_result import BestOfNResult
+from hf_coverage.inference import files, shards
 from hf_coverage.inference.files import write_atomically
 from tests.decode.bad_verifiers import share_of_even
 
@@ -49,7 +49,7 @@ def die_at_write(folder: Path, number: int) -> None:
         written.append(path)
         write_atomically(path, content)
 
-    shards.write_atomically = write
+    shards.write_atomically = files.write_atomically = write
     evaluate(folder)
 
 

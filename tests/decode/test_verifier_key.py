@@ -19,12 +19,12 @@ from datasets import Dataset
 
 from hf_coverage import evaluate_best_of_n, judge_best_of_n
 from hf_coverage.decode import verifier_key as keys
-from hf_coverage.decode.prompt_table import PromptTable, digest
+from hf_coverage.decode.prompt_table import PromptTable
 from hf_coverage.decode.sample_verdicts import Judging
 from hf_coverage.decode.verifier_key import verifier_key
 from hf_coverage.decode.verifiers import ExactMatch, MathVerify, ReasoningGym, RewardModel
+from hf_coverage.inference.fingerprint import digest
 from tests.decode.best_of_n_runs import build
-from tests.decode.test_verifiers import reward_model  # noqa: F401 - a fixture
 from tests.processes import run
 
 ROOT = Path(__file__).parents[2]
@@ -210,8 +210,7 @@ def test_versions_of_packages_that_are_reached_are_in_the_key(write, monkeypatch
         monkeypatch.undo()
 
 
-@pytest.mark.usefixtures("reward_model")
-def test_keys_of_the_package_s_own_verifiers(reward_model, monkeypatch):  # noqa: F811
+def test_keys_of_the_package_s_own_verifiers(reward_model, monkeypatch):
     model, tokenizer = reward_model
     made = [ExactMatch(), ExactMatch("other"), MathVerify(), MathVerify("other"), RewardModel(model, tokenizer)]
     made += [

@@ -11,7 +11,6 @@ import pytest
 import reasoning_gym
 import torch
 from reasoning_gym.factory import DATASETS
-from transformers import GPT2Config, GPT2ForSequenceClassification
 from trl.rewards import accuracy_reward, think_format_reward
 
 from hf_coverage.decode.verifier_runner import needed_arguments, open_judge
@@ -24,7 +23,6 @@ from hf_coverage.decode.verifiers import (
     named_verifier,
     nothing_evaluated,
 )
-from tests.measure.small_tokenizers import with_chat
 
 
 def judged(verifier, rows, timeout=60.0):
@@ -201,16 +199,6 @@ def test_trl_s_reward_functions_work_as_they_are():
     assert judged(accuracy_reward, skipped)[0].error == "returned None"
     thought = [{"completions": [{"role": "assistant", "content": f"{tag}a</think>b"}]} for tag in ("<think>", "")]
     assert [v.reward for v in judged(think_format_reward, thought)] == [1.0, 0.0]
-
-
-@pytest.fixture
-def reward_model():
-    torch.manual_seed(0)
-    tokenizer = with_chat()
-    config = GPT2Config(
-        n_layer=1, n_embd=16, n_head=2, vocab_size=len(tokenizer), n_positions=64, num_labels=1, pad_token_id=0
-    )
-    return GPT2ForSequenceClassification(config).eval(), tokenizer
 
 
 def logit(model, ids):

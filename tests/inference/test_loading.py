@@ -17,7 +17,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer, load_whole, model_name
+from hf_coverage.inference.loading import (
+    ModelOptions,
+    load_model,
+    load_tokenizer,
+    load_whole,
+    model_name,
+    require_there,
+)
 
 
 @pytest.fixture
@@ -158,3 +165,16 @@ def test_an_adapter_is_as_whole_as_its_own_weights_and_its_base(tmp_path):
 
 def test_the_class_may_be_chosen(folder):
     assert type(load_whole(GPT2LMHeadModel, str(folder / "model"))) is GPT2LMHeadModel
+
+
+@pytest.mark.parametrize(
+    "name", ["here/missing", "./here", "weights.gguf", "here/missing.safetensors", "a/b/c", "a/b.jsonl"]
+)
+def test_what_is_a_path_is_said_to_be_missing_before_the_hub_is_asked(tmp_path, monkeypatch, name):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"there is no file or folder {name}"):
+        require_there(name)
+    for ours in ("here/there", "./here", "org/model", "gpt2", "org/Model2.5-0.5B"):
+        require_there(ours)

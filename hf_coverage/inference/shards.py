@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from hf_coverage.inference.files import read_facts, write_atomically
+from hf_coverage.inference.files import begun_with, read_facts, write_atomically
 
 __all__ = ["JsonShards", "read_metadata"]
 
@@ -18,7 +18,7 @@ class JsonShards:
     """Shards `<name>-00000.jsonl`, ... and what they are of, `metadata.json`.
 
     Args:
-        folder: Where they are or will be; made if it does not exist.
+        folder: Where they are or will be; made with the first of them.
         name: What the files are called.
         metadata: What decides the rows, JSON-serialisable; the entry `about` only describes.
 
@@ -37,10 +37,8 @@ class JsonShards:
         self.folder = Path(folder)
         self.name = name
         path = self.folder / _METADATA
-        now = json.loads(json.dumps(metadata))  # what is compared is what JSON makes of it
+        self._metadata = now = json.loads(json.dumps(metadata))  # what is compared is what JSON makes of it
         if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, (json.dumps(now, indent=2) + "\n").encode())
             return
         before = read_metadata(self.folder)
         changed = [key for key in sorted(before | now) if key != _DESCRIPTIVE and before.get(key) != now.get(key)]
@@ -72,7 +70,8 @@ class JsonShards:
 
     def write(self, index: int, rows: Sequence[dict[str, Any]]) -> None:
         """Write the rows of a shard."""
-        write_atomically(self._path(index), "".join(json.dumps(row) + "\n" for row in rows).encode())
+        with begun_with(self.folder / _METADATA, json.dumps(self._metadata, indent=2) + "\n"):
+            write_atomically(self._path(index), "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{self.name}-{index:05d}.jsonl"
