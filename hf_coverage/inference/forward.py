@@ -155,7 +155,21 @@ class HeadForward:
         return HeadOutput(seen[0], outputs.get(CACHE), outputs.logits[0], self.head)
 
     def probe(self) -> Probe:
-        """Read one token, to see what the model returns."""
+        """Read one token, to see what the model returns.
+
+        Raises:
+            ValueError: If the model wants to be told more than token ids.
+        """
+        try:
+            return self._probe()
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`model` {type(self.model).__name__} cannot read a token by itself: {str(error).rstrip('.')}. Here a "
+                "model is given token ids and nothing else: give it a `forward` that fills in what it wants beside "
+                "them (`functools.partial`), or merge the adapter that wants it (`merge_and_unload`)."
+            ) from error
+
+    def _probe(self) -> Probe:
         if self.sharded:  # its head has its weights only while the whole model runs
             output = self(_ONE, _ONE[0], keep_cache=True)
             logits, plain, untouched = output.take_logits(slice(None)), False, False
@@ -244,6 +258,7 @@ def select_before(
 
     def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         (hidden,) = args
+        hidden = hidden[..., -shape[-1] :, :]  # some adapters put tokens of their own before the prompt
         if hidden.shape[:-1] != shape:
             raise RuntimeError(
                 f"Expected the output head {type(module).__name__} to get one hidden state per input token, "
