@@ -468,12 +468,12 @@ def _seeded(device: torch.device, entropy: tuple[int, ...]) -> Iterator[None]:
 
 def require_room(model: PreTrainedModel, prompts: Sequence[list[int]], new_tokens: Sequence[int]) -> None:
     """Refuse prompts that leave a model too few positions for what is to follow them."""
-    # Recurrent models have no such limit.
+    # Recurrent models have no such limit, or one of -1.
     room = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
     if room is None:
         return
     for row, (prompt, new) in enumerate(zip(prompts, new_tokens)):
-        if len(prompt) + new > room:
+        if len(prompt) + new > room > 0:
             raise ValueError(
                 f"Prompt {row} has {len(prompt)} tokens, and with {new} new ones it does not fit into the model's "
                 f"{room} positions; shorten either."
