@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from hf_coverage.inference.fingerprint import vocabulary_fingerprint
+from hf_coverage.inference.fingerprint import TOKENIZER_COLUMN, vocabulary_fingerprint
 from hf_coverage.inference.sampler import Sampler, Sampling, end_token_ids
 from hf_coverage.measure.corpus import encode_prompts, validate_corpus
-from hf_coverage.measure.corpus_columns import TOKENIZER_COLUMN, read_pairs
+from hf_coverage.measure.corpus_columns import read_pairs
 from hf_coverage.measure.encoding import eos_token_id, special_prefix, tokenize
 from hf_coverage.measure.scoring import score_responses
 

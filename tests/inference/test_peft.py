@@ -314,3 +314,15 @@ def test_distillation_takes_an_adapted_student_or_teacher(name, taught, tmp_path
     kl = [divergences(student, teacher, tokens[:3], tokens[3:]).sum() for tokens in rows]
     logs = trainer._tally.means(trainer.accelerator)
     assert logs["kl"] == pytest.approx(np.mean(kl), abs=1e-4)
+
+
+def test_scores_on_disk_are_those_of_the_adapters_at_work(tmp_path):
+    model = adapted(llama(), "LORA", None)
+    score_responses(model, None, corpus(), output_dir=tmp_path, progress=False)
+    with (
+        model.disable_adapter(),
+        pytest.raises(ValueError, match=r"holds the scores of something else \(model.config"),
+    ):
+        score_responses(model, None, corpus(), output_dir=tmp_path, progress=False)
+    found = score_responses(model, None, corpus(), output_dir=tmp_path, progress=False)["logprob"]
+    close(found, [line.sum() for line in logprobs(model, corpus())])
