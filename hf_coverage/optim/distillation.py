@@ -249,6 +249,11 @@ def _check_tokenizers(tokenizer: Any, teacher_tokenizer: PreTrainedTokenizerBase
 
 
 def _check_trainer(trainer: Any) -> None:
+    if trainer.args.use_liger_kernel:
+        raise ValueError(
+            "`use_liger_kernel=True` replaces the model's forward by one that takes the loss itself and returns no "
+            "logits, where distillation needs the model's distributions: leave it out."
+        )
     if trainer.compute_loss_func is not None or trainer.args.label_smoothing_factor:
         raise ValueError(
             "`compute_loss_func` and `label_smoothing_factor` would do nothing: the loss is the distillation's. "
