@@ -78,7 +78,7 @@ def choose(
     names = distinct_names(sources)
     scoring = {"batch_tokens": batch_tokens, "shard_rows": shard_rows}
     folders = score_checkpoints(sources, names, output_dir / "scores", data, reading, loading, **scoring)
-    leave_job(loading.device)
+    leave_job()
     if not is_main_process():
         return
     measured = {name: read_measured(str(folder)) for name, folder in zip(names, folders)}

@@ -18,7 +18,14 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_coverage.inference.forward import is_sharded, unwrap
 
-__all__ = ["config_fingerprint", "digest", "tokenizer_fingerprint", "vocabulary_fingerprint", "weight_fingerprint"]
+__all__ = [
+    "TOKENIZER_COLUMN",
+    "config_fingerprint",
+    "digest",
+    "tokenizer_fingerprint",
+    "vocabulary_fingerprint",
+    "weight_fingerprint",
+]
 
 # Where a model came from, how it is trained and how it generates: none of it changes what it predicts.
 _VOLATILE = (
@@ -32,6 +39,26 @@ _VOLATILE = (
     "transformers_version",
     "use_cache",
 )
+
+
+# What modules of PEFT say of the adapters at work in them.
+_SWITCHES = ("_adapters_disabled", "active_adapters", "disable_adapters", "merged_adapters", "scaling")
+# Where an adapter came from, and which names it was looked for by: the names of its weights say where it is.
+_ADAPTER_VOLATILE = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "target_modules",
+}
+
+TOKENIZER_COLUMN = "tokenizer_fingerprint"
+"""Beside token ids, in every row: the `vocabulary_fingerprint` of the tokenizer that they are of.
+
+A column, because it goes wherever rows go: through `select`, `concatenate_datasets`, folders and files of any format.
+"""
 
 
 def weight_fingerprint(model: nn.Module) -> str:
@@ -66,13 +93,19 @@ def weight_fingerprint(model: nn.Module) -> str:
 def config_fingerprint(model: nn.Module) -> str:
     """Hash what a model's configuration adds to its weights (attention windows, scaling, soft-caps, ...).
 
+    Where a model has adapters, their settings and which of them are at work are part of it.
+
     Args:
         model: A model of transformers.
 
     Returns:
         32 hexadecimal digits.
     """
-    config = {name: value for name, value in unwrap(model).config.to_dict().items() if name not in _VOLATILE}
+    model = unwrap(model)
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _VOLATILE}
+    adapters = _adapters(model)
+    if adapters:
+        config["adapters"] = adapters
     return _digest(json.dumps(config, sort_keys=True, default=repr).encode())
 
 
@@ -118,6 +151,28 @@ def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase, size: int | None 
 def digest(content: Any) -> str:
     """16 hexadecimal digits of what JSON makes of something."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True, default=repr).encode(), digest_size=8).hexdigest()
+
+
+def _adapters(model: nn.Module) -> dict[str, Any]:
+    """Settings of PEFT's adapters, and what each part of a model says of those that are at work in it."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        own = type(module).__module__.partition(".")[0] == "peft"
+        known = {*module.__dict__, *dir(type(module))}  # what wraps a model passes on all that it has not
+        state = {switch: getattr(module, switch) for switch in _SWITCHES if own and switch in known}
+        settings = {
+            adapter: {
+                key: sorted(value) if isinstance(value, set) else value
+                for key, value in config.to_dict().items()
+                if key not in _ADAPTER_VOLATILE
+            }
+            for adapter, config in (
+                module.__dict__.get("peft_config") or module.__dict__.get("_peft_config") or {}
+            ).items()
+        }
+        if state or settings:
+            found[name] = [state, settings]
+    return found
 
 
 def _entries(model: nn.Module) -> Iterator[tuple[str, Any]]:

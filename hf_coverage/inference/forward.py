@@ -9,6 +9,7 @@ the same pass.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ __all__ = [
     "select_before",
     "unwrap",
 ]
+
+logger = logging.getLogger(__name__)
 
 _ONE = np.zeros((1, 1), dtype=np.int64)
 """The shortest input: one token, at position 0."""
@@ -155,13 +158,33 @@ class HeadForward:
         return HeadOutput(seen[0], outputs.get(CACHE), outputs.logits[0], self.head)
 
     def probe(self) -> Probe:
-        """Read one token, to see what the model returns."""
+        """Read one token, to see what the model returns.
+
+        Raises:
+            ValueError: If the model wants to be told more than token ids.
+        """
+        try:
+            return self._probe(keep_cache=True)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a model that cannot keep what it has read is read without
+            logger.debug("The model keeps no cache: %s: %s", type(error).__name__, error)
+        try:
+            return self._probe(keep_cache=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`model` {type(self.model).__name__} cannot read a token by itself: {str(error).rstrip('.')}. Here a "
+                "model is given token ids and nothing else: give it a `forward` that fills in what it wants beside "
+                "them (`functools.partial`), or merge the adapter that wants it (`merge_and_unload`)."
+            ) from error
+
+    def _probe(self, *, keep_cache: bool) -> Probe:
         if self.sharded:  # its head has its weights only while the whole model runs
-            output = self(_ONE, _ONE[0], keep_cache=True)
+            output = self(_ONE, _ONE[0], keep_cache=keep_cache)
             logits, plain, untouched = output.take_logits(slice(None)), False, False
         else:
             with plant_logits(self.head.module) as planted:
-                output = self(_ONE, _ONE[0], keep_cache=True)
+                output = self(_ONE, _ONE[0], keep_cache=keep_cache)
             logits = output.take_logits(slice(None))
             plain, untouched = planted.came_through(logits.unsqueeze(0)), planted.untouched(logits)
         return Probe(logits, is_repeatable(output.cache), plain, untouched)
@@ -244,6 +267,7 @@ def select_before(
 
     def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         (hidden,) = args
+        hidden = hidden[..., -shape[-1] :, :]  # some adapters put tokens of their own before the prompt
         if hidden.shape[:-1] != shape:
             raise RuntimeError(
                 f"Expected the output head {type(module).__name__} to get one hidden state per input token, "

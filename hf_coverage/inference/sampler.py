@@ -1,4 +1,9 @@
-"""Sampling from a model through its own `generate`, with the exact density that every token was sampled from."""
+"""Sampling from a model through its own `generate`, with the exact density that every token was sampled from.
+
+Where `generate` gives a model something else than its plain passes do (positions, a cache that an adapter takes for
+its own, an adapter's tokens once more in every step), responses are written by plain passes instead, each over all
+tokens so far.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +47,17 @@ __all__ = ["Sample", "Sampler", "Sampling", "end_token_ids", "own_config", "pad_
 
 
 logger = logging.getLogger(__name__)
+
+_SHARDED = (
+    "It may keep something between passes, or take padding or a cache for something else; a model that is spread over "
+    "processes can be answered in one way only: load it whole."
+)
+_NOT_CAUSAL = (
+    "So it is by passes over all tokens so far, one prompt at a time: what it says of a token changes with the tokens "
+    "after it, or from one pass to the next. Load it as a decoder (`is_decoder=True`, `is_causal=True`, `causal=True` "
+    "in its configuration), and merge an adapter that looks at a whole sequence or draws random numbers, or leave it "
+    "out."
+)
 
 Stop = Callable[[list[int]], bool]
 """Tells from the tokens of a response so far whether it ends here."""
@@ -109,6 +125,26 @@ class Sample:
     finished: bool
 
 
+class _Layout(NamedTuple):
+    """How prompts are answered.
+
+    Attributes:
+        reading: What may stand side by side.
+        generated: Whether by the model's own `generate`, with a cache, or by plain passes.
+    """
+
+    reading: Reading
+    generated: bool
+
+
+_LAYOUTS = [
+    *(_Layout(reading, True) for reading in Reading),
+    _Layout(Reading.EQUAL, False),
+    _Layout(Reading.ALONE, False),
+]
+"""From the fastest to the one that takes least for granted."""
+
+
 class _Drawn(NamedTuple):
     """A sample, and log p of its tokens `(T,)` under the model itself, before anything is done to its logits."""
 
@@ -149,7 +185,8 @@ class Sampler:
         self.seed = seed
         # How prompts are laid out side by side, and what of it was tried so far. Some recurrent models read padding as
         # they read any token.
-        self._reading = Reading.EQUAL if self.model._is_stateful and not self.sharded else Reading.SHARED
+        stateful = self.model._is_stateful and not self.sharded
+        self._layout = _Layout(Reading.EQUAL if stateful else Reading.SHARED, True)
         self._tried: set[str] = set()
 
     def draw(
@@ -165,7 +202,8 @@ class Sampler:
 
         Some responses of the first batch of each kind (with padding, with a prompt that comes again, with the longest
         prompt) are read again, one by one. Where the model then says something else than it did when it wrote them,
-        prompts stand side by side only where they are equally long, or each is answered alone.
+        prompts stand side by side only where they are equally long, or each is answered alone, or responses are
+        written by plain passes over all tokens so far, which reads as many times more tokens as there are steps.
 
         Args:
             prompts: Token ids, never empty; repeat a prompt for several responses.
@@ -239,12 +277,10 @@ class Sampler:
         chosen = dict(batch for kind, batch in _kinds(batches, prompts).items() if kind not in self._tried)
         self._tried |= _kinds(batches, prompts).keys()
         found: dict[int, list[Sample]] = {}
-        for reading in Reading if chosen else ():
-            if reading < self._reading:
-                continue
-            self._reading = reading
+        for layout in _LAYOUTS[_LAYOUTS.index(self._layout) :] if chosen else ():
+            self._layout = layout
             # The passes of a sharded model must be the same in number on all processes: there is one layout.
-            last = reading is Reading.ALONE or self.sharded
+            last = layout is _LAYOUTS[-1] or self.sharded
             found, gap = self._try(chosen, prompts, stop, last=last)
             if gap is None:
                 break
@@ -252,10 +288,9 @@ class Sampler:
                 raise RuntimeError(
                     f"`model` {type(self.model).__name__} does not write from the distribution that its passes give: "
                     f"log p of a response that it wrote differs by {gap:.2g} nats when it reads it again, so no "
-                    "log D(y|x) is known of its samples. It may keep something between passes, or take a cache for "
-                    "something else than what it has read."
+                    f"log D(y|x) is known of its samples. {_SHARDED if self.sharded else _NOT_CAUSAL}"
                 )
-            logger.debug("Prompts are laid out otherwise (%s): the model's passes differ.", Reading(reading + 1).name)
+            logger.debug("Prompts are answered otherwise than so: %s. The model's passes differ.", layout)
         return found
 
     def _try(
@@ -276,7 +311,11 @@ class Sampler:
             raise
         except Exception as error:  # a layout that the model cannot run is done without, as one that changes numbers
             if last:
-                raise
+                raise RuntimeError(
+                    f"`model` {type(self.model).__name__} cannot answer a prompt by itself: {str(error).rstrip('.')}. "
+                    "Here a model is given token ids and nothing else: give it a `forward` that fills in what it "
+                    "wants beside them (`functools.partial`), or merge the adapter that wants it (`merge_and_unload`)."
+                ) from error
             logger.debug("The model cannot answer prompts laid out so: %s: %s", type(error).__name__, error)
             gaps.append(math.inf)
         return found, max(gather_object(gaps), default=None)
@@ -284,18 +323,21 @@ class Sampler:
     def _read(self, prompt: list[int], response: list[int]) -> Readout:
         """What the model says of the tokens of a response when it reads them alone."""
         ids = torch.tensor([[*prompt, *response[:-1]]], device=input_device(self.model))
-        trims = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        keep = {"logits_to_keep": len(response)} if trims else {}
-        logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **keep).logits
-        # From the end: some adapters put tokens of their own before the prompt.
-        logits = logits[0, -len(response) :]
+        logits = self._logits(ids, len(response))[0]
         values = token_logprobs(logits, torch.tensor(response, device=logits.device))
         return Readout(values.double().cpu(), rounding(self.model, logits))
 
+    def _logits(self, ids: Tensor, last: int) -> Tensor:
+        """Logits `(B, last, V)` at the last tokens, of a plain pass."""
+        trims = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        keep = {"logits_to_keep": last} if trims else {}
+        logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **keep).logits
+        return logits[:, -last:]  # from the end: some adapters put tokens of their own before the prompt
+
     def _draw_batch(self, prompts: list[list[int]], index: int, stop: Stop | None) -> list[_Drawn]:
-        if self._reading < Reading.EQUAL:
+        if self._layout.reading < Reading.EQUAL:
             return self._draw_together(prompts, (index,), stop)
-        if self._reading is Reading.EQUAL:
+        if self._layout.reading is Reading.EQUAL:
             lengths = sorted({len(prompt) for prompt in prompts})
             groups = [[prompt for prompt in prompts if len(prompt) == length] for length in lengths]
         else:
@@ -304,32 +346,16 @@ class Sampler:
 
     def _draw_together(self, prompts: list[list[int]], place: tuple[int, ...], stop: Stop | None) -> list[_Drawn]:
         device, eos = input_device(self.model), self.sampling.eos_token_ids
-        ids, mask = pad_left(prompts)
+        ids, mask = (part.to(device) for part in pad_left(prompts))
         processors, stopper = self.sampling.processors(), _Stopper(ids.shape, stop)
         plain, sampled = _DensityRecorder(), _DensityRecorder()
-        config = GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=self.sampling.max_new_tokens,
-            eos_token_id=list(eos) or None,
-            pad_token_id=0,
-            use_cache=True,
-        )
+        chain_of = LogitsProcessorList([plain, *processors, sampled] if processors else [plain])
+        write = self._generate if self._layout.generated else self._write
         # The passes of a sharded model must be the same in number on all processes, whatever their prompts.
-        share = self._reading is Reading.SHARED and not self.sharded
+        share = self._layout.reading is Reading.SHARED and not self.sharded
         cache = read_prompts(self.model, prompts) if share else None
-        with own_config(self.model, config), _seeded(device, (self.seed, *place)):
-            sequences = self.model.generate(
-                ids.to(device),
-                attention_mask=mask.to(device),
-                generation_config=config,
-                logits_processor=LogitsProcessorList([plain, *processors, sampled] if processors else [plain]),
-                stopping_criteria=None if stop is None else StoppingCriteriaList([stopper]),
-                synced_gpus=self.sharded and PartialState().num_processes > 1,
-                **{CACHE: cache},
-            )
+        with _seeded(device, (self.seed, *place)):
+            sequences = write(ids, mask, cache, chain_of, None if stop is None else stopper)
         before = plain.finish(sequences, start=ids.shape[1])
         logprobs = sampled.finish(sequences, start=ids.shape[1]) if processors else before
         responses = sequences[:, ids.shape[1] :].tolist()
@@ -339,6 +365,58 @@ class Sampler:
             sample = Sample(response[:length], float(terms[:length].sum()), response[length - 1] in eos)
             found.append(_Drawn(sample, own[:length]))
         return found
+
+    def _generate(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        cache: Cache | None,
+        processors: LogitsProcessorList,
+        stopper: StoppingCriteria | None,
+    ) -> Tensor:
+        """Prompts and responses `(B, L + T)`, by the model's own `generate`."""
+        config = GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=self.sampling.max_new_tokens,
+            eos_token_id=list(self.sampling.eos_token_ids) or None,
+            pad_token_id=0,
+            use_cache=True,
+        )
+        with own_config(self.model, config):
+            return self.model.generate(
+                ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=processors,
+                stopping_criteria=None if stopper is None else StoppingCriteriaList([stopper]),
+                synced_gpus=self.sharded and PartialState().num_processes > 1,
+                **{CACHE: cache},
+            )
+
+    def _write(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        cache: Cache | None,
+        processors: LogitsProcessorList,
+        stopper: StoppingCriteria | None,
+    ) -> Tensor:
+        """Prompts of one length and responses `(B, L + T)`, each token by a pass like those that `_read` makes."""
+        eos = torch.tensor(self.sampling.eos_token_ids, dtype=ids.dtype, device=ids.device)
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        for _ in range(self.sampling.max_new_tokens):
+            scores = processors(ids, self._logits(ids, 1)[:, -1].float())
+            tokens = torch.multinomial(scores.softmax(-1), 1).to(ids.device)
+            ids = torch.cat([ids, tokens], dim=-1)
+            ended |= torch.isin(tokens[:, 0], eos)
+            if stopper is not None:
+                ended |= stopper(ids, scores)
+            if ended.all():
+                break
+        return ids
 
 
 def _kinds(batches: list[tuple[int, list[int]]], prompts: Sequence[list[int]]) -> dict[str, tuple[int, list[int]]]:
@@ -413,12 +491,12 @@ def _seeded(device: torch.device, entropy: tuple[int, ...]) -> Iterator[None]:
 
 def require_room(model: PreTrainedModel, prompts: Sequence[list[int]], new_tokens: Sequence[int]) -> None:
     """Refuse prompts that leave a model too few positions for what is to follow them."""
-    # Recurrent models have no such limit.
+    # Recurrent models have no such limit, or one of -1.
     room = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
     if room is None:
         return
     for row, (prompt, new) in enumerate(zip(prompts, new_tokens)):
-        if len(prompt) + new > room:
+        if len(prompt) + new > room > 0:
             raise ValueError(
                 f"Prompt {row} has {len(prompt)} tokens, and with {new} new ones it does not fit into the model's "
                 f"{room} positions; shorten either."

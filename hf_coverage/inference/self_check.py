@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from hf_coverage.functional.checks import IntArray
 from hf_coverage.functional.logprobs import token_logprobs
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.forward import HeadForward
@@ -36,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 # Positions of the row that are compared: more make small faults visible, and cost logits.
 _POSITIONS = 64
-# Tokens of that row at least, where the longest has more: a cache cannot be tried on less.
+# Tokens of that row at least, where the longest has more: faults in less may not show.
 _LEAST = 16
 
 
@@ -114,8 +116,9 @@ def find_reading(
     """Find the fastest way of reading rows that gives each the log-probabilities that it has alone.
 
     The start of the longest row is read alone, and with the rest of that row to its right and the shortest one beside
-    it; where prompts may be shared, two lines go on from a cache of its first half. Further passes are made only to
-    tell what failed. All processes of a job have to call it, and get the same answer. Use it inside `inference`.
+    it; where prompts may be shared, two lines go on from the cache of one that recurs, as its responses will. Further
+    passes are made only to tell what failed. All processes of a job have to call it, and get the same answer. Use it
+    inside `inference`.
 
     Args:
         forwards: The models that will read the rows.
@@ -168,21 +171,31 @@ class _Check:
 
     def __init__(self, forward: HeadForward, corpus: EncodedCorpus, vocab_size: int, most: int) -> None:
         self._forward = forward
-        rows = sorted(range(len(corpus)), key=lambda row: len(corpus.prompts[row]) + len(corpus.completions[row]))
+        lengths = [len(prompt) + len(completion) for prompt, completion in zip(corpus.prompts, corpus.completions)]
+        rows = sorted(range(len(corpus)), key=lengths.__getitem__)
         short, long = ([*corpus.prompts[row], *corpus.completions[row]] for row in (rows[0], rows[-1]))
         self._longest, self._mate = long[:-1], short[:-1]
         # The row is as long as the shortest one, so that whatever a length switches is switched by its company.
         size = min(max(len(self._mate), _LEAST), max(1, len(self._longest) - 1))
         self._row = self._longest[:size]
         self._other_future = [(token + 1) % vocab_size for token in self._longest[size:]]
-        self._positions = np.unique(np.linspace(0, size - 1, min(size, most)).round().astype(np.int64))
+        self._most = most
+        self._positions = self._spread(size)
         self._labels = torch.tensor([long[place + 1] for place in self._positions])
+        # Adapters may be switched on by tokens of the prompt: only a prompt that will be shared shows what that does.
+        times = Counter(map(tuple, corpus.prompts))
+
+        def worth(row: int) -> tuple[bool, bool, int]:
+            return len(corpus.completions[row]) > 1, times[tuple(corpus.prompts[row])] > 1, lengths[row]
+
+        shared = max(rows, key=worth)
+        self._prompt, self._response = corpus.prompts[shared], corpus.completions[shared][: _POSITIONS + 1]
 
     def reading(self, *, share: bool) -> Reading:
         """The fastest way of reading that changes nothing."""
         alone = self._read([self._row])
         if agree(alone, self._read([self._longest, self._mate])):
-            return Reading.SHARED if share and self._continues(alone) else Reading.PADDED
+            return Reading.SHARED if share and self._continues() else Reading.PADDED
         self._require_causal()
         equal = self._read([self._row, self._longest[::-1][: len(self._row)]])
         return Reading.EQUAL if agree(alone, equal) else Reading.ALONE
@@ -202,27 +215,31 @@ class _Check:
             "If it is quantised with scales that a whole pass decides, take one whose scales are those of each token."
         )
 
-    def _continues(self, alone: Readout) -> bool:
+    def _continues(self) -> bool:
         """Whether two lines that go on from one cache say what the row alone says."""
-        cut = (len(self._row) + 1) // 2
-        tail = self._positions >= cut
-        if not tail.any():
+        start, count = len(self._prompt), len(self._response) - 1
+        if not count:
             return True
+        places = self._spread(count)
+        labels = torch.tensor([self._response[place + 1] for place in places])
+        whole = self._forward(np.array([[*self._prompt, *self._response[:-1]]]), places + start)
+        alone = self._readout(whole.take_logits(slice(None)), labels)
         try:
-            begun = self._forward(np.array([self._row[:cut]]), np.array([cut - 1]), keep_cache=True)
+            begun = self._forward(np.array([self._prompt]), np.array([start - 1]), keep_cache=True)
             if not is_repeatable(begun.cache):
                 return False
             cache = continue_lines(begun.cache, np.zeros(2, dtype=np.int64), last=True)
-            lines = np.array([self._row[cut:]] * 2)
-            output = self._forward(lines, self._positions[tail] - cut + lines.shape[1], cache=cache)
+            output = self._forward(np.array([self._response[:-1]] * 2), places + count, cache=cache)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a model that cannot go on from a cache is read without
             logger.debug("The model cannot go on from a cache: %s: %s", type(error).__name__, error)
             return False
-        kept = torch.from_numpy(tail)
-        continued = self._readout(output.take_logits(slice(None)), self._labels[kept])
-        return agree(Readout(alone.logprobs[kept], alone.epsilon), continued)
+        return agree(alone, self._readout(output.take_logits(slice(None)), labels))
+
+    def _spread(self, size: int) -> IntArray:
+        """Positions of `size` that are compared."""
+        return np.unique(np.linspace(0, size - 1, min(size, self._most)).round().astype(np.int64))
 
     def ignores_left_padding(self) -> bool:
         """Whether the row says the same behind padding that a mask takes out."""
@@ -261,7 +278,8 @@ def rounding(model: nn.Module, logits: Tensor) -> float:
         The epsilon of the coarsest dtype that shows.
     """
     kinds = {parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point}
-    shown = [torch.finfo(kind).eps for kind in {*kinds, logits.dtype}]
+    # Of finer logits, too, log p is taken in float32.
+    shown = [torch.finfo(kind).eps for kind in {*kinds, logits.dtype, torch.float32}]
     for kind in (torch.bfloat16, torch.float16):
         if torch.equal(logits.to(kind).to(logits.dtype), logits):
             shown.append(torch.finfo(kind).eps)

@@ -14,13 +14,13 @@ from accelerate import PartialState
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from huggingface_hub.utils import tqdm
 
-from hf_coverage.inference.fingerprint import vocabulary_fingerprint
+from hf_coverage.inference.fingerprint import TOKENIZER_COLUMN, vocabulary_fingerprint
 from hf_coverage.inference.kept_samples import kept_samples, sampling_facts
 from hf_coverage.inference.processes import on_main_process
 from hf_coverage.inference.sampler import Sample, Sampler, Sampling, end_token_ids
 from hf_coverage.inference.shards import JsonShards
 from hf_coverage.measure.corpus import encode_prompts, validate_corpus
-from hf_coverage.measure.corpus_columns import TOKENIZER_COLUMN, read_pairs
+from hf_coverage.measure.corpus_columns import read_pairs
 from hf_coverage.measure.encoding import eos_token_id, special_prefix, tokenize
 from hf_coverage.measure.scoring import score_responses
 

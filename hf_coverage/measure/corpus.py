@@ -108,7 +108,8 @@ def encode_corpus(
 
     - Text is tokenised as a pair: the prompt's trailing whitespace moves to the completion, prompt and completion are
       encoded as one string, and the ids are split at the length of the prompt's own ids. These are the ids that
-      lm-evaluation-harness scores. A prompt without tokens becomes the BOS token, or else the EOS token.
+      lm-evaluation-harness scores. Where a token spans the split, they would not spell the completion, which is then
+      encoded by itself. A prompt without tokens becomes the BOS token, or else the EOS token.
     - Chat messages pass through the chat template, which also ends the completion. The prompt is rendered with its
       generation prompt and its ids must be a prefix of the ids of the whole conversation, and what follows must hold
       all that the completion says. A column `chat_template_kwargs` has the template's arguments for each row.

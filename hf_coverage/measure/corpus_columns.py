@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from hf_coverage.inference.fingerprint import vocabulary_fingerprint
+from hf_coverage.inference.fingerprint import TOKENIZER_COLUMN, vocabulary_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "TOKENIZER_COLUMN",
     "check_fingerprints",
     "check_tokenizer",
     "check_values",
@@ -30,12 +29,6 @@ __all__ = [
 
 # A density can exceed 1 by rounding only: a sum of float32 log-softmax terms of a near-certain response does so.
 _POSITIVE_ROUNDING = 1e-6
-
-TOKENIZER_COLUMN = "tokenizer_fingerprint"
-"""Beside token ids, in every row: the `vocabulary_fingerprint` of the tokenizer that they are of.
-
-A column, because it goes wherever rows go: through `select`, `concatenate_datasets`, folders and files of any format.
-"""
 
 _KINDS = "text, a list of chat messages, or a list of token ids"
 

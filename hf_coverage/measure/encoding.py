@@ -65,7 +65,11 @@ def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def encode_text_pairs(
     prompts: list[str], completions: list[str], tokenizer: PreTrainedTokenizerBase, *, end: int | None = None
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of text pairs, split where lm-evaluation-harness splits them; an empty list is a prompt of none."""
+    """Token ids of text pairs, split where lm-evaluation-harness splits them; an empty list is a prompt of none.
+
+    Where a token spans the split, the completion is encoded by itself: the model is given the prompt's own ids, and
+    what follows them has to spell the completion.
+    """
     special_prefix(tokenizer)
     heads = [prompt.rstrip() for prompt in prompts]
     head_ids = encode_texts(heads, tokenizer)
@@ -74,14 +78,18 @@ def encode_text_pairs(
     bare_ids = iter(tokenize([completions[row] for row in bare], tokenizer, add_special_tokens=False))
     for row in bare:
         head_ids[row], whole_ids[row] = _split_bare(next(bare_ids), tokenizer)
-    _report_merges(head_ids, whole_ids)
     completion_ids = [whole[len(head) :] for head, whole in zip(head_ids, whole_ids)]
+    merged = [row for row, (head, whole) in enumerate(zip(head_ids, whole_ids)) if whole[: len(head)] != head]
+    tails = [prompts[row][len(heads[row]) :] + completions[row] for row in merged]
+    for row, ids in zip(merged, tokenize(tails, tokenizer, add_special_tokens=False) if merged else ()):
+        _require_same_text(row, [*head_ids[row], *ids], whole_ids[row], tokenizer)
+        completion_ids[row] = ids
+    _report_merges(merged, len(head_ids))
     for row, (ids, completion) in enumerate(zip(completion_ids, completions)):
         if completion and not ids:
             raise ValueError(
                 f"Row {row}, column `completion`: no token is left of {completion[:40]!r} after `prompt`: the "
-                "tokenizer drops it, or joins it to the prompt's last token, so it cannot be scored; end the prompt "
-                "at a word boundary, or give token ids."
+                "tokenizer drops it, so it cannot be scored; give token ids."
             )
     if end is not None:
         for row, ids in enumerate(completion_ids):
@@ -130,14 +138,26 @@ def tokenize(
     return ids
 
 
-def _report_merges(head_ids: list[list[int]], whole_ids: list[list[int]]) -> None:
-    merged = [row for row, (head, whole) in enumerate(zip(head_ids, whole_ids)) if whole[: len(head)] != head]
+def _require_same_text(row: int, apart: list[int], together: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a row whose prompt and completion, each encoded by itself, are not the text that they are together."""
+    own, text = (tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (apart, together))
+    if own != text:
+        raise ValueError(
+            f"Row {row}: a token spans the end of `prompt` and the start of `completion`, and encoded apart they are "
+            f"another text, {own[-40:]!r} for {text[-40:]!r}, so no tokens after the prompt spell the completion; end "
+            "the prompt at a word boundary, or give token ids."
+        )
+
+
+def _report_merges(merged: list[int], rows: int) -> None:
     if merged:
         logger.warning(
-            "In %d of %d rows (the first is row %d) a token spans the end of `prompt` and the start of `completion`: "
-            "the tokens that are scored do not spell the text. End prompts at a word boundary, or give token ids.",
+            "In %d of %d rows (the first is row %d) a token would span the end of `prompt` and the start of "
+            "`completion`: there the completion is encoded by itself, so that what is scored is the text. "
+            "lm-evaluation-harness scores other tokens, which do not spell it. End prompts at a word boundary, or "
+            "give token ids.",
             len(merged),
-            len(head_ids),
+            rows,
             merged[0],
         )
 

@@ -243,7 +243,7 @@ def _reduce(function: Callable[..., Any], lines: list[NDArray]) -> NDArray[np.fl
 
 
 def _check_rows(corpus: EncodedCorpus, rows: range, forward: HeadForward, vocab_size: int) -> None:
-    # Recurrent and ALiBi models have no such number.
+    # Recurrent and ALiBi models have no such number, or -1.
     longest = getattr(forward.model.config.get_text_config(), "max_position_embeddings", None)
     for row in rows:
         prompt, completion = corpus.prompts[row], corpus.completions[row]
@@ -253,7 +253,7 @@ def _check_rows(corpus: EncodedCorpus, rows: range, forward: HeadForward, vocab_
                 f"Row {row} has token id {largest}, expected ids in [0, {vocab_size}); "
                 "encode the corpus with the tokenizer of this model."
             )
-        if longest is not None and tokens_read(corpus, row) > longest:
+        if longest is not None and tokens_read(corpus, row) > longest > 0:
             raise ValueError(
                 f"Row {row} has {len(prompt)} prompt and {len(completion)} response tokens, but the model takes "
                 f"{longest} (`max_position_embeddings`); shorten the row or leave it out. Nothing is truncated "

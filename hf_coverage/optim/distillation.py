@@ -199,7 +199,8 @@ def _token_rows(model: nn.Module, inputs: dict[str, Any], mask: Tensor, *, in_ch
     """Run a model, and give its distributions at the tokens of the mask: by its head, or as logits."""
     if not in_chunks or is_sharded(unwrap(model)):  # a sharded head has its weights only while the model runs
         outputs = model(**inputs, use_cache=False)
-        return outputs, TokenRows(outputs.logits[mask])
+        # from the end: some adapters put tokens of their own before the prompt
+        return outputs, TokenRows(outputs.logits[:, -mask.shape[1] :][mask])
     head = find_head(unwrap(model))
     positions = torch.nonzero(mask.flatten())[:, 0]
     with select_before(head.module, positions, 1, tuple(mask.shape)) as seen:
@@ -248,6 +249,11 @@ def _check_tokenizers(tokenizer: Any, teacher_tokenizer: PreTrainedTokenizerBase
 
 
 def _check_trainer(trainer: Any) -> None:
+    if trainer.args.use_liger_kernel:
+        raise ValueError(
+            "`use_liger_kernel=True` replaces the model's forward by one that takes the loss itself and returns no "
+            "logits, where distillation needs the model's distributions: leave it out."
+        )
     if trainer.compute_loss_func is not None or trainer.args.label_smoothing_factor:
         raise ValueError(
             "`compute_loss_func` and `label_smoothing_factor` would do nothing: the loss is the distillation's. "

@@ -39,7 +39,7 @@ class CoverageLoss(TrainerCallback):
             progress, a resumed run's as well. An evaluation takes the N that the training has reached.
 
     Raises:
-        ValueError: If `n` is below 1; when called, if there are no labels, if they do not fit the logits, or if N
+        ValueError: If `n` is below 1; when called, if there are no labels or logits, if they do not fit, or if N
             follows a progress that is not known.
 
     Example:
@@ -89,6 +89,11 @@ class CoverageLoss(TrainerCallback):
                 "the coverage loss needs `labels` in every batch: token ids, -100 where nothing is learned."
             )
         logits = outputs["logits"]
+        if logits is None:
+            raise ValueError(
+                "the model returned no logits, of which the coverage loss is made: `use_liger_kernel=True` lets a "
+                "model take its own loss without them; leave it out."
+            )
         if logits.shape[:-1] != labels.shape:
             raise ValueError(
                 f"`labels` must have the shape (B, T) of the logits, {tuple(logits.shape[:-1])}, got "

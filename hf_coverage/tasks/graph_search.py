@@ -268,6 +268,8 @@ class GraphSearch:
     ) -> datasets.Dataset:
         """Draw a reference corpus: `prompt`, `completion`, `reference_logprob` (nats) and `path_class` (from 1).
 
+        Token ids have `tokenizer_fingerprint` beside them, by which they are known to be this task's.
+
         Args:
             num_rows: Number of rows.
             weights: Probability of each class.
@@ -276,10 +278,13 @@ class GraphSearch:
         """
         import datasets
 
+        from hf_coverage.inference.fingerprint import TOKENIZER_COLUMN, vocabulary_fingerprint
+
         rows = self.sample(num_rows, weights, seed=seed)
         prompts, completions = [p.tolist() for p in rows.prompts], rows.paths.tolist()
+        tokenizer = self.tokenizer()
+        known = {} if as_text else {TOKENIZER_COLUMN: [vocabulary_fingerprint(tokenizer)] * num_rows}
         if as_text:
-            tokenizer = self.tokenizer()
             prompts = tokenizer.batch_decode(prompts)
             completions = [" " + text for text in tokenizer.batch_decode(completions)]
         return datasets.Dataset.from_dict(
@@ -288,6 +293,7 @@ class GraphSearch:
                 "completion": completions,
                 "reference_logprob": self.log_density(rows.graphs, rows.paths, weights),
                 "path_class": rows.classes + 1,
+                **known,
             }
         )
 

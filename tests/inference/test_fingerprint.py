@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from hf_coverage.inference.fingerprint import config_fingerprint, tokenizer_fingerprint, weight_fingerprint
+from tests.inference.peft_models import adapted, llama
+
+PEFTS_OWN = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
 def build(**arguments):
@@ -71,3 +75,29 @@ def test_tokenizers():
     assert tokenizer_fingerprint(tokenizer(words=("b", "a"))) != expected
     assert tokenizer_fingerprint(tokenizer(eos_token="b")) != expected
     assert tokenizer_fingerprint(tokenizer(chat_template="{{ messages }}")) != expected
+
+
+@PEFTS_OWN
+@pytest.mark.parametrize("method", ["LORA", "PREFIX_TUNING"])
+def test_which_adapters_are_at_work_is_part_of_the_configuration(method):
+    model = adapted(llama(), method, None)
+    expected, weights = config_fingerprint(model), weight_fingerprint(model)
+    assert config_fingerprint(adapted(llama(), method, None)) == expected
+    with model.disable_adapter():
+        assert config_fingerprint(model) != expected
+        assert weight_fingerprint(model) == weights
+    assert config_fingerprint(model) == expected
+
+
+@PEFTS_OWN
+def test_settings_of_an_adapter_are_part_of_the_configuration_and_where_it_came_from_is_not(tmp_path):
+    model = adapted(llama(), "LORA", None)
+    expected = config_fingerprint(model)
+    assert config_fingerprint(adapted(llama(), "LORA", None, lora_alpha=16)) != expected
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+    both = config_fingerprint(model)
+    model.set_adapter("other")
+    assert len({expected, both, config_fingerprint(model)}) == 3
+    adapted(llama(), "LORA", None).save_pretrained(tmp_path)
+    assert config_fingerprint(PeftModel.from_pretrained(llama(), tmp_path)) == expected
+    assert config_fingerprint(model.unload()) == config_fingerprint(llama())

@@ -11,8 +11,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from hf_coverage.inference import sampler
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.sampler import Sampler, Sampling, read_prompts
+from hf_coverage.inference.self_check import Reading
 from hf_coverage.measure.scoring import score_encoded
-from tests.inference.odd_models import SMALL, ForgetsItsCache, alone, bart, llama, quantised, shaken, subclass
+from tests.inference.odd_models import SMALL, ForgetsItsCache, alone, bart, bert, llama, quantised, shaken, subclass
 from tests.measure.test_scoring_architectures import ARCHITECTURES, build, oracle
 
 LONG, MIDDLE, SHORT = list(range(3, 20)), [5, 4, 9, 30, 12, 7, 21, 8, 3], [6, 4]
@@ -101,6 +102,21 @@ def roformer():
     return shaken(transformers.RoFormerForCausalLM(config))
 
 
+def roberta():
+    """Its positions begin behind that of its padding token; `generate` counts them from 0."""
+    torch.manual_seed(0)
+    return shaken(transformers.RobertaForCausalLM(transformers.RobertaConfig(**SMALL, is_decoder=True)))
+
+
+class AnotherEachTime(LlamaForCausalLM):
+    """Says something else in every pass."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        self.passes = getattr(self, "passes", 0) + 1
+        return output | {"logits": output.logits * (1 + self.passes % 3)}
+
+
 class OneAtATime(LlamaForCausalLM):
     """Cannot read more than one prompt, as some vision-language models cannot."""
 
@@ -114,6 +130,8 @@ ODD = {
     "left padding is text": roformer,
     "scale of the batch": lambda: quantised(0, 2),
     "one prompt at a time": lambda: subclass(OneAtATime),
+    "replaces the cache": lambda: subclass(ForgetsItsCache),
+    "counts positions from elsewhere": roberta,
     "plain": llama,
 }
 
@@ -129,8 +147,38 @@ def test_the_recorded_density_is_that_of_the_response_alone(name):
 
 
 def test_what_writes_from_another_distribution_is_refused():
-    with pytest.raises(RuntimeError, match="does not write from the distribution that its passes give"):
-        draw(subclass(ForgetsItsCache), [LONG, SHORT])
+    for model in (subclass(AnotherEachTime), bert()):
+        with pytest.raises(RuntimeError, match="does not write from the distribution that its passes give: log p"):
+            draw(model, [LONG, SHORT])
+
+
+@pytest.mark.parametrize("settings", [{}, {"eos_token_ids": ()}, {"top_k": 3, "temperature": 0.8}])
+def test_plain_passes_write_what_generate_does(settings, monkeypatch):
+    model, found = llama(), []
+    for generated in (True, False):
+        drawing = Sampler(
+            model, Sampling(**({"max_new_tokens": 6, "eos_token_ids": (2,)} | settings)), batch_size=4, seed=3
+        )
+        drawing._layout = sampler._Layout(Reading.EQUAL, generated)
+        found.append(drawing.draw([LONG] * 3 + [MIDDLE] * 2 + [SHORT]))
+    assert [sample.ids for sample in found[0]] == [sample.ids for sample in found[1]]
+    np.testing.assert_allclose(*[[sample.logprob for sample in samples] for samples in found], atol=1e-4)
+
+
+def test_a_rule_ends_responses_of_plain_passes():
+    def stop(response):
+        return len(response) >= 3 and response[-1] % 2 == 0
+
+    prompts = [LONG] * 6 + [SHORT] * 6
+    drawing = Sampler(roberta(), Sampling(max_new_tokens=12), batch_size=4, seed=3)
+    samples = drawing.draw(prompts, stop=stop)
+    assert not drawing._layout.generated
+    assert len({len(sample.ids) for sample in samples}) > 1
+    for sample in samples:
+        assert len(sample.ids) == 12 or stop(sample.ids)
+        assert not any(stop(sample.ids[:length]) for length in range(1, len(sample.ids)))
+    expected = alone(drawing.model, EncodedCorpus(prompts, [sample.ids for sample in samples]))
+    np.testing.assert_allclose([sample.logprob for sample in samples], expected, atol=1e-4)
 
 
 def test_an_encoder_decoder_is_refused():

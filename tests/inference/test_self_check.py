@@ -13,7 +13,7 @@ from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.fingerprint import weight_fingerprint
 from hf_coverage.inference.forward import HeadForward, inference
 from hf_coverage.inference.prefix_cache import CACHE
-from hf_coverage.inference.self_check import Reading, Readout, agree, find_reading, ignores_left_padding
+from hf_coverage.inference.self_check import Reading, Readout, agree, find_reading, ignores_left_padding, rounding
 from hf_coverage.measure.scoring import score_encoded
 from tests.inference.odd_models import (
     SMALL,
@@ -158,7 +158,7 @@ def test_one_line_says_what_is_done_without(caplog):
     ]
 
 
-def test_a_sound_model_is_asked_in_four_small_passes(monkeypatch):
+def test_a_sound_model_is_asked_in_five_small_passes(monkeypatch):
     model, encoded, passes = llama(), corpus(), []
     forward = LlamaForCausalLM.forward
 
@@ -168,9 +168,15 @@ def test_a_sound_model_is_asked_in_four_small_passes(monkeypatch):
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", counted)
     assert reading_of(model, encoded) is Reading.SHARED
-    longest = 39
-    assert len(passes) == 4
-    assert sum(passes) <= 2 * longest + 2 * 16 + 16
+    longest, shared, response = 39, 12, 7
+    assert sum(passes) == 16 + 2 * longest + (shared + response) + shared + 2 * response
+    assert len(passes) == 5
+
+
+def test_doubles_are_compared_as_what_log_p_is_taken_in():
+    model = llama().double()
+    assert reading_of(model, corpus()) is Reading.SHARED
+    assert rounding(model, torch.full((1, 1), 1 / 3, dtype=torch.float64)) == torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize(

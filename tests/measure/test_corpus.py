@@ -66,9 +66,33 @@ def text_corpus(pairs: list[tuple[str, str]]) -> Dataset:
     return Dataset.from_dict({"prompt": [p for p, _ in pairs], "completion": [c for _, c in pairs]})
 
 
+def joined(tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str) -> bool:
+    """Whether a token spans the end of the prompt."""
+    head, whole = (tokenizer(text)["input_ids"] for text in (prompt.rstrip(), prompt + completion))
+    return bool(prompt) and whole[: len(head)] != head
+
+
 def assert_same_ids(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> None:
-    encoded = encode_corpus(text_corpus(pairs), tokenizer)
-    assert list(zip(encoded.prompts, encoded.completions)) == harness_ids(tokenizer, pairs)
+    """The harness's ids, where they spell the text; or else others that do, or a refusal."""
+    clean = [pair for pair in pairs if not joined(tokenizer, *pair)]
+    if clean:
+        encoded = encode_corpus(text_corpus(clean), tokenizer)
+        assert list(zip(encoded.prompts, encoded.completions)) == harness_ids(tokenizer, clean)
+    for prompt, completion in pairs:
+        if joined(tokenizer, prompt, completion):
+            assert_spelled(tokenizer, prompt, completion)
+
+
+def assert_spelled(tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str) -> None:
+    corpus = text_corpus([(prompt, completion)])
+    head, whole = (tokenizer(text)["input_ids"] for text in (prompt.rstrip(), prompt + completion))
+    tail = tokenizer((prompt + completion)[len(prompt.rstrip()) :], add_special_tokens=False)["input_ids"]
+    if tokenizer.decode(head + tail) == tokenizer.decode(whole):
+        encoded = encode_corpus(corpus, tokenizer)
+        assert (encoded.prompts, encoded.completions) == ([head], [tail])
+    else:
+        with pytest.raises(ValueError, match="a token spans the end of `prompt`"):
+            encode_corpus(corpus, tokenizer)
 
 
 def scorable(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -125,10 +149,22 @@ class TestTextAsTheHarnessReadsIt:
         finally:
             tokenizer.backend_tokenizer.no_truncation()
 
-    def test_a_token_across_the_border_is_reported(self, caplog):
+    @pytest.mark.parametrize("append_eos", [False, True])
+    def test_a_token_across_the_border_is_not_made(self, append_eos, caplog):
+        tokenizer, pair = gpt2_like(), ("The qui", "ck brown fox jumps over")
         with caplog.at_level(logging.WARNING, logger="hf_coverage"):
-            encode_corpus(text_corpus([("the", " dog"), ("The qui", "ck brown fox jumps over")]), gpt2_like())
+            encoded = encode_corpus(text_corpus([("the", " dog"), pair]), tokenizer, append_eos=append_eos)
         assert "In 1 of 2 rows (the first is row 1)" in caplog.text
+        text = [tokenizer.decode(ids) for ids in (encoded.prompts[1], encoded.completions[1])]
+        assert text == [pair[0], pair[1] + "</s>" * append_eos]
+        ((_, harness_completion),) = harness_ids(tokenizer, [pair])
+        assert tokenizer.decode(harness_completion) != pair[1]
+
+    def test_a_completion_that_cannot_be_spelled_apart_is_refused(self):
+        with pytest.raises(
+            ValueError, match=r"Row 1: a token spans the end of `prompt`.*are another text, '<s> The qui ck"
+        ):
+            encode_corpus(text_corpus([("the", " dog"), ("The qui", "ck brown")]), llama_like())
 
     def test_a_tokenizer_that_ends_every_text_is_refused(self):
         with pytest.raises(ValueError, match="`add_eos_token=False`"):
@@ -145,15 +181,15 @@ class TestEndOfSequence:
             encode_corpus(text_corpus([("a", " b"), ("a", " b </s>")]), words(), append_eos=True)
 
     @pytest.mark.parametrize("append_eos", [False, True])
-    def test_a_token_that_holds_prompt_and_completion_is_refused(self, append_eos):
+    def test_a_token_that_holds_prompt_and_completion_is_not_made(self, append_eos):
         pair = next(
             (token[:cut], token[cut:])
             for token in gpt2_like().get_vocab()
             for cut in range(1, len(token))
             if token.isascii() and token.isalpha() and len(gpt2_like()(token[:cut])["input_ids"]) == 1
         )
-        with pytest.raises(ValueError, match=f"Row 1, column `completion`: no token is left of '{pair[1]}'"):
-            encode_corpus(text_corpus([("a", " b"), pair]), gpt2_like(), append_eos=append_eos)
+        encoded = encode_corpus(text_corpus([("a", " b"), pair]), gpt2_like(), append_eos=append_eos)
+        assert gpt2_like().decode(encoded.completions[1]) == pair[1] + "</s>" * append_eos
 
     def test_needs_an_eos_token(self):
         bare = PreTrainedTokenizerFast(tokenizer_object=words().backend_tokenizer)

@@ -365,6 +365,7 @@ def test_tokenizers_that_differ_are_refused(tmp_path):
             "`compute_loss_func` and `label_smoothing_factor` would",
         ),
         ({"n": 8.0, "label_smoothing_factor": 0.1}, "`compute_loss_func` and `label_smoothing_factor` would"),
+        ({"n": 8.0, "use_liger_kernel": True}, "`use_liger_kernel=True` replaces the model's forward"),
     ],
 )
 def test_settings_that_contradict_are_refused(tmp_path, settings, message):

@@ -145,6 +145,11 @@ def test_a_schedule_that_nobody_moves_is_refused(tmp_path):
         trainer.train()
 
 
+def test_a_model_that_keeps_its_logits_is_refused():
+    with pytest.raises(ValueError, match=r"returned no logits.*`use_liger_kernel=True` lets a model take"):
+        CoverageLoss(n=4)({"logits": None, "loss": torch.tensor(1.0)}, torch.tensor([[1, 2]]))
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [

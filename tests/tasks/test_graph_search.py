@@ -255,7 +255,11 @@ def test_tokenizer_round_trips(tmp_path):
 
 def test_corpus_columns_and_text():
     ids, text = (ALIGNED.corpus(30, NINE_TO_ONE, seed=12, as_text=as_text) for as_text in (False, True))
-    assert ids.column_names == ["prompt", "completion", "reference_logprob", "path_class"]
+    assert text.column_names == ["prompt", "completion", "reference_logprob", "path_class"]
+    assert ids.column_names == [*text.column_names, "tokenizer_fingerprint"]
+    assert encode_corpus(ids, ALIGNED.tokenizer()).prompts == ids["prompt"][:]
+    with pytest.raises(ValueError, match="were made with another tokenizer"):
+        encode_corpus(ids, graph_tokenizer(ALIGNED.num_names - 1))
     assert set(ids["path_class"]) <= {1, 2}
     assert set(ids["reference_logprob"]) == {0.0}
     assert reference_kind(ids) == "single_answer"
