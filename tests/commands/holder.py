@@ -16,4 +16,5 @@ def load_model(*arguments):
 
 
 original, score.load_model = score.load_model, load_model
-app(sys.argv[1:])
+if __name__ == "__main__":
+    app(sys.argv[1:])
