@@ -33,9 +33,9 @@ class RankCorrelations:
         outcome_values: `(L, M)` the outcomes at the checkpoints.
         values: `(K, L)` Spearman's rank correlation; NaN where one of the two is the same at all checkpoints, and so
             has no order.
-        low: `(K, L)` lower end of the interval; NaN where there is no value, or no bootstrap.
+        low: `(K, L)` lower end of the bootstrap's range; NaN where there is no value, or no bootstrap.
         high: `(K, L)` upper end.
-        confidence: Level of the intervals.
+        confidence: Nominal level of the ranges.
         num_prompts: Prompts that guides and outcomes rest on, together.
     """
 
@@ -77,6 +77,9 @@ def rank_correlations(
     of the resamples keep, cut at -1 and 1. (Noise draws rank correlations towards 0, and a resample has it twice: the
     quantiles of the resamples themselves would often leave the truth out.) Prompts of both guides and outcomes are
     drawn for both at once, the others apart; a resample that leaves a measure without order counts as correlation 0.
+
+    It is no interval of that level: where checkpoints differ by less than the noise of their prompts the value itself
+    is drawn towards 0, and in simulations ranges of nominally 95 % held the true correlation .64 to .92 of the time.
 
     It is the uncertainty of *these checkpoints* under other prompts of the same kind. Another training run has other
     checkpoints, of which one run says nothing: neighbouring checkpoints are alike, and M is no number of independent

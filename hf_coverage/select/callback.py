@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from datasets import Dataset
@@ -36,7 +36,7 @@ from hf_coverage.select.checkpoints import (
     load_weights,
     write_best_checkpoint,
 )
-from hf_coverage.select.result import TournamentResult
+from hf_coverage.select.result import Edge, TournamentResult
 from hf_coverage.select.tournament import tournament
 
 __all__ = ["TournamentCallback"]
@@ -79,6 +79,7 @@ class TournamentCallback(CorpusCallback):
             folder of one; None: the one that an earlier part of this run kept.
         n: N of the challenges, one or several; the first decides who wins, unless `metric_for_best_model` names
             another one.
+        edge: `"hard"`, the paper's challenges, or `"soft"`, which never tie; see `tournament`.
         others: Score tables of other runs on the same corpus, or folders of them such as `RUN/tournament`: they
             challenge, but cannot win.
         load_winner_at_end: Load the winner's weights at the end of the training, as `load_best_model_at_end` does.
@@ -116,6 +117,7 @@ class TournamentCallback(CorpusCallback):
         corpus: Dataset | str | PathLike[str] | None,
         n: float | Iterable[float] = 16,
         *,
+        edge: Edge = "hard",
         others: Sequence[str | PathLike[str]] = (),
         load_winner_at_end: bool = False,
         save_total_limit: int | None = None,
@@ -144,6 +146,9 @@ class TournamentCallback(CorpusCallback):
             raise ValueError("`n` must name at least one N, for example `n=16`, but is empty.")
         if save_total_limit is not None and save_total_limit < 1:
             raise ValueError(f"`save_total_limit` must be at least 1, or None to keep all, but is {save_total_limit}.")
+        if edge not in get_args(Edge):
+            raise ValueError(f"`edge` must be 'hard' or 'soft', but is {edge!r}.")
+        self.edge = edge
         self.others = [fspath(path) for path in others]
         self.load_winner_at_end = load_winner_at_end
         self.save_total_limit = save_total_limit
@@ -261,6 +266,7 @@ class TournamentCallback(CorpusCallback):
         """See `CorpusCallback`."""
         return {
             "n": list(self.n),
+            "edge": self.edge,
             "others": self.others,
             "load_winner_at_end": self.load_winner_at_end,
             "save_total_limit": self.save_total_limit,
@@ -345,12 +351,12 @@ class TournamentCallback(CorpusCallback):
             options = ScoringOptions(batch_tokens=self.batch_tokens, logits_memory=self.logits_memory)
             rows.add(step, scores, checkpoint_folder(args, step), options)
         newcomer = scores.logprob if step is None else None
-        return sorted(rows.by_step), rows.hold(self._deciding_n(args), self.n, newcomer)
+        return sorted(rows.by_step), rows.hold(self._deciding_n(args), self.n, newcomer, edge=self.edge)
 
     def _hold(self, args: TrainingArguments, *, bootstrap: int = 0) -> TournamentResult | None:
         if self._rows is None or not self._rows.by_step:
             return None
-        return self._rows.hold(self._deciding_n(args), self.n, bootstrap=bootstrap)
+        return self._rows.hold(self._deciding_n(args), self.n, edge=self.edge, bootstrap=bootstrap)
 
     def _standing(self) -> list[int]:
         """The steps of this run, best first."""
@@ -469,14 +475,20 @@ class _RunRows:
         self.by_step[step] = scores.logprob
 
     def hold(
-        self, n: float, sweep: Sequence[float], newcomer: FloatArray | None = None, *, bootstrap: int = 0
+        self,
+        n: float,
+        sweep: Sequence[float],
+        newcomer: FloatArray | None = None,
+        *,
+        edge: Edge,
+        bootstrap: int = 0,
     ) -> TournamentResult:
         """The tournament over all rows, `step-<k>`, the challengers, and a newcomer named `model`."""
         own = {f"step-{step}": row for step, row in sorted(self.by_step.items())}
         more = {} if newcomer is None else {"model": newcomer}
-        return tournament(
-            own | self.challengers | more, n, sweep=sweep, groups=self.reference.groups, bootstrap=bootstrap
-        )
+        candidates = own | self.challengers | more
+        groups = self.reference.groups
+        return tournament(candidates, n, edge=edge, sweep=sweep, groups=groups, bootstrap=bootstrap)
 
 
 def _read_challengers(sources: Sequence[str | PathLike[str]], corpus: str) -> dict[str, FloatArray]:

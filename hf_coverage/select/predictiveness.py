@@ -67,8 +67,9 @@ class PredictivenessResult:
             parts.append(f"The same at all checkpoints, which is no order: {', '.join(found.constant)}.")
         if not np.isnan(found.low).all():
             parts.append(
-                f"In brackets, {100 * found.confidence:g} % intervals: for these checkpoints under other prompts than "
-                f"the {found.num_prompts:,} here, and not for another run."
+                f"In brackets, what a bootstrap over the {found.num_prompts:,} prompts allows at "
+                f"{100 * found.confidence:g} %, for these checkpoints and not for another run: noise draws rank "
+                "correlations towards 0, so that it holds the truth less often than that."
             )
         return " ".join(parts)
 
@@ -138,7 +139,8 @@ def predictiveness(
 
     Spearman's rank correlation over the checkpoints: -1 is a perfect guide (the lower the measure, the more is
     achieved), a positive one misleads. On the same rows cross-entropy and KL differ by a constant, and so are equally
-    good guides. The intervals are for these checkpoints under new prompts, and not for new runs.
+    good guides. The ranges are a bootstrap's over prompts, for these checkpoints and not for new
+    runs; see `functional.rank_correlations` for how often they hold the truth.
 
     Args:
         profiles: One for each of M >= 3 checkpoints, on the same corpus. On a plain corpus the guides are
@@ -148,7 +150,7 @@ def predictiveness(
         n: The N of Cov_N.
         outcome_groups: `(S,)` the prompt of each column of the outcomes, labelled as the profiles' groups were; None
             if the columns are the corpus's rows.
-        confidence: Level of the intervals.
+        confidence: Nominal level of the ranges.
         bootstrap: How often prompts are drawn anew for them; 0 for none.
         seed: Of the bootstrap.
 

@@ -14,7 +14,6 @@ ROOT = Path(hf_coverage.__file__).parents[1]
 LAUNCHER = f"-m torch.distributed.run --standalone --nproc_per_node 2 {ROOT / 'tests' / 'commands' / 'left_job.py'}"
 
 
-@pytest.mark.jobs
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [

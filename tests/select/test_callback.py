@@ -441,6 +441,18 @@ def test_the_rows_of_runs_are_candidates_of_the_library_and_the_command(tmp_path
     assert list(mixed.values()) == pytest.approx(list(scored.values()), abs=1e-12)
 
 
+def test_a_soft_tournament_is_held_where_it_is_asked_for(tmp_path):
+    callback = TournamentCallback(CORPUS, (8, 2), edge="soft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CoverageWarning)
+        make_trainer(tmp_path, callback, learning_rate=0.1).train()
+    rows = {f"step-{step}": tmp_path / "tournament" / f"step-{step}" for step in (2, 4, 6, 8)}
+    expected = tournament(rows, 8, edge="soft", sweep=[2])
+    assert callback.result.scores == expected.scores
+    assert callback.result.sweep[0].scores == expected.sweep[0].scores
+    assert callback.result.sentence.startswith(f"{expected.winner} wins the soft tournament")
+
+
 def test_rows_without_any_checkpoint_have_no_winner_to_load(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_trainer(tmp_path / "run", TournamentCallback(CORPUS, 8), save_strategy="no").train()
@@ -494,7 +506,7 @@ def test_a_search_for_hyper_parameters_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"n": ()}, "`n` must name at least one"), ({"n": 0.5}, "`n` must be"), ({"save_total_limit": 0}, "at least 1")],
+    [({"n": ()}, "`n` must name at least one"), ({"n": 0.5}, "`n` must be"), ({"save_total_limit": 0}, "at least 1"), ({"edge": "round"}, "'hard' or 'soft'")],
 )
 def test_arguments_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
