@@ -105,21 +105,10 @@ def sample(
     unfinished = output_dir / _UNFINISHED
     corpus = _build(kind, rows, column, words, model, settings, {"output_dir": unfinished, "shard_rows": shard_rows})
     if is_main_process():
-        from hf_coverage.inference.files import written_whole
-        from hf_coverage.inference.fingerprint import vocabulary_fingerprint
-
         asked = {"command": running_command(), "source": source, "from": kind.value, "teacher": teacher}
         # windows and samples are token ids, which contain their end already: nothing is appended when they are scored
         final = {"append_eos": append_eos and kind is Source.pairs}
-        unfinished.mkdir(parents=True, exist_ok=True)  # says of files half in their place whose they are
-        with written_whole(output_dir) as part:
-            corpus.save_to_disk(part)
-            made = {"tokenizer_fingerprint": vocabulary_fingerprint(words), "versions": versions()}
-            write_origin(part, asked | settings | final | made)
-        # the record last: without it, what is left could pass for something else
-        for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "metadata.json"):
-            path.unlink()
-        unfinished.rmdir()
+        _write(corpus, output_dir, words, asked | settings | final)
     _report(corpus, output_dir)
 
 
@@ -174,6 +163,29 @@ def _column(rows: "Dataset", column: str | None) -> list[Any]:
     if name not in rows.column_names:
         raise ValueError(f"`column` must be one of the source's columns, {rows.column_names}, but is {name!r}.")
     return rows.with_format(None)[name][:]
+
+
+def _write(corpus: "Dataset", folder: Path, tokenizer: Any, facts: dict[str, Any]) -> None:
+    """Put a corpus in its place, and take away what was kept of it before."""
+    from hf_coverage.inference.files import made_folder, written_whole
+    from hf_coverage.inference.fingerprint import vocabulary_fingerprint
+
+    unfinished = folder / _UNFINISHED
+    with made_folder(unfinished):  # says of files half in their place whose they are, if the process is killed
+        try:
+            with written_whole(folder) as part:
+                corpus.save_to_disk(part)
+                made = {"tokenizer_fingerprint": vocabulary_fingerprint(tokenizer), "versions": versions()}
+                write_origin(part, facts | made)
+        except BaseException:
+            for path in folder.iterdir():  # which held nothing else
+                if path.name not in (*LOCK_FILES, _UNFINISHED):
+                    path.unlink()
+            raise
+        # the record last: without it, what is left could pass for something else
+        for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "metadata.json"):
+            path.unlink()
+        unfinished.rmdir()
 
 
 def _report(corpus: "Dataset", folder: Path) -> None:

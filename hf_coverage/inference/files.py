@@ -131,7 +131,9 @@ def begun_with(record: Path, text: str) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            record.unlink()
+            # a file may be in its place, and the error come after
+            if all(path == record or path.name.startswith(".") for path in record.parent.iterdir()):
+                record.unlink()
             raise
 
 

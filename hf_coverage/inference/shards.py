@@ -39,6 +39,8 @@ class JsonShards:
         path = self.folder / _METADATA
         self._metadata = now = json.loads(json.dumps(metadata))  # what is compared is what JSON makes of it
         if not path.exists():
+            if any(self.folder.glob(f"{name}-*.jsonl")):  # shards that lost it
+                write_atomically(path, json.dumps(now, indent=2) + "\n")
             return
         before = read_metadata(self.folder)
         changed = [key for key in sorted(before | now) if key != _DESCRIPTIVE and before.get(key) != now.get(key)]

@@ -74,6 +74,8 @@ class ScoreTable:
         # What is compared later is what JSON made of it.
         metadata = json.loads(json.dumps(metadata))
         if not (path / _METADATA).exists():
+            if any(path.glob("scores-*.safetensors")):  # shards that lost it, and say themselves what they are of
+                write_atomically(path / _METADATA, json.dumps(metadata, indent=2) + "\n")
             return cls(path, metadata)
         existing = _read_metadata(path)
         before, now = _identity(existing), _identity(metadata)
