@@ -6,7 +6,8 @@ from torch import distributed
 
 from hf_coverage.cli import app
 
-try:
-    app(sys.argv[1:])
-finally:
-    print("STAYED" if distributed.is_initialized() else "LEFT", flush=True)
+if __name__ == "__main__":
+    try:
+        app(sys.argv[1:])
+    finally:
+        print("STAYED" if distributed.is_initialized() else "LEFT", flush=True)
