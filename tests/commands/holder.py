@@ -1,4 +1,4 @@
-"""Runs a command whose first passes wait until a file is gone, having said by another one that it is there."""
+"""Runs a command that says by a file that it has come to load its model, and waits there until it is killed."""
 
 import sys
 import time
@@ -9,13 +9,12 @@ from hf_coverage.commands import score
 
 
 def load_model(*arguments):
+    """Say that the command has come here, and wait."""
     Path("here").touch()
-    while Path("here").exists():
-        time.sleep(0.01)
-    return original(*arguments)
+    while True:
+        time.sleep(1)
 
 
-original = score.load_model
 if __name__ == "__main__":
     score.load_model = load_model
     app(sys.argv[1:])
