@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_coverage.functional.arithmetic_codes import *
     from hf_coverage.functional.best_of_n import *
     from hf_coverage.functional.bounds import *
     from hf_coverage.functional.checks import *
@@ -40,6 +41,17 @@ if TYPE_CHECKING:
     from hf_coverage.functional.ttt_config import *
 
 _HOMES = {
+    "arithmetic_codes": (
+        "CodeState",
+        "Decoded",
+        "TokenParts",
+        "decode_token",
+        "nested_codes",
+        "response_intervals",
+        "stratified_codes",
+        "stratified_pass_probabilities",
+        "token_parts",
+    ),
     "best_of_n": (
         "best_of_n_reward",
         "pass_at_n",
