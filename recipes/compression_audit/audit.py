@@ -186,7 +186,7 @@ def report(output: Path, args: AuditArguments, audit: Audit, corpus: Dataset) ->
         results["results"][profile.name] |= {
             "token_perplexity_own_responses,none": own,
             "token_perplexity_text,none": text,
-            "best_of_n_enough,none": budget.n,
+            "best_of_n_enough,none": budget.paper_n,
             "best_of_n_necessary,none": budget.necessary_n,
         }
     written = [page, write_results(output, results)]

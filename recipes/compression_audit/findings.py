@@ -103,7 +103,7 @@ def audit_table(audit: Audit) -> Table:
                 f"{profile.kl:.3f} ± {profile.kl_standard_error:.3f}",
                 own,
                 text,
-                samples(budget.n),
+                samples(budget.paper_n),
                 samples(budget.necessary_n),
             ]
         )
@@ -197,7 +197,7 @@ def explain(audit: Audit) -> list[str]:
         f"times less likely, from best to worst: {ranking}. Lower is better."
     ]
     sentences.append(_orders(audit))
-    least = samples(audit.profiles[0].best_of_n_budget(audit.regret).n)
+    least = samples(audit.profiles[0].best_of_n_budget(audit.regret).paper_n)
     for profile in ordered:
         budget = profile.best_of_n_budget(audit.regret)
         worst = np.sort(profile.log_ratios)[-max(1, profile.num_rows // 10) :].mean()
@@ -210,9 +210,9 @@ def explain(audit: Audit) -> list[str]:
 
 
 def _enough(budget: SampleBudget) -> str:
-    if math.isinf(budget.n):
+    if math.isinf(budget.paper_n):
         return "no number of samples is enough"
-    return f"{samples(budget.n)} samples are enough and {samples(budget.necessary_n)} necessary"
+    return f"{samples(budget.paper_n)} samples are enough and {samples(budget.necessary_n)} necessary"
 
 
 def _orders(audit: Audit) -> str:

@@ -14,6 +14,7 @@ COMMANDS = {
     "profile": "profile student --corpus corpus",
     "compare": "compare scores/student scores/other",
     "report": "report scores/student --card",
+    "choose": "choose scores/student scores/other",
     "tournament": "tournament scores/student scores/other --bootstrap 0",
     "best-of-n": "best-of-n student right.jsonl --k 4 --max-new-tokens 2 --shard-rows 4 --batch-size 2",
     "suggest": "suggest student --data corpus --n 4 --steps 10",

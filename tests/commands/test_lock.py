@@ -42,6 +42,7 @@ COMMANDS = {
     "report": "report scores/student",
     "tournament": "tournament scores/student scores/other",
     "best-of-n": "best-of-n student prompts.jsonl",
+    "choose": "choose student other --data corpus",
     "suggest": "suggest student --data corpus --n 4 --steps 10",
     "tune-ttt": "tune-ttt student --data corpus --n 4",
 }

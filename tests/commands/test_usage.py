@@ -12,11 +12,13 @@ from tests.commands.shell import error_line, invoke, results_in
 def test_the_configuration_file_gives_defaults_and_the_command_line_wins(work):
     (work / "run.yaml").write_text("sources: [scores/student, scores/other]\nn: [3, 5.7]\noutput-dir: from_file\n")
     invoke("profile --config run.yaml")
-    assert list(results_in("from_file")["intervals"]["other"]) == ["cov_3,none", "cov_5.7,none"]
+    assert list(results_in("from_file")["intervals"]["other"]) == [
+        f"{kind}_{n},none" for kind in ("cov", "miss") for n in ("3", "5.7")
+    ]
     invoke("profile scores/student --config run.yaml --n 7 --output-dir from_line")
     found = results_in("from_line")
     assert list(found["results"]) == ["student"]
-    assert list(found["intervals"]["student"]) == ["cov_7,none"]
+    assert list(found["intervals"]["student"]) == ["cov_7,none", "miss_7,none"]
 
 
 @pytest.mark.parametrize(

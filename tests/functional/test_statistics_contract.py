@@ -16,6 +16,7 @@ from hf_coverage.decode.best_of_n_result import BestOfNResult
 from hf_coverage.evaluate_modules.coverage.coverage import Coverage
 from hf_coverage.evaluate_modules.coverage_comparison.coverage_comparison import CoverageComparison
 from hf_coverage.functional import bounds, gradients, paired, row_steps, statistics
+from hf_coverage.functional.choice import decide
 from hf_coverage.functional.coverage_profile import (
     coverage,
     coverage_interval,
@@ -25,15 +26,18 @@ from hf_coverage.functional.coverage_profile import (
     stopped_kl,
 )
 from hf_coverage.functional.coverage_watch import WatchState, update_watch
+from hf_coverage.functional.miss_profile import miss, miss_interval, miss_upper_bound, sample_budget
 from hf_coverage.functional.objectives import distillation_weights
 from hf_coverage.functional.predictiveness import rank_correlations
 from hf_coverage.functional.tournament import OnPolicy, challenge_rates, hold_tournament
 from hf_coverage.functional.tournament_racing import race
+from hf_coverage.functional.tournament_soft import hold_soft_tournament
 from hf_coverage.inference.files import strict_json
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.optim.objectives import log_linear_n
 from hf_coverage.report.results import coverage_results, write_results
 from hf_coverage.report.summary import comparison_table, paired_differences, profile_table, summarize_profiles
+from hf_coverage.select.choose import choose
 from hf_coverage.select.predictiveness import predictiveness
 from hf_coverage.select.tournament import tournament
 
@@ -70,7 +74,15 @@ def mean(values):
 
 def of_profile(profile):
     budget = profile.best_of_n_budget(0.3)
-    found = (profile.cov(N), *profile.interval(N), profile.kl, profile.kl_standard_error, profile.cross_entropy)
+    found = (
+        profile.cov(N),
+        *profile.interval(N),
+        profile.miss(N),
+        *profile.miss_interval(N),
+        profile.kl,
+        profile.kl_standard_error,
+        profile.cross_entropy,
+    )
     return *found, profile.n_for(0.2), profile.num_groups, *budget, *profile.metrics([N]).values()
 
 
@@ -90,6 +102,13 @@ WEIGHTED = {
     "proportion_interval, no groups": lambda rows: statistics.proportion_interval(rows.a > 1, weights=rows.weights),
     "coverage": lambda rows: coverage(rows.a, [1, N, 16], weights=rows.weights),
     "coverage_interval": lambda rows: coverage_interval(rows.a, N, groups=rows.groups, weights=rows.weights),
+    "bounded_mean_upper_bound": lambda rows: statistics.bounded_mean_upper_bound(
+        np.exp(-rows.a), groups=rows.groups, weights=rows.weights
+    ),
+    "miss": lambda rows: miss(rows.a, [1, N, 16], weights=rows.weights),
+    "miss_interval": lambda rows: miss_interval(rows.a, N, groups=rows.groups, weights=rows.weights),
+    "miss_upper_bound": lambda rows: miss_upper_bound(rows.a, N, groups=rows.groups, weights=rows.weights),
+    "sample_budget": lambda rows: sample_budget(rows.a, 0.4, groups=rows.groups, weights=rows.weights),
     "smallest_n": lambda rows: [smallest_n(rows.a, eps, weights=rows.weights) for eps in (0.0, 0.2, 1.0)],
     "stopped_kl": lambda rows: stopped_kl([[value] for value in rows.a], N, weights=rows.weights),
     "squared_hellinger": lambda rows: bounds.squared_hellinger(rows.a, weights=rows.weights),
@@ -100,6 +119,12 @@ WEIGHTED = {
     "least_regret_bound": lambda rows: bounds.least_regret_bound(rows.a, N, weights=rows.weights),
     "paired_coverage_difference": lambda rows: paired.paired_coverage_difference(
         rows.a, rows.b, N, groups=rows.groups, weights=rows.weights
+    ),
+    "paired_miss_difference": lambda rows: paired.paired_miss_difference(
+        rows.a, rows.b, N, groups=rows.groups, weights=rows.weights
+    ),
+    "paired_loss_difference": lambda rows: paired.paired_loss_difference(
+        np.exp(-rows.a), np.exp(-rows.b), groups=rows.groups, weights=rows.weights
     ),
     "paired_kl_difference": lambda rows: paired.paired_kl_difference(
         rows.a, rows.b, groups=rows.groups, weights=rows.weights
@@ -119,6 +144,9 @@ GROUPED = WEIGHTED | {
     ),
     "challenge_rates": lambda rows: challenge_rates([-rows.a, -rows.b], N),
     "race": lambda rows: race([-rows.a, -rows.b], N).survivors,
+    "decide": lambda rows: _decided(decide([np.exp(-rows.a), np.exp(-rows.b)], groups=rows.groups)),
+    "choose": lambda rows: list(choose({"a": -rows.a, "b": -rows.b}, N, groups=rows.groups).losses.values()),
+    "hold_soft_tournament": lambda rows: _standing(hold_soft_tournament([-rows.a, -rows.b], N, groups=rows.groups)[0]),
     "update_watch": lambda rows: _watched(rows),
     "coverage, evaluate": lambda rows: Coverage()._compute(-rows.a, np.zeros(len(rows.a)), [N], rows.groups),
     "comparison, evaluate": lambda rows: CoverageComparison()._compute(
@@ -139,10 +167,14 @@ def _standing(standing):
     return standing.scores, standing.mean_challenges, standing.cross_entropies, standing.ranking, standing.num_groups
 
 
+def _decided(decision):
+    return decision.pick, decision.losses, decision.within, decision.left
+
+
 def _watched(rows):
     state, _ = update_watch(WatchState(), step=1, log_ratios=rows.a, cross_entropy=9.0, n=N, groups=rows.groups)
     state, worsening = update_watch(state, step=2, log_ratios=rows.b, cross_entropy=8.0, n=N, groups=rows.groups)
-    return state.best.coverage, state.warned, () if worsening is None else worsening.test
+    return state.best.miss, state.warned, () if worsening is None else worsening.test
 
 
 def numbers(value):
@@ -220,7 +252,12 @@ def test_a_label_of_numpy_s_is_python_s():
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in WEIGHTED if not name.startswith(("paired_cov", "paired_diff", "comp"))]
+    "name",
+    [
+        name
+        for name in WEIGHTED
+        if not name.startswith(("paired_cov", "paired_diff", "paired_loss", "paired_miss", "comp"))
+    ],
 )
 def test_a_row_of_weight_2_is_two_rows_of_its_group(name):
     rows = rows_of()

@@ -168,7 +168,7 @@ def test_the_class_may_be_chosen(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["here/missing", "./here", "weights.gguf", "here/missing.safetensors", "a/b/c", "a/b.jsonl"]
+    "name", ["here/missing", "./there", "weights.gguf", "here/missing.safetensors", "a/b/c", "a/b.jsonl"]
 )
 def test_what_is_a_path_is_said_to_be_missing_before_the_hub_is_asked(tmp_path, monkeypatch, name):
     (tmp_path / "here").mkdir()

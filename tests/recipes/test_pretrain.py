@@ -81,7 +81,8 @@ def test_run_ends_with_table_figures_page_and_results(finished):
     assert row["cov_5.7,none"] == last.cov(5.7)
     assert row["pass@4,none"] == pass_at_n(last, 4)
     assert results["higher_is_better"]["step 24"] == {
-        "cov_2": False, "cov_5.7": False, "kl": False, "sequence_cross_entropy": False, "pass@4": True
+        "cov_2": False, "cov_5.7": False, "miss_2": False, "miss_5.7": False,
+        "kl": False, "sequence_cross_entropy": False, "pass@4": True,
     }  # fmt: skip
     assert results["config"]["finetune"]["max_steps"] == 24
 

@@ -506,7 +506,12 @@ def test_a_search_for_hyper_parameters_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"n": ()}, "`n` must name at least one"), ({"n": 0.5}, "`n` must be"), ({"save_total_limit": 0}, "at least 1"), ({"edge": "round"}, "'hard' or 'soft'")],
+    [
+        ({"n": ()}, "`n` must name at least one"),
+        ({"n": 0.5}, "`n` must be"),
+        ({"save_total_limit": 0}, "at least 1"),
+        ({"edge": "round"}, "'hard' or 'soft'"),
+    ],
 )
 def test_arguments_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
