@@ -17,8 +17,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from recipes.smollm2 import load_model, load_tokenizer, reading_once
 
 
-def pytest_collection_finish():
-    """Let no garbage collection, such as the Trainer calls itself, go through the million objects of imports again."""
+@pytest.fixture(scope="module", autouse=True)
+def no_old_objects():
+    """Let no garbage collection, such as the Trainer calls itself, go again through the million objects of imports."""
     gc.collect()
     gc.freeze()
 
