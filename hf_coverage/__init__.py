@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hf_coverage.decode.best_of_n_result import BestOfNResult
     from hf_coverage.decode.exploration import ExplorationReward, response_features, select_diverse
     from hf_coverage.decode.prefix_walkers import CallBudget
+    from hf_coverage.decode.stratified import StratifiedSamplingMixin, stratified_generate
     from hf_coverage.functional.ttt_config import StepRule, TTTConfig
     from hf_coverage.measure.answers import score_answers
     from hf_coverage.measure.builders import sample_corpus, single_answer_corpus, teacher_scored_corpus, windows_corpus
@@ -63,6 +64,7 @@ _HOMES = {
     "ScoreTable": "measure.score_table",
     "SequenceLossMixin": "optim.trainer",
     "StepRule": "functional.ttt_config",
+    "StratifiedSamplingMixin": "decode.stratified",
     "TTTChoice": "select.ttt_choice",
     "TTTConfig": "functional.ttt_config",
     "TTTLogitsProcessor": "ttt.processor",
@@ -86,6 +88,7 @@ _HOMES = {
     "score_rules": "measure.scoring",
     "select_diverse": "decode.exploration",
     "single_answer_corpus": "measure.builders",
+    "stratified_generate": "decode.stratified",
     "teacher_scored_corpus": "measure.builders",
     "token_level_sgd": "optim.token_level",
     "tournament": "select.tournament",
@@ -115,6 +118,7 @@ __all__ = [
     "ScoreTable",
     "SequenceLossMixin",
     "StepRule",
+    "StratifiedSamplingMixin",
     "TTTChoice",
     "TTTConfig",
     "TTTLogitsProcessor",
@@ -140,6 +144,7 @@ __all__ = [
     "score_rules",
     "select_diverse",
     "single_answer_corpus",
+    "stratified_generate",
     "teacher_scored_corpus",
     "token_level_sgd",
     "tournament",
@@ -175,7 +180,7 @@ def generate_module(name: str) -> str:
     """Folder of a decoding method of this package, for `generate(custom_generate=...)` or to be pushed to the Hub.
 
     Args:
-        name: `"test_time_training"`.
+        name: `"stratified_sampling"` or `"test_time_training"`.
 
     Returns:
         The folder's path; `generate` asks for `trust_remote_code=True` beside it.

@@ -200,7 +200,8 @@ def decode_token(probabilities: Tensor, state: CodeState, digits: Tensor) -> Dec
     lengths = state.lengths * share
     narrow = lengths < _NARROW
     codes = torch.where(narrow, digits, codes + digits * (_DIGIT / share)).clamp(max=_BELOW_ONE)
-    return Decoded(block * size + place, CodeState(codes, lengths.masked_fill(narrow, 1.0)), share)
+    chosen = (block * size + place).clamp(max=vocabulary - 1)  # or NaN is an error of the index, and seen nowhere
+    return Decoded(chosen, CodeState(codes, lengths.masked_fill(narrow, 1.0)), share)
 
 
 def token_parts(logits: Tensor, labels: Tensor) -> TokenParts:

@@ -160,11 +160,11 @@ def ttt_generate(
     return result
 
 
-def refuse_paged(arguments: dict[str, Any]) -> None:
-    """Raise ValueError if these arguments of `generate` make it batch continuously, and never call `ttt_generate`."""
+def refuse_paged(arguments: dict[str, Any], method: str = "Test-time training") -> None:
+    """Raise ValueError if these arguments of `generate` make it batch continuously, and call no custom method."""
     if arguments.get("cache_implementation") == "paged":
         raise ValueError(
-            "Test-time training does not work with continuous batching, which calls no custom method of decoding: "
+            f"{method} does not work with continuous batching, which calls no custom method of decoding: "
             'generate without `cache_implementation="paged"`.'
         )
 
