@@ -200,7 +200,8 @@ def decode_token(probabilities: Tensor, state: CodeState, digits: Tensor) -> Dec
     lengths = state.lengths * share
     narrow = lengths < _NARROW
     codes = torch.where(narrow, digits, codes + digits * (_DIGIT / share)).clamp(max=_BELOW_ONE)
-    chosen = (block * size + place).clamp(max=vocabulary - 1)  # or NaN is an error of the index, and seen nowhere
+    # A row of NaN or zeros ends in the padding of the last block.
+    chosen = (block * size + place).clamp(max=vocabulary - 1)
     return Decoded(chosen, CodeState(codes, lengths.masked_fill(narrow, 1.0)), share)
 
 

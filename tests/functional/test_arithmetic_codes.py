@@ -233,6 +233,16 @@ def test_a_token_of_probability_0_is_never_chosen_and_codes_stay_codes(weights, 
     assert below - 1e-6 <= code <= below + own.item() + 1e-6
 
 
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_a_row_without_a_law_is_seen_in_its_probability_alone(value):
+    probabilities = torch.tensor([[0.25] * 4 + [0.0] * 7, [value] * 11])
+    tokens, _, own = decode_token(probabilities, start(doubles([0.5, 0.5])), doubles([0.0, 0.0]))
+    assert tokens[0] == 2
+    assert 0 <= tokens[1] < 11
+    assert own[0] == 0.25
+    assert own[1].isnan()
+
+
 def test_a_large_vocabulary_loses_no_token_to_rounding():
     logits = torch.randn(1, 262_144, generator=torch.Generator().manual_seed(0))
     logits[:, ::2] = -torch.inf
