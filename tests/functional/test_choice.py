@@ -33,7 +33,7 @@ def simulate(kind, size, rows, repetitions, rng):
     """How often the statements hold: within, left; and the mean probability stated beside how often it came true."""
     found = []
     for repetition in range(repetitions):
-        if repetition % 5 == 0:
+        if repetition % 10 == 0:
             draw, truth = candidates(kind, size, rng)
         decision = decide(draw(rows), seed=repetition)
         best = int(np.argmin(truth))
