@@ -9,7 +9,7 @@ from hf_coverage.commands.console import is_main_process, print_table, say
 from hf_coverage.commands.inputs import leave_job
 from hf_coverage.commands.options import BatchTokens, CorpusOptions, output_folder, parse_n
 from hf_coverage.commands.score_folder import Measured, check_same_rows, read_measured
-from hf_coverage.commands.tournament import checkpoint_of, score_checkpoints
+from hf_coverage.commands.tournament import checkpoint_of, score_checkpoints, write_winner
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.inference.loading import ModelOptions
 from hf_coverage.report.table import Cell, Column, Interval, Table
@@ -148,7 +148,6 @@ def _write(
 ) -> None:
     from hf_coverage.commands.report import origin
     from hf_coverage.report.html import Picture, write_html_report
-    from hf_coverage.select.checkpoints import link_checkpoint, write_best_checkpoint
 
     folder.mkdir(parents=True, exist_ok=True)
     choice.to_json(folder / "choice.json")
@@ -163,11 +162,4 @@ def _write(
         provenance=origin(list(measured.values())),
     )
     say(f"Numbers in {folder / 'choice.json'}, picture in {folder / 'choice.png'}, page in {page}.")
-    best = next((name for name in choice.ranking if name in checkpoints), None)
-    if best is None:
-        say("No candidate has a checkpoint that is still there: there is none to load.")
-        return
-    path = write_best_checkpoint(folder / "best_checkpoint.json", choice, checkpoints)
-    if link is not None:
-        link_checkpoint(link, checkpoints[best])
-    say(f"The pick in {path}." if best == choice.winner else f"Best that has a checkpoint, {best}, in {path}.")
+    write_winner(folder, choice, checkpoints, link)

@@ -21,9 +21,10 @@ from hf_coverage.inference.loading import ModelOptions
 from hf_coverage.report.table import Cell, Column, Table
 
 if TYPE_CHECKING:
+    from hf_coverage.select.choose import Choice
     from hf_coverage.select.result import TournamentResult
 
-__all__ = ["EXAMPLES", "checkpoint_of", "score_checkpoints", "tournament"]
+__all__ = ["EXAMPLES", "checkpoint_of", "score_checkpoints", "tournament", "write_winner"]
 
 EXAMPLES = """\
 [bold]Examples[/]
@@ -272,12 +273,19 @@ def _sweep_table(result: "TournamentResult") -> Table:
 
 
 def _write(folder: Path, result: "TournamentResult", checkpoints: dict[str, str], link: Path | None) -> None:
-    from hf_coverage.select.checkpoints import link_checkpoint, write_best_checkpoint
-
     folder.mkdir(parents=True, exist_ok=True)
     result.to_json(folder / "tournament.json")
     result.plot(folder / "tournament.png")
     say(f"All numbers are in {folder / 'tournament.json'}, the heat map in {folder / 'tournament.png'}.")
+    write_winner(folder, result, checkpoints, link)
+
+
+def write_winner(
+    folder: Path, result: "TournamentResult | Choice", checkpoints: dict[str, str], link: Path | None
+) -> None:
+    """Leave the winner, or the best that has a checkpoint, where tools find it, and say so."""
+    from hf_coverage.select.checkpoints import link_checkpoint, write_best_checkpoint
+
     best = next((name for name in result.ranking if name in checkpoints), None)
     if best is None:
         say("No candidate has a checkpoint that is still there: there is no winner to load.")

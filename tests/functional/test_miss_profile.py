@@ -148,8 +148,7 @@ class TestUpperBound:
             rate = math.log(20) / values.size
             seen = 0.0
             if -math.log(1 - mean) > rate:
-                divergence = lambda a: stats.entropy([a, 1 - a], [mean, 1 - mean]) - rate  # noqa: E731
-                seen = optimize.brentq(divergence, 1e-300, mean)
+                seen = optimize.brentq(lambda a: stats.entropy([a, 1 - a], [mean, 1 - mean]) - rate, 1e-300, mean)
             stake, money, total = 1 - seen / mean, 0.5, 0.0
             while stake < 1:
                 total += money * math.prod(1 + stake * (mean - x) / (1 - mean) for x in values)
