@@ -42,9 +42,10 @@ def die_at_write(folder: Path, number: int) -> None:
     torch.set_num_threads(1)
     written = []
 
-    def write(path: Path, content: bytes) -> None:
+    def write(path: Path, content: bytes | str) -> None:
         if len(written) == number:
-            path.with_name(f".{path.name}.part").write_bytes(content[: len(content) // 2])
+            whole = content.encode() if isinstance(content, str) else content
+            path.with_name(f".{path.name}.part").write_bytes(whole[: len(whole) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         written.append(path)
         write_atomically(path, content)
