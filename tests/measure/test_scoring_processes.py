@@ -94,4 +94,6 @@ def test_every_rank_raises_what_the_main_one_found(job):
 
 def test_only_the_main_rank_shows_progress(job):
     _, _, output = job
-    assert output.count("100%") == 2  # the table, and the table read back
+    bars = output.split("\n\n")  # a slow machine may show the state of one more than once
+    # the table, the table read back, and what was refused
+    assert ["100%" in bar for bar in bars] == [True, True, False]
