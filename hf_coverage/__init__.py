@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from hf_coverage.decode.best_of_n import evaluate_best_of_n, judge_best_of_n
     from hf_coverage.decode.best_of_n_result import BestOfNResult
     from hf_coverage.decode.exploration import ExplorationReward, response_features, select_diverse
+    from hf_coverage.decode.pass_at_k_reward import PassAtKReward
     from hf_coverage.decode.prefix_walkers import CallBudget
     from hf_coverage.decode.stratified import StratifiedSamplingMixin, stratified_generate
+    from hf_coverage.decode.success import SuccessProfile
     from hf_coverage.functional.ttt_config import StepRule, TTTConfig
     from hf_coverage.measure.answers import score_answers
     from hf_coverage.measure.builders import sample_corpus, single_answer_corpus, teacher_scored_corpus, windows_corpus
@@ -60,11 +62,13 @@ _HOMES = {
     "InherentVariance": "measure.inherent_variance",
     "NormalizedGradient": "optim.normalized",
     "NormalizedSGD": "optim.sgd",
+    "PassAtKReward": "decode.pass_at_k_reward",
     "PredictivenessResult": "select.predictiveness",
     "ScoreTable": "measure.score_table",
     "SequenceLossMixin": "optim.trainer",
     "StepRule": "functional.ttt_config",
     "StratifiedSamplingMixin": "decode.stratified",
+    "SuccessProfile": "decode.success",
     "TTTChoice": "select.ttt_choice",
     "TTTConfig": "functional.ttt_config",
     "TTTLogitsProcessor": "ttt.processor",
@@ -114,11 +118,13 @@ __all__ = [
     "InherentVariance",
     "NormalizedGradient",
     "NormalizedSGD",
+    "PassAtKReward",
     "PredictivenessResult",
     "ScoreTable",
     "SequenceLossMixin",
     "StepRule",
     "StratifiedSamplingMixin",
+    "SuccessProfile",
     "TTTChoice",
     "TTTConfig",
     "TTTLogitsProcessor",

@@ -32,6 +32,7 @@ __all__ = [
     "plot_choice",
     "plot_predictiveness",
     "plot_profiles",
+    "plot_success",
     "plot_training_curves",
     "save_figure",
 ]
@@ -425,6 +426,42 @@ def plot_best_of_n(
     ax.set_ylabel(ylabel)
     ax.margins(x=0)
     ax.legend(frameon=False)
+    if title:
+        ax.set_title(title)
+    return save_figure(figure, path)
+
+
+def plot_success(
+    curves: Sequence[BestOfNCurve], path: str | PathLike[str] | None = None, *, title: str | None = None
+) -> Figure:
+    """Draw Pass@N as it was sampled, and dashed what is said beyond the samples, each with its band.
+
+    Args:
+        curves: What was sampled, and what lies beyond it; the last may be alone.
+        path: File to write, its format given by the suffix; None only returns the figure.
+        title: Title above the axes.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> sampled = BestOfNCurve("sampled", [1, 2], [0.2, 0.3], [0.1, 0.2], [0.3, 0.4])
+        >>> beyond = BestOfNCurve("beyond", [2, 64], [0.3, 0.6], [0.2, 0.2], [0.4, 1.0])
+        >>> [line.get_linestyle() for line in plot_success([sampled, beyond]).axes[0].lines]
+        ['-', '--']
+    """
+    figure, (ax,) = new_axes()
+    for color, curve in zip(COLORS, curves):
+        beyond = curve is curves[-1] and len(curves) > 1
+        ax.plot(curve.n, curve.value, color=color, linewidth=1.8, linestyle="--" if beyond else "-", label=curve.name)
+        ax.fill_between(curve.n, curve.low, curve.high, color=color, alpha=0.18, linewidth=0)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.set_xlabel("N (samples that Best-of-N may draw)")
+    ax.set_ylabel("Pass@$N$ (higher is better)")
+    ax.set_ylim(0, 1)
+    ax.margins(x=0)
+    ax.legend(frameon=False, loc="upper left")
     if title:
         ax.set_title(title)
     return save_figure(figure, path)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hf_coverage.decode.best_of_n_result import BestOfNResult
+from hf_coverage.decode.success import SuccessProfile
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.select.result import TournamentResult
 from hf_coverage.select.tournament import tournament
@@ -38,6 +39,7 @@ WRITTEN = {
     "tournament, raced": tournament(RACED, 4, race_confidence=0.9),
     "tournament, without a chance": tournament({"a": LOGPROBS, "b": [-np.inf] * 4}, 4),
     "best of n": failing(),
+    "success": SuccessProfile.from_counts([0, 1, 4], [4, 4, 8], prompts=["a", "b", 3], accepted_mass=[0.5, np.nan, 1]),
 }
 
 DERIVED = {"sentence", "guarantee"}
@@ -124,6 +126,12 @@ MAY_BE = {
         "logprobs": lambda odd, facts: odd is None and facts["kind"] == "density",
         "log_ratios": lambda odd, facts: facts["logprobs"] is None and len(odd) == len(facts["log_ratios"]),
         "name": lambda odd, facts: isinstance(odd, str),
+    },
+    SuccessProfile: {
+        "name": lambda odd, facts: isinstance(odd, str),
+        "prompts": lambda odd, facts: len(odd) == len(facts["prompts"]),
+        "accepted_mass": lambda odd, facts: len(odd) == len(facts["accepted_mass"]),
+        "adaptive": lambda odd, facts: odd is True,
     },
     TournamentResult: {
         "n": lambda odd, facts: odd >= 1,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_coverage.functional.arithmetic_codes import *
     from hf_coverage.functional.best_of_n import *
+    from hf_coverage.functional.binomial_mixture import *
     from hf_coverage.functional.bounds import *
     from hf_coverage.functional.checks import *
     from hf_coverage.functional.choice import *
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from hf_coverage.functional.exploration import *
     from hf_coverage.functional.fast_weights import *
     from hf_coverage.functional.gradients import *
+    from hf_coverage.functional.group_rewards import *
     from hf_coverage.functional.head_training import *
     from hf_coverage.functional.logprobs import *
     from hf_coverage.functional.miss_profile import *
@@ -55,6 +57,16 @@ _HOMES = {
     "best_of_n": (
         "best_of_n_reward",
         "pass_at_n",
+    ),
+    "binomial_mixture": (
+        "BetaLaw",
+        "PowerLaw",
+        "SuccessLaw",
+        "check_counts",
+        "fit_beta_law",
+        "fit_power_law",
+        "fit_success_law",
+        "success_range",
     ),
     "bounds": (
         "BestOfNBudget",
@@ -131,6 +143,12 @@ _HOMES = {
         "project_",
         "stable_norm",
         "tensor_norms",
+    ),
+    "group_rewards": (
+        "GroupSignal",
+        "equal_reward_probability",
+        "group_signal",
+        "pass_at_k_rewards",
     ),
     "head_training": (
         "POSITIONS",
