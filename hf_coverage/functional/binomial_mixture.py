@@ -13,7 +13,7 @@ below 1/k. Three things are said of it:
 
 The likelihood holds whatever decided how often a prompt was sampled, as long as it looked at nothing but the outcomes.
 
-**The range is an outer bound, by duality.** Let l(G) be the log-likelihood, L its maximum, and G' any law. The function
+**The range is an outer bound, by duality.** Let l(G) be the log-likelihood, L its maximum, and G' any law. The sum
 `l(G) + s log E_G[a]` is concave, so that at no G it exceeds its value at G' by more than the steepest slope there, the
 gap e of G'. Hence for every G with `l(G) >= L - drop` and every s > 0
 
@@ -44,7 +44,7 @@ __all__ = [
     "success_range",
 ]
 
-DROP = 3.0
+_DROP = 3.0
 """How far below the largest log-likelihood a law may lie. Of 36 random laws and eight families with 200 prompts the
 range held the truth in at least 95 %; with 1.92, what a chi-squared law would ask for, in 90 %."""
 
@@ -170,7 +170,7 @@ def success_range(
     values: Callable[[FloatArray], FloatArray],
     *,
     n: float = 1,
-    drop: float = DROP,
+    drop: float = _DROP,
 ) -> tuple[float, float]:
     """The range of `E[a(p)]` over all laws of p that the counts do not reject; see the head of this module.
 

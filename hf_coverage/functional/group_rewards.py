@@ -122,7 +122,7 @@ def pass_at_k_rewards(rewards: ArrayLike, k: int, *, baseline: bool = True) -> F
     """
     table = np.asarray(rewards, dtype=np.float64)
     best_of_n_reward(table)  # refuses what is no table of rewards
-    prompts, n = table.shape
+    n = table.shape[1]
     if k != int(k) or not 1 <= k <= n:
         raise ValueError(f"`k` must be a whole number from 1 to the {n} samples of a prompt, got {k}.")
     if k == 1:

@@ -1,4 +1,4 @@
-"""Laws of success probabilities: equal to slow maximisation, ranges that no law leaves, and how often they are true."""
+"""Laws of success probabilities: equal to slow maximisation, and ranges that hold the truth."""
 
 import numpy as np
 import pytest
