@@ -56,9 +56,10 @@ _DIGIT = 2.0**-53
 
 _BELOW_ONE = 1.0 - _DIGIT
 
-_NARROW = 2.0**-30
-"""Length of an interval, below which what is left of a code is drawn afresh: 23 of 53 digits are left there. Rounding
-is of the size of the last digit, and reading on without end would make it that of the first."""
+_NARROW = 2.0**-16
+"""Length of a prefix's interval, below which a code has told all that strata are for, and each further token has a
+number of its own. Reading on would make the rounding of probabilities, 1e-7, and in the end that of the code's last
+digit, as large as its first: which token is chosen would hang on the batch that a row is in, or its law be lost."""
 
 
 class CodeState(NamedTuple):
@@ -66,7 +67,7 @@ class CodeState(NamedTuple):
 
     Args:
         codes: The codes, the prefix's interval stretched to [0, 1) `(B,)`, float64.
-        lengths: How long the interval is `(B,)`, float64, in what was last drawn afresh; 1 before the first token.
+        lengths: How long the interval is `(B,)`, float64; 1 before the first token.
     """
 
     codes: Tensor
@@ -198,11 +199,10 @@ def decode_token(probabilities: Tensor, state: CodeState, digits: Tensor) -> Dec
     place, codes, share = _decode_part(members.masked_fill(tokens >= vocabulary, 0.0), codes)
     share = share * block_share
     lengths = state.lengths * share
-    narrow = lengths < _NARROW
-    codes = torch.where(narrow, digits, codes + digits * (_DIGIT / share)).clamp(max=_BELOW_ONE)
+    codes = torch.where(lengths < _NARROW, digits, codes + digits * (_DIGIT / share)).clamp(max=_BELOW_ONE)
     # A row of NaN or zeros ends in the padding of the last block.
     chosen = (block * size + place).clamp(max=vocabulary - 1)
-    return Decoded(chosen, CodeState(codes, lengths.masked_fill(narrow, 1.0)), share)
+    return Decoded(chosen, CodeState(codes, lengths), share)
 
 
 def token_parts(logits: Tensor, labels: Tensor) -> TokenParts:

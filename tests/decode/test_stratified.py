@@ -43,7 +43,7 @@ def stratified(model, **settings):
 
 
 class Decoder:
-    """What takes the place of the host's draw: one cumulative sum without blocks, and digits drawn afresh at 2^-30."""
+    """What takes the place of the host's draw: one cumulative sum without blocks, and fresh numbers from 2^-16 on."""
 
     def __init__(self, size):
         self.size, self.codes, self.lengths = size, None, 1.0
@@ -60,10 +60,7 @@ class Decoder:
         own = probabilities.double().gather(-1, tokens)
         self.codes = ((places - ends.gather(-1, tokens) + own) / own)[:, 0]
         self.lengths = self.lengths * (own / ends[:, -1:])[:, 0]
-        self.codes, self.lengths = (
-            self.codes.where(self.lengths >= 2**-30, digits),
-            self.lengths.where(self.lengths >= 2**-30, 1.0),
-        )
+        self.codes = self.codes.where(self.lengths >= 2**-16, digits)
         return tokens
 
 
