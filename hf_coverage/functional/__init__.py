@@ -53,6 +53,7 @@ _HOMES = {
         "token_parts",
     ),
     "best_of_n": (
+        "best_of_blocks",
         "best_of_n_reward",
         "pass_at_n",
     ),
