@@ -46,7 +46,9 @@ class JsonShards:
         self.name = name
         path = self.folder / _METADATA
         self._grows = False
-        self._metadata = now = json.loads(json.dumps(metadata))  # what is compared is what JSON makes of it
+        # What is compared is what JSON makes of it.
+        now, before = json.loads(json.dumps([metadata, before]))
+        self._metadata: dict[str, Any] = now
         if not path.exists():
             if any(self.folder.glob(f"{name}-*.jsonl")):  # shards that lost it
                 write_atomically(path, json.dumps(now, indent=2) + "\n")
