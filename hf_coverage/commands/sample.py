@@ -98,7 +98,7 @@ def sample(
     _check_choice(kind, teacher, loading.tokenizer, output_dir)
     if stratified and kind is not Source.prompts:
         raise typer.BadParameter(
-            f"`--stratified` is of responses that are sampled, which `--from {kind.value}` does not."
+            f"`--stratified` is of sampled responses, and `--from {kind.value}` has none: leave it out."
         )
     rows = read_dataset(source, split, document=kind is Source.texts, limit=limit)
     if kind is Source.prompts:

@@ -139,6 +139,10 @@ class StratifiedSamplingMixin(TestTimeTrainingMixin):
     tokens are sampled by `stratified_generate`, with `group` as given or saved; otherwise `generate` is the model's
     own, or that of `TestTimeTrainingMixin`.
 
+    TRL's `GRPOTrainer` repeats prompts itself and takes settings alone, of which `custom_generate` is none: give it a
+    model of such a class, and `generation_kwargs={"stratified": True, "group": num_generations}`. Without `group` each
+    row has a code of its own, which is plain sampling.
+
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> class Model(StratifiedSamplingMixin, GPT2LMHeadModel):

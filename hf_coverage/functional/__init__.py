@@ -45,6 +45,7 @@ _HOMES = {
         "CodeState",
         "Decoded",
         "TokenParts",
+        "check_intervals",
         "decode_token",
         "nested_codes",
         "response_intervals",

@@ -43,6 +43,7 @@ __all__ = [
     "CodeState",
     "Decoded",
     "TokenParts",
+    "check_intervals",
     "decode_token",
     "nested_codes",
     "response_intervals",
@@ -281,10 +282,25 @@ def stratified_pass_probabilities(low: ArrayLike, logprobs: ArrayLike, n: int) -
     References:
         Theorem S, in this module's docstring.
     """
-    lengths = np.exp(np.minimum(check_logprobs(logprobs), 0.0))
-    begins = np.asarray(low, dtype=np.float64)
     if n != int(n) or n < 1:
         raise ValueError(f"`n` must be a whole number of samples, at least 1, but is {n}.")
+    begins, lengths = check_intervals(low, logprobs), np.exp(np.minimum(check_logprobs(logprobs), 0.0))
+    begins, lengths = n * np.minimum(begins, 1.0), n * lengths  # strata of length 1
+    first = np.minimum(lengths, np.floor(begins) + 1 - begins)
+    rest = lengths - first
+    # Up to two strata are touched in part where none is held whole.
+    with np.errstate(divide="ignore"):
+        misses = np.log1p(-np.minimum(first, 1.0)) + np.log1p(-np.minimum(rest, 1.0))
+    return -np.expm1(misses)
+
+
+def check_intervals(low: ArrayLike, logprobs: ArrayLike) -> FloatArray:
+    """Where intervals in [0, 1] begin, checked with the logarithms of their lengths, nats: `(R,)` each.
+
+    Raises:
+        ValueError: If they are not of the same rows, or a number is none that an interval has; names the row.
+    """
+    lengths, begins = np.exp(np.minimum(check_logprobs(logprobs), 0.0)), np.asarray(low, dtype=np.float64)
     if begins.shape != lengths.shape:
         raise ValueError(f"`low` must have one entry a row, {lengths.shape}, but has shape {begins.shape}.")
     bad = np.flatnonzero(~((begins >= 0) & (begins + lengths <= 1 + _SLACK)))
@@ -294,13 +310,7 @@ def stratified_pass_probabilities(low: ArrayLike, logprobs: ArrayLike, n: int) -
             f"`low` must be where an interval of length exp(`logprobs`) begins in [0, 1], but row {row} begins at "
             f"{begins[row]} and has length {lengths[row]}."
         )
-    begins, lengths = n * np.minimum(begins, 1.0), n * lengths  # strata of length 1
-    first = np.minimum(lengths, np.floor(begins) + 1 - begins)
-    rest = lengths - first
-    # Up to two strata are touched in part where none is held whole.
-    with np.errstate(divide="ignore"):
-        misses = np.log1p(-np.minimum(first, 1.0)) + np.log1p(-np.minimum(rest, 1.0))
-    return -np.expm1(misses)
+    return begins
 
 
 _SLACK = 1e-6
