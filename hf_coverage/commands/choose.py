@@ -108,12 +108,13 @@ def _decide(
 
     reference = next(iter(measured.values())).reference
     logprobs: dict[str, Any] = {name: one.profile.logprobs for name, one in measured.items()}
+    lows: dict[str, Any] = {name: one.profile.interval_lows for name, one in measured.items()}
     return decide(
         logprobs,
         samples,
         reference_logprobs=reference.logprob,
         groups=reference.groups,
-        interval_lows={name: one.profile.interval_lows for name, one in measured.items()} if stratified else None,
+        interval_lows=lows if stratified else None,
         tolerance=tolerance,
         seed=seed,
     )

@@ -87,7 +87,7 @@ def collect(
     reading: CorpusOptions,
     loading: ModelOptions,
     *,
-    intervals: bool,
+    intervals: bool = False,
 ) -> list[Measured]:
     """Profiles of score folders, and of models that are scored first, into `output_dir/scores`.
 

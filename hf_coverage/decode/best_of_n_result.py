@@ -316,19 +316,21 @@ class BestOfNResult:
 
     def _passes(self, n: int) -> FloatArray:
         """Pass@N of each prompt `(P,)`."""
-        if self.threshold is None:
-            raise ValueError("Pass@N needs a `threshold`, the least reward that solves a prompt; see `best_of`.")
-        if self.is_stratified:
-            return best_of_blocks(self.rewards >= self.threshold, n)
-        return self._every_pass[:, self._column(n)]
+        return best_of_blocks(self._solved, n) if self.is_stratified else self._every_pass[:, self._column(n)]
 
     def _best(self, n: int) -> FloatArray:
         """Reward of the best of N for each prompt `(P,)`."""
         return best_of_blocks(self.rewards, n) if self.is_stratified else self._every_best[:, self._column(n)]
 
+    @property
+    def _solved(self) -> NDArray[np.bool_]:
+        if self.threshold is None:
+            raise ValueError("Pass@N needs a `threshold`, the least reward that solves a prompt; see `best_of`.")
+        return self.rewards >= self.threshold
+
     @cached_property
     def _every_pass(self) -> FloatArray:
-        return pass_at_n(self.rewards >= self.threshold)
+        return pass_at_n(self._solved)
 
     @cached_property
     def _every_best(self) -> FloatArray:

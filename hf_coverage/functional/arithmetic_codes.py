@@ -256,7 +256,7 @@ def response_intervals(parts: TokenParts, mask: Tensor | None = None) -> tuple[T
     return (below * before).sum(-1), own.log().sum(-1)
 
 
-def stratified_pass_probabilities(low: ArrayLike, logprobs: ArrayLike, n: int) -> FloatArray:
+def stratified_pass_probabilities(low: ArrayLike, logprobs: ArrayLike, n: float) -> FloatArray:
     """Probability of each single right response to be among N stratified samples: `1 - prod_j (1 - N a_j)`.
 
     a_j is what its interval has of stratum j. Where the interval holds a whole stratum it is found for certain;
