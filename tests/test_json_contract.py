@@ -30,6 +30,9 @@ def failing():
 WRITTEN = {
     "density": CoverageProfile.from_logprobs(LOGPROBS, [-0.5] * 4, groups=list("aabb"), weights=[1, 2, 1, 1]),
     "single answer": CoverageProfile.from_logprobs(LOGPROBS, [0.0] * 4, groups=list("abcd")),
+    "single answer, intervals": CoverageProfile.from_logprobs(
+        LOGPROBS, [0.0] * 4, groups=list("abcd"), interval_lows=[0.0, 0.5, 0.25, 0.9]
+    ),
     "samples": CoverageProfile.from_logprobs([*LOGPROBS[:3], -np.inf]),
     "log ratios": CoverageProfile.from_log_ratios([0.0, 1.0, np.inf], groups=list("aab")),
     "tournament": tournament(TABLE, 4, sweep=[2, 8], groups=list("aabc")),
@@ -39,6 +42,7 @@ WRITTEN = {
     "tournament, raced": tournament(RACED, 4, race_confidence=0.9),
     "tournament, without a chance": tournament({"a": LOGPROBS, "b": [-np.inf] * 4}, 4),
     "best of n": failing(),
+    "best of n, stratified": BestOfNResult.from_rewards(np.eye(4), sampling="stratified"),
     "success": SuccessProfile.from_counts([0, 1, 4], [4, 4, 8], prompts=["a", "b", 3], accepted_mass=[0.5, np.nan, 1]),
 }
 
@@ -126,6 +130,7 @@ MAY_BE = {
         "logprobs": lambda odd, facts: odd is None and facts["kind"] == "density",
         "log_ratios": lambda odd, facts: facts["logprobs"] is None and len(odd) == len(facts["log_ratios"]),
         "name": lambda odd, facts: isinstance(odd, str),
+        "interval_lows": lambda odd, facts: odd in (None, "left out"),
     },
     SuccessProfile: {
         "name": lambda odd, facts: isinstance(odd, str),

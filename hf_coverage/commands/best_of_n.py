@@ -2,6 +2,7 @@
 
 import json
 import re
+from enum import Enum
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,12 +28,19 @@ EXAMPLES = """\
 
 hf-coverage best-of-n MODEL problems.jsonl --verifier math-verify --k 64 --max-new-tokens 512 -o best_of_n
 
-hf-coverage best-of-n MODEL corpus --k 16 --profile scores/MODEL
+hf-coverage best-of-n MODEL corpus --k 16 --sampling stratified --profile scores/MODEL
 
 The samples kept in best_of_n, judged by a function of yours, without the model:
 
 hf-coverage best-of-n best_of_n problems.jsonl --verifier rewards.py:my_reward
 """
+
+
+class HowDrawn(str, Enum):
+    """How the samples of a prompt are drawn."""
+
+    independent = "independent"
+    stratified = "stratified"
 
 
 def best_of_n(
@@ -56,6 +64,14 @@ def best_of_n(
         typer.Option("--n", "-n", help="N to show, comma-separated; by default the powers of 2 up to k."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a response.")] = 256,
+    how: Annotated[
+        HowDrawn,
+        typer.Option(
+            "--sampling",
+            help="`stratified`: each is a sample of the model, and together they never find less than independent "
+            "ones, whatever the verifier; with a larger k they are kept.",
+        ),
+    ] = HowDrawn.independent,
     temperature: Annotated[float, typer.Option(help="Temperature; 1 is the model itself.")] = 1.0,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -84,6 +100,7 @@ def best_of_n(
 
     Pass@N is the share of prompts that at least one of N responses solves; higher is better. Both it and the reward of
     the best of N are unbiased, with 95 % intervals over prompts. Run the command again to go on after an interruption.
+    Stratified samples count in aligned blocks of N, for N a power of 2 or k.
 
     A verifier runs in a process of its own, which is killed where it hangs, and which is no sandbox: it may do what
     you may. Where it executes code that a model wrote, run the command in a container without network (`docker run
@@ -107,11 +124,12 @@ def best_of_n(
         result = _judge(model, rows, chosen, judging)
     else:
         if n is not None:
-            _levels(n, k)  # before anything is sampled
+            _levels(n, k, stratified=how is HowDrawn.stratified)  # before anything is sampled
         check_number_of_responses(len(rows), k, max_new_tokens)
         sampling: dict[str, Any] = {
             "k": k,
             "max_new_tokens": max_new_tokens,
+            "sampling": how.value,
             "temperature": temperature,
             "top_k": top_k,
         }
@@ -120,7 +138,8 @@ def best_of_n(
         result = _evaluate(weights, words, rows, chosen, judging | sampling | {"name": model_name(model, loading)})
     leave_job()
     if is_main_process():
-        _report(result, result.levels() if n is None else _levels(n, result.k), measured, folder)
+        levels = result.levels() if n is None else _levels(n, result.k, stratified=result.is_stratified)
+        _report(result, levels, measured, folder)
 
 
 def written_folders(model: str, output_dir: Path | None, **options: Any) -> list[Path]:
@@ -146,10 +165,15 @@ def _evaluate(model: Any, tokenizer: Any, rows: Any, verifier: Any, options: dic
     return evaluate_best_of_n(model, tokenizer, rows, verifier, progress=is_main_process(), **options)
 
 
-def _levels(n: list[str], k: int) -> list[int]:
+def _levels(n: list[str], k: int, *, stratified: bool) -> list[int]:
     levels = parse_n(n)
     if any(level != int(level) or level > k for level in levels):
         raise ValueError(f"`n` must be whole numbers from 1 to k = {k}, but are {', '.join(map(str, levels))}.")
+    if stratified and any(level != k and int(level) & (int(level) - 1) for level in levels):
+        raise ValueError(
+            f"`n` must be powers of 2 or k = {k}, as stratified samples count in aligned blocks, but are "
+            f"{', '.join(f'{level:g}' for level in levels)}."
+        )
     return [int(level) for level in levels]
 
 
@@ -211,8 +235,9 @@ def _table(result: "BestOfNResult", levels: list[int], prediction: "Prediction |
         cells: list[Cell] = [str(level)]
         cells += [] if result.threshold is None else [Interval(result.pass_at(level), *result.interval(level))]
         cells += [Interval(*result.best_of(level))]
-        cells += [] if exact is None else [float(exact[level - 1])]
-        cells += [] if prediction is None else [float(prediction.guaranteed[level - 1])]
+        place = None if prediction is None else prediction.n.tolist().index(level)
+        cells += [] if exact is None else [float(exact[place])]
+        cells += [] if prediction is None else [float(prediction.guaranteed[place])]
         rows.append(cells)
     return Table(columns, rows, f"{result.name}, {result.num_prompts:,} prompts, judged by {result.verifier}.")
 

@@ -7,8 +7,8 @@ import typer
 
 from hf_coverage.commands.console import is_main_process, print_table, say
 from hf_coverage.commands.inputs import leave_job
-from hf_coverage.commands.options import BatchTokens, CorpusOptions, output_folder, parse_n
-from hf_coverage.commands.score_folder import Measured, check_same_rows, read_measured
+from hf_coverage.commands.options import BatchTokens, CorpusOptions, Stratified, output_folder, parse_n
+from hf_coverage.commands.score_folder import Measured, check_same_rows, read_measured, require_intervals
 from hf_coverage.commands.tournament import checkpoint_of, score_checkpoints, write_winner
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.inference.loading import ModelOptions
@@ -25,6 +25,8 @@ EXAMPLES = """\
 hf-coverage choose RUN/checkpoint-* --data corpus --samples 16 --output-dir choice --link RUN/best
 
 hf-coverage choose scores/step-1000 scores/step-2000 --samples 1,8,64
+
+hf-coverage choose RUN/checkpoint-* --data answers.jsonl --samples 8 --stratified
 
 torchrun --nproc_per_node 2 -m hf_coverage choose RUN/checkpoint-* --data corpus
 """
@@ -47,6 +49,7 @@ def choose(
             show_default="16",
         ),
     ] = None,
+    stratified: Stratified = False,
     tolerance: Annotated[float, typer.Option(help="A loss that does not matter, such as 0.01.")] = 0.0,
     output_dir: Annotated[Path, output_folder("Folder for scores, the picture, the page and the JSON.")] = Path(
         "choice"
@@ -64,7 +67,8 @@ def choose(
     What loses is read off the data: where it has the column `reference_logprob` (0 for the one right answer) it is
     miss_N, which bounds the loss for every reward; else the score of a soft tournament, in which checkpoints are
     measured by each other. Lower is better. Says how far the pick may be from the best, which others chance explains,
-    and how many more rows would decide.
+    and how many more rows would decide. With --stratified it is the exact 1 - Pass@N of stratified samples of the one
+    right answer, beside that of independent ones, for which another checkpoint may be best.
 
     Each checkpoint is scored once, one model at a time, and its scores are kept: run the command again to go on after
     an interruption, or with one more checkpoint. Writes best_checkpoint.json, choice.json, choice.png and report.html.
@@ -76,15 +80,20 @@ def choose(
         raise typer.BadParameter(f"`--tolerance` must be a loss in [0, 1), but is {tolerance}.")
     sources = [candidate.rstrip("/") for candidate in candidates]
     names = distinct_names(sources)
-    scoring = {"batch_tokens": batch_tokens, "shard_rows": shard_rows}
+    scoring: dict[str, Any] = {"batch_tokens": batch_tokens, "shard_rows": shard_rows}
+    scoring |= {"intervals": True} if stratified else {}
     folders = score_checkpoints(sources, names, output_dir / "scores", data, reading, loading, **scoring)
     leave_job()
     if not is_main_process():
         return
     measured = {name: read_measured(str(folder)) for name, folder in zip(names, folders)}
     check_same_rows(list(measured.values()))
-    choice = _decide(measured, levels, tolerance, seed)
-    tables = [_table(choice), *([_picks_table(choice)] if choice.others else [])]
+    independent = None
+    if stratified:
+        require_intervals(list(measured.values()))
+        independent = _decide(measured, levels, tolerance, seed, stratified=False)
+    choice = _decide(measured, levels, tolerance, seed, stratified=stratified)
+    tables = [_table(choice, independent), *([_picks_table(choice)] if choice.others else [])]
     for table in tables:
         print_table(table)
     say(choice.sentence)
@@ -92,35 +101,45 @@ def choose(
     _write(output_dir, choice, measured, tables, {name: place for name, place in places.items() if place}, link)
 
 
-def _decide(measured: dict[str, Measured], samples: tuple[float, ...], tolerance: float, seed: int) -> "Choice":
+def _decide(
+    measured: dict[str, Measured], samples: tuple[float, ...], tolerance: float, seed: int, *, stratified: bool
+) -> "Choice":
     from hf_coverage.select.choose import choose as decide
 
     reference = next(iter(measured.values())).reference
     logprobs: dict[str, Any] = {name: one.profile.logprobs for name, one in measured.items()}
+    lows: dict[str, Any] = {name: one.profile.interval_lows for name, one in measured.items()}
     return decide(
         logprobs,
         samples,
         reference_logprobs=reference.logprob,
         groups=reference.groups,
+        interval_lows=lows if stratified else None,
         tolerance=tolerance,
         seed=seed,
     )
 
 
-def _table(choice: "Choice") -> Table:
+def _table(choice: "Choice", independent: "Choice | None") -> Table:
+    """The candidates' losses; of stratified samples beside those of independent ones."""
     columns: list[Column | str] = ["checkpoint", Column(choice.loss_name, "lower")]
+    columns += [] if independent is None else [Column("of independent ones", "lower")]
     columns += [Column("cross-entropy (nats)", "lower"), "note"]
     rows: list[list[Cell]] = []
     for name in choice.ranking:
         loss: Cell = Interval(choice.losses[name], *choice.intervals[name])
         entropy = None if choice.cross_entropies is None else choice.cross_entropies[name]
-        rows.append([name, loss, entropy, _note(choice, name)])
+        beside: list[Cell] = []
+        if independent is not None:
+            beside = [Interval(independent.losses[name], *independent.intervals[name])]
+        rows.append([name, loss, *beside, entropy, _note(choice, name, independent)])
     return Table(columns, rows, "Best first, with 95 % intervals of each loss by itself; differences are surer.")
 
 
-def _note(choice: "Choice", name: str) -> str:
+def _note(choice: "Choice", name: str, independent: "Choice | None") -> str:
     notes = ["the pick"] if name == choice.winner else []
     notes += ["not told from the best"] if name in choice.ties and name != choice.winner else []
+    notes += ["best with independent samples"] if independent is not None and name == independent.winner else []
     notes += ["least cross-entropy"] if name == choice.cross_entropy_choice else []
     return ", ".join(notes)
 

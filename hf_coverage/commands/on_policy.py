@@ -35,12 +35,18 @@ class Generations:
         max_new_tokens: Of a response; None for those of the longest response in the data.
         batch_size: Responses written at once.
         seed: Of the draws.
+        stratified: Whether responses to equal prompts are spread over what a checkpoint may say.
     """
 
     number: int | None
     max_new_tokens: int | None
     batch_size: int
     seed: int
+    stratified: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the responses; what was written before there was a choice was independent."""
+        return {name: value for name, value in asdict(self).items() if value or name != "stratified"}
 
 
 def offset_arguments(
@@ -82,7 +88,7 @@ def offset_arguments(
     prompts, length = _prompts(data, tokenizer, generations, reading)
     keys = folder_names(sources)
     models = [checkpoint_facts(source) | {"loading": loading.key()} for source in sources]
-    asked = asdict(generations) | {"max_new_tokens": length}
+    asked = generations.facts() | {"max_new_tokens": length}
     asked["prompts"] = blake2b(json.dumps(prompts).encode(), digest_size=16).hexdigest()
     for source, key, model in zip(sources, keys, models):
         _generate(source, folder / key, model | asked, prompts, tokenizer, loading)
@@ -158,6 +164,7 @@ def _generate(
         max_new_tokens=made_of["max_new_tokens"],
         batch_size=made_of["batch_size"],
         seed=made_of["seed"],
+        stratified=made_of.get("stratified", False),
         progress=is_main_process(),
     )
     if is_main_process():

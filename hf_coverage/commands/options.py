@@ -30,6 +30,7 @@ __all__ = [
     "Seed",
     "Sources",
     "Split",
+    "Stratified",
     "TopK",
     "TopP",
     "command_line",
@@ -126,6 +127,14 @@ AppendEos = Annotated[
     typer.Option("--append-eos", help="End every text response with the EOS token; the same for corpus and models."),
 ]
 BatchTokens = Annotated[int, typer.Option(help="Tokens computed in one forward pass.")]
+Stratified = Annotated[
+    bool,
+    typer.Option(
+        "--stratified",
+        help="Where prompts have one right answer: find its exact Pass@N of stratified samples too. Scoring takes "
+        "longer.",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(help="Responses sampled at once.")]
 TopK = Annotated[int | None, typer.Option(help="Keep the likeliest tokens, renormalised.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this mass, renormalised.")]

@@ -8,9 +8,18 @@ import typer
 
 from hf_coverage.commands.console import is_main_process, print_table, say
 from hf_coverage.commands.inputs import leave_job
-from hf_coverage.commands.options import CorpusName, CorpusOptions, Levels, Regret, Sources, output_folder, parse_n
+from hf_coverage.commands.options import (
+    CorpusName,
+    CorpusOptions,
+    Levels,
+    Regret,
+    Sources,
+    Stratified,
+    output_folder,
+    parse_n,
+)
 from hf_coverage.commands.score import score_into
-from hf_coverage.commands.score_folder import Measured, is_score_folder, read_measured
+from hf_coverage.commands.score_folder import Measured, is_score_folder, read_measured, require_intervals
 from hf_coverage.inference.loading import ModelOptions, model_name
 from hf_coverage.report.provenance import running_command
 
@@ -41,24 +50,29 @@ def profile(
         bool, typer.Option("--log-samples", help="Also write every row's log ratio as JSON.")
     ] = False,
     corpus: CorpusName = None,
+    stratified: Stratified = False,
     *,
     reading: CorpusOptions,
     loading: ModelOptions,
 ) -> None:
     """Show the coverage profile of models: which share of good responses is out of the reach of N samples.
 
-    Lower Cov_N is better. Prints a table with 95 % intervals, and writes profile.png and the results as JSON.
+    Lower Cov_N is better. Prints a table with 95 % intervals, and writes profile.png and the results as JSON. Of
+    models scored with --stratified also the exact Pass@N of independent and of stratified samples.
     """
     from hf_coverage.report.results import coverage_results, write_results, write_samples
-    from hf_coverage.report.summary import profile_table, summarize_profiles
+    from hf_coverage.report.summary import pass_table, profile_table, summarize_profiles
 
-    measured = collect(sources, output_dir, corpus, reading, loading)
+    measured = collect(sources, output_dir, corpus, reading, loading, intervals=stratified)
     levels = parse_n(n)
     profiles = [one.profile for one in measured]
     if not is_main_process():
         return
     results = coverage_results(profiles, levels, config=result_config(measured, levels))
     print_table(profile_table(profiles, levels, regret=regret), transpose=True)
+    passes = pass_table(profiles, levels)
+    if passes is not None:
+        print_table(passes)
     say(*summarize_profiles(profiles, levels, regret=regret))
     path = write_results(output_dir, results)
     say(f"Plot in {plot(profiles, output_dir)}, numbers in {path}.")
@@ -67,7 +81,13 @@ def profile(
 
 
 def collect(
-    sources: Sequence[str], output_dir: Path, corpus: str | None, reading: CorpusOptions, loading: ModelOptions
+    sources: Sequence[str],
+    output_dir: Path,
+    corpus: str | None,
+    reading: CorpusOptions,
+    loading: ModelOptions,
+    *,
+    intervals: bool = False,
 ) -> list[Measured]:
     """Profiles of score folders, and of models that are scored first, into `output_dir/scores`.
 
@@ -77,6 +97,7 @@ def collect(
         corpus: The corpus to score models on.
         reading: How it is read.
         loading: How models are loaded.
+        intervals: Whether the intervals of responses are needed, for Pass@N of stratified samples.
     """
     measured = []
     for source in sources:
@@ -85,8 +106,10 @@ def collect(
             continue
         name = model_name(source, loading)
         folder = output_dir / "scores" / name.replace("/", "__")
-        score_into(folder, source, corpus, name=name, reading=reading, loading=loading)
+        score_into(folder, source, corpus, name=name, reading=reading, loading=loading, intervals=intervals)
         measured.append(read_measured(str(folder)))
+    if intervals:
+        require_intervals(measured)
     leave_job()
     return measured
 

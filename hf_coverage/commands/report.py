@@ -8,7 +8,16 @@ import numpy as np
 import typer
 
 from hf_coverage.commands.console import is_main_process, say
-from hf_coverage.commands.options import CorpusName, CorpusOptions, Levels, Regret, Sources, output_folder, parse_n
+from hf_coverage.commands.options import (
+    CorpusName,
+    CorpusOptions,
+    Levels,
+    Regret,
+    Sources,
+    Stratified,
+    output_folder,
+    parse_n,
+)
 from hf_coverage.commands.profile import collect, draw, result_config
 from hf_coverage.commands.score_folder import Measured
 from hf_coverage.inference.loading import ModelOptions
@@ -38,6 +47,7 @@ def report(
     n: Levels = None,
     regret: Regret = 0.1,
     corpus: CorpusName = None,
+    stratified: Stratified = False,
     *,
     reading: CorpusOptions,
     loading: ModelOptions,
@@ -48,7 +58,7 @@ def report(
     """
     from hf_coverage.report.results import coverage_results, write_results
 
-    measured = collect(sources, output_dir, corpus, reading, loading)
+    measured = collect(sources, output_dir, corpus, reading, loading, intervals=stratified)
     if not is_main_process():
         return
     levels = parse_n(n)
@@ -64,11 +74,12 @@ def _write_page(
     path: Path, measured: Sequence[Measured], n: Sequence[float], regret: float, title: str | None
 ) -> Path:
     from hf_coverage.report.html import Picture, write_html_report
-    from hf_coverage.report.summary import comparison_table, profile_table, summarize_profiles
+    from hf_coverage.report.summary import comparison_table, pass_table, profile_table, summarize_profiles
 
     profiles = [one.profile for one in measured]
     paired = _same_rows(measured)
-    tables = [profile_table(profiles, n, regret=regret)]
+    passes = pass_table(profiles, n)
+    tables = [profile_table(profiles, n, regret=regret), *([] if passes is None else [passes])]
     tables += [comparison_table(profiles[0], profiles[1:], n)] if paired else []
     caption = f"{profiles[0].quantity} over N, lower is better, with 95 % confidence bands."
     return write_html_report(

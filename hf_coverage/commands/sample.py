@@ -23,7 +23,7 @@ EXAMPLES = """\
 
 Eight responses a prompt from a teacher, with their densities (Cov_N itself can be measured):
 
-hf-coverage sample prompts.jsonl --teacher Qwen/Qwen3-1.7B --k 8 --max-new-tokens 64 --output-dir corpus
+hf-coverage sample prompts.jsonl --teacher Qwen/Qwen3-1.7B --k 8 --stratified --max-new-tokens 64 --output-dir corpus
 
 Windows of plain text (an upper bound on Cov_N can be measured):
 
@@ -64,6 +64,14 @@ def sample(
     limit: Annotated[int | None, typer.Option(help="Use that many rows of the source, from its start.")] = None,
     k: Annotated[int, typer.Option("--k", help="Responses for each prompt.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a response.")] = 64,
+    stratified: Annotated[
+        bool,
+        typer.Option(
+            "--stratified",
+            help="Spread the responses to a prompt over what the teacher may say: each is a sample of it, and Cov_N "
+            "is as unbiased, with less variance.",
+        ),
+    ] = False,
     temperature: Annotated[float, typer.Option(help="Temperature; 1 is the teacher itself.")] = 1.0,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -88,6 +96,10 @@ def sample(
     the same to the byte.
     """
     _check_choice(kind, teacher, loading.tokenizer, output_dir)
+    if stratified and kind is not Source.prompts:
+        raise typer.BadParameter(
+            f"`--stratified` is of sampled responses, and `--from {kind.value}` has none: leave it out."
+        )
     rows = read_dataset(source, split, document=kind is Source.texts, limit=limit)
     if kind is Source.prompts:
         check_number_of_responses(len(rows), k, max_new_tokens)
@@ -97,6 +109,7 @@ def sample(
     if kind is Source.prompts:
         settings |= {"k": k, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
         settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        settings |= {"stratified": True} if stratified else {}
     elif kind is Source.texts:
         settings |= {"prompt_tokens": prompt_tokens, "response_tokens": response_tokens}
         settings |= {"stride": stride, "max_windows": max_windows, "append_eos": append_eos}

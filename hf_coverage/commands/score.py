@@ -7,7 +7,7 @@ import typer
 
 from hf_coverage.commands.console import is_main_process, say
 from hf_coverage.commands.inputs import read_corpus
-from hf_coverage.commands.options import BatchTokens, CorpusOptions, output_folder
+from hf_coverage.commands.options import BatchTokens, CorpusOptions, Stratified, output_folder
 from hf_coverage.commands.score_folder import check_name
 from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer, model_name
 from hf_coverage.report.provenance import running_command
@@ -39,6 +39,7 @@ def score(
         int, typer.Option(help="Rows per file of the score folder: what an interruption costs.")
     ] = 1024,
     per_token: Annotated[bool, typer.Option("--per-token", help="Keep every token's log-probability.")] = False,
+    stratified: Stratified = False,
 ) -> None:
     """Score a corpus: the log-probability that a model gives to each response.
 
@@ -56,6 +57,7 @@ def score(
         share_prefixes=share_prefixes,
         shard_rows=shard_rows,
         per_token=per_token,
+        intervals=stratified,
     )
     say(f"Next: hf-coverage profile {output_dir}")
 

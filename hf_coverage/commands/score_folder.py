@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hf_coverage.measure.profile import CoverageProfile
     from hf_coverage.measure.reference import Reference
 
-__all__ = ["Measured", "check_name", "check_same_rows", "is_score_folder", "read_measured"]
+__all__ = ["Measured", "check_name", "check_same_rows", "is_score_folder", "read_measured", "require_intervals"]
 
 _LONGEST_NAME = 200  # bytes; file systems take 255, with what is written behind the name
 
@@ -80,7 +80,8 @@ def read_measured(source: str, group_by: str | None = None) -> Measured:
             f"{source} has no scores: there is no column `logprob` among {rows.column_names}; "
             f"write them with `hf-coverage score MODEL {source} --output-dir scores/MODEL`."
         )
-    return _measured(rows[scores][:], read_reference(rows, group_by), Path(source).stem, {"scores": source})
+    lows = rows["interval_low"][:] if "interval_low" in rows.column_names and scores == "logprob" else None
+    return _measured(rows[scores][:], read_reference(rows, group_by), Path(source).stem, {"scores": source}, lows)
 
 
 def check_same_rows(measured: Sequence[Measured]) -> None:
@@ -97,6 +98,22 @@ def check_same_rows(measured: Sequence[Measured]) -> None:
             raise ValueError(f"{names} were scored with different `reference_logprob` of the same rows; score again.")
 
 
+def require_intervals(measured: Sequence[Measured]) -> None:
+    """Refuse `--stratified` where the intervals of single right answers are not known."""
+    for one in measured:
+        name = one.profile.name
+        if one.profile.kind != "single_answer":
+            raise ValueError(
+                f"`--stratified` needs prompts with one right answer, `reference_logprob` 0, but those of {name} have "
+                "other references: sample with `hf-coverage best-of-n --sampling stratified`."
+            )
+        if one.profile.interval_lows is None:
+            raise ValueError(
+                f"`--stratified` needs to know where the intervals of answers begin, and {name} was scored without: "
+                "score it into a new folder with `hf-coverage score --stratified`."
+            )
+
+
 def _read_folder(folder: Path) -> Measured:
     from hf_coverage.measure.reference import load_reference
     from hf_coverage.measure.score_table import ScoreTable
@@ -108,14 +125,21 @@ def _read_folder(folder: Path) -> Measured:
         "fingerprint": table.metadata["corpus"],
         "weights": table.metadata["model"]["weights"],
     }
-    return _measured(table.logprob, reference, facts["name"], facts)
+    return _measured(table.logprob, reference, facts["name"], facts, table.interval_low)
 
 
-def _measured(logprob: Any, reference: "Reference", name: str, facts: dict[str, Any]) -> Measured:
+def _measured(
+    logprob: Any, reference: "Reference", name: str, facts: dict[str, Any], interval_lows: Any = None
+) -> Measured:
     from hf_coverage.measure.profile import CoverageProfile
 
     profile = CoverageProfile.from_logprobs(
-        logprob, reference.logprob, groups=reference.groups, kind=reference.kind, name=check_name(name)
+        logprob,
+        reference.logprob,
+        groups=reference.groups,
+        kind=reference.kind,
+        name=check_name(name),
+        interval_lows=interval_lows,
     )
     return Measured(profile, reference, facts)
 

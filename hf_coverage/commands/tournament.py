@@ -113,6 +113,14 @@ def tournament(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Responses written at once.", rich_help_panel=_OFFSET)] = 16,
+    stratified: Annotated[
+        bool,
+        typer.Option(
+            "--stratified",
+            help="Spread the responses to a prompt that comes several times over what the checkpoint may say.",
+            rich_help_panel=_OFFSET,
+        ),
+    ] = False,
     *,
     reading: CorpusOptions,
     loading: ModelOptions,
@@ -135,6 +143,8 @@ def tournament(
         raise typer.BadParameter("`--soft` has neither an offset nor a race: leave `--on-policy` and `--race` out.")
     if on_policy and race is not None:
         raise typer.BadParameter("`--race` is for the simple tournament: leave it or `--on-policy` out.")
+    if stratified and not on_policy:
+        raise typer.BadParameter("`--stratified` is of what `--on-policy` lets be written: give both, or neither.")
     if not gamma > 0:
         raise typer.BadParameter(f"`--gamma` must be positive, but is {gamma}.")
     sources = [candidate.rstrip("/") for candidate in candidates]
@@ -142,7 +152,7 @@ def tournament(
     scoring = {"batch_tokens": batch_tokens, "shard_rows": shard_rows}
     offset: dict[str, Any] = {"edge": "soft"} if soft else {}
     if on_policy:
-        asked = Generations(generations, max_new_tokens, batch_size, seed)
+        asked = Generations(generations, max_new_tokens, batch_size, seed, stratified)
         folder = output_dir / "on_policy"
         offset = offset_arguments(sources, names, folder, data, asked, reading, loading, **scoring)
         offset["gamma"] = gamma

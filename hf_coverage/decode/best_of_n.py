@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from accelerate import PartialState
@@ -17,7 +18,7 @@ from hf_coverage.decode.prompt_table import PromptTable
 from hf_coverage.decode.sample_verdicts import Judging
 from hf_coverage.inference.fingerprint import digest
 from hf_coverage.inference.forward import unwrap
-from hf_coverage.inference.kept_samples import SAMPLE, Rows, damaged, kept_samples, sampling_facts
+from hf_coverage.inference.kept_samples import SAMPLE, Rows, damaged, kept_samples, sampling_facts, shard_sizes
 from hf_coverage.inference.processes import on_main_process
 from hf_coverage.inference.sampler import Sampler, Sampling, end_token_ids
 from hf_coverage.inference.shards import JsonShards, read_metadata
@@ -37,6 +38,7 @@ def evaluate_best_of_n(
     *,
     k: int,
     max_new_tokens: int,
+    sampling: Literal["independent", "stratified"] = "independent",
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -56,6 +58,10 @@ def evaluate_best_of_n(
     size, and depend on nothing else: not on the number of processes, and not on `shard_rows`. Call it on every process
     of a job (`torchrun`, `accelerate launch`): each samples and judges its part, all get the same result.
 
+    Stratified samples of a prompt share nested codes: each is a sample of the model, and for every verifier and every
+    reward they achieve at least what independent ones do. Their Pass@N is the mean over aligned blocks of N, for N a
+    power of two or k. With an `output_dir`, a larger k keeps those that are there and adds to them.
+
     A verifier that raises, hangs, crashes or answers nonsense costs the response that it was called for, which counts
     as unsolved, with a named count in `errors`; never the run.
 
@@ -68,6 +74,7 @@ def evaluate_best_of_n(
             or one of `hf_coverage.decode.verifiers`; None: exact match with the column `answer`, or else `completion`.
         k: Responses to each prompt.
         max_new_tokens: Most tokens of a response.
+        sampling: Whether the responses to a prompt are drawn independently, or stratified, see `stratified_generate`.
         temperature: What logits are divided by; 1 is the model itself.
         top_k: Keep the k likeliest tokens of every step; None: all.
         top_p: Keep the likeliest tokens that together reach this mass; None: all.
@@ -104,20 +111,25 @@ def evaluate_best_of_n(
         (1.0, True)
 
     References:
-        arXiv 2510.15020, Section 2; arXiv 2107.03374, Section 2.1, for the unbiased estimate.
+        arXiv 2510.15020, Section 2; arXiv 2107.03374, Section 2.1, for the unbiased estimate from independent samples;
+        `functional.arithmetic_codes` for stratified ones.
     """
+    if sampling not in ("independent", "stratified"):
+        raise ValueError(f'`sampling` must be "independent" or "stratified", got {sampling!r}.')
     table = PromptTable.from_corpus(corpus)
     judging = Judging.prepare(verifier, table, timeout, batch_size)
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, end_token_ids(eos_token_id, model, tokenizer))
-    sampler = Sampler(model, sampling, batch_size=batch_size, seed=seed)
+    law = Sampling(max_new_tokens, temperature, top_k, top_p, end_token_ids(eos_token_id, model, tokenizer))
+    sampler = Sampler(model, law, batch_size=batch_size, seed=seed, stratified=sampling == "stratified")
     prompts = table.encode(tokenizer)
     facts = sampling_facts(sampler, prompts, tokenizer, k=k, shard_rows=shard_rows)
     facts |= {"corpus": digest(table.codes.tolist())}
     facts |= {"about": {"model": name or _name(model)}}
+    facts |= {"rounds": [k]} if sampler.stratified else {}
     shards = None
     if output_dir is not None:
-        shards = on_main_process(partial(JsonShards, output_dir, "samples", facts))
-    samples = kept_samples(sampler, prompts, tokenizer, shards, k=k, rows_per_shard=facts["rows_per_shard"])
+        facts, shards = on_main_process(partial(_open, output_dir, facts))
+    size = facts["rows_per_shard"]
+    samples = kept_samples(sampler, prompts, tokenizer, shards, rounds=_rounds(facts), rows_per_shard=size)
     return _collect(samples, table, facts, judging, output_dir, threshold=threshold, progress=progress)
 
 
@@ -177,13 +189,16 @@ def _collect(
 ) -> BestOfNResult:
     """The result of samples and their verdicts, shard by shard."""
     decisive = {name: value for name, value in facts.items() if name != "about"}
+    rounds = _rounds(facts)
+    # What is judged stays so when more samples come to it.
+    begun = decisive | {"k": rounds[0], "rounds": rounds[:1]} if "rounds" in facts else decisive
     of_samples = digest({name: value for name, value in decisive.items() if name != "rows_per_shard"})
     rewards = np.full((len(table), facts["k"]), np.nan)
     failed = np.zeros(rewards.shape, dtype=bool)
     failures: dict[tuple[int, int], tuple[str, dict[str, Any]]] = {}
     hidden = not (progress and PartialState().is_main_process)
     with tqdm(total=rewards.size, desc="Best-of-N", unit="response", disable=hidden) as bar:
-        for samples, verdicts in judging.verdicts(shards, table, digest(decisive), output_dir):
+        for samples, verdicts in judging.verdicts(shards, table, digest(begun), output_dir):
             for sample, verdict in zip(samples, verdicts):
                 place = sample["prompt"], sample["sample"]
                 if verdict.reward is None:
@@ -207,28 +222,52 @@ def _collect(
         threshold=threshold,
         settings=facts["sampling"]
         | {name: facts[name] for name in ("k", "seed", "batch_size")}
+        | ({"sampling": "stratified"} if facts.get("stratified") else {})
         | {"judged": None if judging.fingerprint is None else f"{of_samples} {judging.fingerprint}"},
     )
 
 
 def _kept(shards: JsonShards, facts: dict[str, Any], table: PromptTable) -> Iterator[Rows]:
     """Shards of samples that must be there."""
-    total = len(table) * facts["k"]
     seen: set[tuple[int, int]] = set()
-    for index in range(-(-total // facts["rows_per_shard"])):
+    for index, size in enumerate(shard_sizes(len(table), _rounds(facts), facts["rows_per_shard"])):
         rows = on_main_process(partial(shards.read, index, SAMPLE))
         if rows is None:
             raise ValueError(
                 f"{shards.folder} lacks samples (the first missing file is {shards.name}-{index:05d}.jsonl): run "
                 "`evaluate_best_of_n` with the same settings to finish them."
             )
-        size = min(facts["rows_per_shard"], total - index * facts["rows_per_shard"])
         places = {(row["prompt"], row["sample"]) for row in rows}
         whole = len(rows) == len(places) == size
         if not whole or places & seen or not all(_is_place(place, table, facts["k"]) for place in places):
             raise ValueError(damaged(shards, index))
         seen |= places
         yield rows
+
+
+def _open(folder: str | PathLike[str], facts: dict[str, Any]) -> tuple[dict[str, Any], JsonShards]:
+    """The samples of a folder, and what they are of: stratified ones go on from those that there are fewer of."""
+    before = None
+    held = read_metadata(folder) if "rounds" in facts and (Path(folder) / "metadata.json").is_file() else {}
+    if held.get("stratified"):
+        rounds = _rounds(held)
+        if rounds[-1] < facts["k"]:
+            before = facts | {"k": rounds[-1], "rounds": rounds}
+            rounds = [*rounds, facts["k"]]
+        facts = facts | {"rounds": rounds}
+    return facts, JsonShards(folder, "samples", facts, before=before)
+
+
+def _rounds(facts: dict[str, Any]) -> list[int]:
+    """How many samples of each prompt there are after each round in which they are drawn."""
+    rounds = facts.get("rounds", [facts.get("k")])
+    whole = isinstance(rounds, list) and rounds and all(type(end) is int for end in rounds)
+    if not whole or any(end <= first for first, end in pairwise((0, *rounds))):
+        raise ValueError(
+            f"`rounds` of kept samples must be ascending numbers, but are {rounds!r}; restore their metadata.json, or "
+            "remove the folder."
+        )
+    return rounds
 
 
 def _is_place(place: tuple[Any, Any], table: PromptTable, k: int) -> bool:

@@ -10,12 +10,12 @@ from functools import cached_property
 from itertools import chain
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_coverage.functional.best_of_n import best_of_n_reward, pass_at_n
+from hf_coverage.functional.best_of_n import best_of_blocks, best_of_n_reward, pass_at_n
 from hf_coverage.functional.bounds import exact_pass_at_n, least_regret_bound
 from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.statistics import MeanEstimate, bounded_mean_interval, clustered_mean, mean_interval
@@ -44,7 +44,7 @@ class Prediction(NamedTuple):
     """What a coverage profile says that Best-of-N achieves, for each N.
 
     Attributes:
-        n: The N, 1 to k.
+        n: The N, 1 to k; of stratified samples the powers of 2, and k.
         guaranteed: `(k,)` least expected reward, whatever the reward in [0, 1]: the reference's less D.6's bound.
         exact: `(k,)` exact Pass@N where every prompt has one right answer; None otherwise.
     """
@@ -58,6 +58,9 @@ class Prediction(NamedTuple):
 class BestOfNResult:
     """Rewards of k sampled responses to each of P prompts; higher is better.
 
+    Of independent samples all subsets of N count. Stratified ones count in aligned blocks of N, for N a power of 2 or
+    k, as they were drawn to be used; any other N is refused.
+
     Attributes:
         name: The model's name.
         verifier: The verifier's name.
@@ -69,8 +72,8 @@ class BestOfNResult:
         errors: How many responses could not be judged, by what went wrong.
         examples: One response for each of these errors: its row, sample, text, and the error's message.
         threshold: Least reward that solves a prompt; None where rewards do not say that.
-        settings: How the responses were sampled; `judged` names samples and verifier by all that decides the
-            rewards, and is None where not all of it can be told.
+        settings: How the responses were sampled, with `sampling` "stratified" where they were. `judged` names samples
+            and verifier by all that decides the rewards, and is None where not all of it can be told.
 
     Example:
         >>> result = BestOfNResult.from_rewards([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
@@ -91,19 +94,29 @@ class BestOfNResult:
 
     @classmethod
     def from_rewards(
-        cls, rewards: Any, *, threshold: float | None = 1.0, name: str = "model", verifier: str = "rewards"
+        cls,
+        rewards: Any,
+        *,
+        threshold: float | None = 1.0,
+        name: str = "model",
+        verifier: str = "rewards",
+        sampling: Literal["independent", "stratified"] = "independent",
     ) -> BestOfNResult:
         """A result from rewards `(P, k)` alone, for instance those of another program.
+
+        With `sampling="stratified"` they are of nested samples, in the order of their numbers, as
+        `stratified_generate` gives them where k is a power of 2.
 
         Raises:
             ValueError: If a reward is NaN or infinite.
         """
+        if sampling not in ("independent", "stratified"):
+            raise ValueError(f'`sampling` must be "independent" or "stratified", got {sampling!r}.')
         table = np.array(rewards, dtype=np.float64)
         best_of_n_reward(table)  # refuses what is no table of rewards
-        rows = np.arange(len(table))
-        return cls(
-            name, verifier, table, np.zeros(table.shape, bool), rows, rows.astype(np.uint64), {}, {}, threshold, {}
-        )
+        rows, codes = np.arange(len(table)), np.arange(len(table), dtype=np.uint64)
+        settings = {} if sampling == "independent" else {"sampling": sampling}
+        return cls(name, verifier, table, np.zeros(table.shape, bool), rows, codes, {}, {}, threshold, settings)
 
     @property
     def num_prompts(self) -> int:
@@ -115,21 +128,27 @@ class BestOfNResult:
         """Responses to each prompt: the largest N there is."""
         return self.rewards.shape[1]
 
+    @property
+    def is_stratified(self) -> bool:
+        """Whether the samples of a prompt belong together, so that they count in aligned blocks."""
+        return self.settings.get("sampling") == "stratified"
+
     def pass_at(self, n: int) -> float:
         """Pass@N: the share of prompts that N responses solve, unbiased.
 
         Raises:
-            ValueError: If n is not between 1 and k, or there is no `threshold`.
+            ValueError: If n is not between 1 and k, for stratified samples neither a power of 2 nor k, or there is no
+                `threshold`.
         """
         return self._pass_estimate(n).mean
 
     def interval(self, n: int, confidence: float = 0.95) -> tuple[float, float]:
         """Confidence interval of Pass@N, over prompts."""
-        return bounded_mean_interval(self._passes[:, self._column(n)], confidence=confidence)
+        return bounded_mean_interval(self._passes(n), confidence=confidence)
 
     def best_of(self, n: int, confidence: float = 0.95) -> Estimate:
         """Expected reward of the best of N responses, unbiased, with its confidence interval over prompts."""
-        rewards = self._best[:, self._column(n)]
+        rewards = self._best(n)
         estimate = clustered_mean(rewards)
         if self.rewards.min() >= 0 and self.rewards.max() <= 1:
             return Estimate(estimate.mean, *bounded_mean_interval(rewards, confidence=confidence))
@@ -148,7 +167,7 @@ class BestOfNResult:
         for value in self.levels() if n is None else n:
             if self.threshold is not None:
                 estimates[f"pass@{value}"] = self._pass_estimate(value)
-            estimates[f"best_of_{value}"] = clustered_mean(self._best[:, self._column(value)])
+            estimates[f"best_of_{value}"] = clustered_mean(self._best(value))
         flat = {}
         for key, estimate in estimates.items():
             flat[key], flat[f"{key}_stderr"] = estimate.mean, estimate.standard_error
@@ -161,7 +180,8 @@ class BestOfNResult:
     def predict(self, profile: CoverageProfile, *, comparator_reward: float = 1.0) -> Prediction:
         """What a profile of the same model on the same prompts says of Best-of-N.
 
-        The guarantee is `comparator_reward - min_M (Cov_M + exp(-N / (2 M)))` and holds for every reward in [0, 1].
+        The guarantee is `comparator_reward - min_M (Cov_M + exp(-N / (2 M)))` and holds for every reward in [0, 1],
+        for stratified samples too, which achieve no less than independent ones.
 
         Args:
             profile: Coverage of the reference by the distribution that was sampled from: at temperature 1 the model.
@@ -179,10 +199,10 @@ class BestOfNResult:
                 f"`profile` must be of the same prompts, but has {profile.num_groups} prompts and this result "
                 f"{self.num_prompts}, not all the same; score the corpus that responses were sampled for."
             )
-        n = np.arange(1, self.k + 1)
+        n = np.array(self.levels() if self.is_stratified else range(1, self.k + 1))
         bounds = [least_regret_bound(profile.log_ratios, value, weights=profile.weights) for value in n.tolist()]
         exact = None
-        if profile.kind == "single_answer" and profile.logprobs is not None:
+        if profile.kind == "single_answer" and profile.logprobs is not None and not self.is_stratified:
             logprobs = profile.logprobs
             exact = np.array([exact_pass_at_n(logprobs, value, weights=profile.weights) for value in n.tolist()])
         return Prediction(n, np.maximum(comparator_reward - np.array(bounds), 0.0), exact)
@@ -191,16 +211,17 @@ class BestOfNResult:
     def sentence(self) -> str:
         """What came out, in plain words."""
         size = f"{self.num_prompts:,} prompts"
+        drawn = f"{self.k} stratified ones" if self.is_stratified else f"{self.k}"
         if self.threshold is None:
             parts = [
                 f"{self.name} gets a mean reward of {_interval(self.best_of(1), '.4g')} on {size} with one response "
-                f"and {_interval(self.best_of(self.k), '.4g')} with the best of {self.k} by {self.verifier}."
+                f"and {_interval(self.best_of(self.k), '.4g')} with the best of {drawn} by {self.verifier}."
             ]
         else:
             one, all_ = (Estimate(self.pass_at(n), *self.interval(n)) for n in (1, self.k))
             parts = [
                 f"{self.name} solves {_interval(one, '.1%')} of {size} with one response and {_interval(all_, '.1%')} "
-                f"with {self.k}, by {self.verifier}."
+                f"with {drawn}, by {self.verifier}."
             ]
         if self.errors:
             kinds = ", ".join(f"{count:,} {name}" for name, count in self.errors.items())
@@ -226,7 +247,7 @@ class BestOfNResult:
             comparator_reward: See `predict`.
             title: Title above the axes.
         """
-        n = range(1, self.k + 1)
+        n = self.levels() if self.is_stratified else list(range(1, self.k + 1))
         solved = self.threshold is not None
         points = [Estimate(self.pass_at(i), *self.interval(i)) if solved else self.best_of(i) for i in n]
         value, low, high = np.array(points).T
@@ -291,20 +312,32 @@ class BestOfNResult:
             self.threshold is None or (type(self.threshold) in (int, float) and math.isfinite(self.threshold)),
         )
         yield "names", isinstance(self.name, str) and isinstance(self.verifier, str)
-        yield "settings", isinstance(self.settings, dict)
+        yield "settings", isinstance(self.settings, dict) and self.settings.get("sampling") in (None, "stratified")
 
-    @cached_property
-    def _passes(self) -> FloatArray:
+    def _passes(self, n: int) -> FloatArray:
+        """Pass@N of each prompt `(P,)`."""
+        return best_of_blocks(self._solved, n) if self.is_stratified else self._every_pass[:, self._column(n)]
+
+    def _best(self, n: int) -> FloatArray:
+        """Reward of the best of N for each prompt `(P,)`."""
+        return best_of_blocks(self.rewards, n) if self.is_stratified else self._every_best[:, self._column(n)]
+
+    @property
+    def _solved(self) -> NDArray[np.bool_]:
         if self.threshold is None:
             raise ValueError("Pass@N needs a `threshold`, the least reward that solves a prompt; see `best_of`.")
-        return pass_at_n(self.rewards >= self.threshold)
+        return self.rewards >= self.threshold
 
     @cached_property
-    def _best(self) -> FloatArray:
+    def _every_pass(self) -> FloatArray:
+        return pass_at_n(self._solved)
+
+    @cached_property
+    def _every_best(self) -> FloatArray:
         return best_of_n_reward(self.rewards)
 
     def _pass_estimate(self, n: int) -> MeanEstimate:
-        return clustered_mean(self._passes[:, self._column(n)])
+        return clustered_mean(self._passes(n))
 
     def _column(self, n: int) -> int:
         if n != int(n) or not 1 <= n <= self.k:

@@ -12,7 +12,6 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteria,
@@ -21,9 +20,10 @@ from transformers import (
 from transformers.generation import GenerationMode
 from transformers.generation.utils import GenerateNonBeamOutput, GenerateOutput
 
-from hf_coverage.functional.arithmetic_codes import CodeState, decode_token, stratified_codes
+from hf_coverage.functional.arithmetic_codes import stratified_codes
 from hf_coverage.functional.ttt_config import is_count
 from hf_coverage.inference.call_stack import frames
+from hf_coverage.inference.code_choice import CodeChoice, code_device
 from hf_coverage.inference.forward import is_sharded
 from hf_coverage.ttt.generate import Adapted, AdaptedScores, EndWatch, refuse_paged, ttt_generate
 from hf_coverage.ttt.mixin import TestTimeTrainingMixin
@@ -113,7 +113,7 @@ def stratified_generate(
     _refuse_other_modes(generation_config, host.get("assistant_model"))
     saved = generation_config.to_dict()
     size = _group_size(saved.get("group") if group is None else group, generation_config, input_ids, arguments)
-    choice = _Choice(len(input_ids), size, input_ids.device)
+    choice = _choice(len(input_ids), size, input_ids.device)
     # What the choice leaves is one token, for which the host need not draw.
     config = copy.copy(generation_config)
     config.do_sample = False
@@ -138,6 +138,10 @@ class StratifiedSamplingMixin(TestTimeTrainingMixin):
     Put it before the model class. Where `stratified` is given to `generate` or saved in the generation configuration,
     tokens are sampled by `stratified_generate`, with `group` as given or saved; otherwise `generate` is the model's
     own, or that of `TestTimeTrainingMixin`.
+
+    TRL's `GRPOTrainer` repeats prompts itself and takes settings alone, of which `custom_generate` is none: give it a
+    model of such a class, and `generation_kwargs={"stratified": True, "group": num_generations}`. Without `group` each
+    row has a code of its own, which is plain sampling.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -261,59 +265,17 @@ class _AsItIs(Adapted):
         """Nothing to let go of."""
 
 
-class _Choice(LogitsProcessor):
-    """The last of the processors in one call of `generate`: it chooses the tokens, and makes them the largest scores.
-
-    Args:
-        rows: How many there are.
-        size: How many after one another share their codes.
-        device: Where the scores are.
-    """
-
-    supports_continuous_batching = False
-
-    def __init__(self, rows: int, size: int, device: torch.device) -> None:
-        # Apple's accelerator has no float64.
-        self._device = torch.device("cpu") if device.type == "mps" else device
-        draws = torch.rand(2, rows // size, size, dtype=torch.float64, device=self._device)
-        codes = stratified_codes(*draws).flatten()
-        self._state = CodeState(codes, torch.ones_like(codes))
-        self._sound = torch.ones(rows, dtype=torch.bool, device=self._device)
-        self._changed: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores `(B, V)`, +inf at the chosen tokens."""
-        precise = torch.promote_types(scores.dtype, torch.float32)
-        probabilities = scores.to(self._device).softmax(-1, dtype=precise)
-        digits = torch.rand(len(scores), dtype=torch.float64, device=self._device)
-        tokens, self._state, own = decode_token(probabilities, self._state, digits)
-        self._sound &= own.isfinite()
-        places = tokens[:, None].to(scores.device)
-        changed = scores.clone()
-        self._changed = changed, places, scores.gather(-1, places)
-        return changed.scatter_(-1, places, torch.inf)
-
-    def restore(self) -> None:
-        """Put the scores back that the last tokens were chosen from: they may be part of the result."""
-        if self._changed is not None:
-            changed, places, before = self._changed
-            changed.scatter_(-1, places, before)
-            self._changed = None
-
-    def refuse_nan(self) -> None:
-        """Raise ValueError if scores were such that no token could be chosen."""
-        if not self._sound.all():
-            row = int((~self._sound).nonzero()[0])
-            raise ValueError(
-                f"The scores of row {row} became NaN, or ruled out all tokens, so that none could be sampled: load "
-                "the model in float32 or bfloat16, and look at what `logits_processor` and the configuration ask for."
-            )
+def _choice(rows: int, size: int, device: torch.device) -> CodeChoice:
+    """A choice for so many rows, of which `size` after one another share their codes."""
+    device = code_device(device)
+    draws = torch.rand(2, rows // size, size, dtype=torch.float64, device=device)
+    return CodeChoice(stratified_codes(*draws).flatten(), lambda: torch.rand(rows, dtype=torch.float64, device=device))
 
 
 class _Restore(StoppingCriteria):
     """The first of the criteria: what the others see, and what `generate` returns, are the scores as they were."""
 
-    def __init__(self, choice: _Choice) -> None:
+    def __init__(self, choice: CodeChoice) -> None:
         self._choice = choice
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:

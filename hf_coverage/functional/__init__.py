@@ -47,6 +47,7 @@ _HOMES = {
         "CodeState",
         "Decoded",
         "TokenParts",
+        "check_intervals",
         "decode_token",
         "nested_codes",
         "response_intervals",
@@ -55,6 +56,7 @@ _HOMES = {
         "token_parts",
     ),
     "best_of_n": (
+        "best_of_blocks",
         "best_of_n_reward",
         "pass_at_n",
     ),

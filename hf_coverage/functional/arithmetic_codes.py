@@ -43,6 +43,7 @@ __all__ = [
     "CodeState",
     "Decoded",
     "TokenParts",
+    "check_intervals",
     "decode_token",
     "nested_codes",
     "response_intervals",
@@ -56,9 +57,10 @@ _DIGIT = 2.0**-53
 
 _BELOW_ONE = 1.0 - _DIGIT
 
-_NARROW = 2.0**-30
-"""Length of an interval, below which what is left of a code is drawn afresh: 23 of 53 digits are left there. Rounding
-is of the size of the last digit, and reading on without end would make it that of the first."""
+_NARROW = 2.0**-16
+"""Length of a prefix's interval, below which a code has told all that strata are for, and each further token has a
+number of its own. Reading on would make the rounding of probabilities, 1e-7, and in the end that of the code's last
+digit, as large as its first: which token is chosen would hang on the batch that a row is in, or its law be lost."""
 
 
 class CodeState(NamedTuple):
@@ -66,7 +68,7 @@ class CodeState(NamedTuple):
 
     Args:
         codes: The codes, the prefix's interval stretched to [0, 1) `(B,)`, float64.
-        lengths: How long the interval is `(B,)`, float64, in what was last drawn afresh; 1 before the first token.
+        lengths: How long the interval is `(B,)`, float64; 1 before the first token.
     """
 
     codes: Tensor
@@ -198,11 +200,10 @@ def decode_token(probabilities: Tensor, state: CodeState, digits: Tensor) -> Dec
     place, codes, share = _decode_part(members.masked_fill(tokens >= vocabulary, 0.0), codes)
     share = share * block_share
     lengths = state.lengths * share
-    narrow = lengths < _NARROW
-    codes = torch.where(narrow, digits, codes + digits * (_DIGIT / share)).clamp(max=_BELOW_ONE)
+    codes = torch.where(lengths < _NARROW, digits, codes + digits * (_DIGIT / share)).clamp(max=_BELOW_ONE)
     # A row of NaN or zeros ends in the padding of the last block.
     chosen = (block * size + place).clamp(max=vocabulary - 1)
-    return Decoded(chosen, CodeState(codes, lengths.masked_fill(narrow, 1.0)), share)
+    return Decoded(chosen, CodeState(codes, lengths), share)
 
 
 def token_parts(logits: Tensor, labels: Tensor) -> TokenParts:
@@ -255,7 +256,7 @@ def response_intervals(parts: TokenParts, mask: Tensor | None = None) -> tuple[T
     return (below * before).sum(-1), own.log().sum(-1)
 
 
-def stratified_pass_probabilities(low: ArrayLike, logprobs: ArrayLike, n: int) -> FloatArray:
+def stratified_pass_probabilities(low: ArrayLike, logprobs: ArrayLike, n: float) -> FloatArray:
     """Probability of each single right response to be among N stratified samples: `1 - prod_j (1 - N a_j)`.
 
     a_j is what its interval has of stratum j. Where the interval holds a whole stratum it is found for certain;
@@ -281,10 +282,25 @@ def stratified_pass_probabilities(low: ArrayLike, logprobs: ArrayLike, n: int) -
     References:
         Theorem S, in this module's docstring.
     """
-    lengths = np.exp(np.minimum(check_logprobs(logprobs), 0.0))
-    begins = np.asarray(low, dtype=np.float64)
     if n != int(n) or n < 1:
         raise ValueError(f"`n` must be a whole number of samples, at least 1, but is {n}.")
+    begins, lengths = check_intervals(low, logprobs), np.exp(np.minimum(check_logprobs(logprobs), 0.0))
+    begins, lengths = n * np.minimum(begins, 1.0), n * lengths  # strata of length 1
+    first = np.minimum(lengths, np.floor(begins) + 1 - begins)
+    rest = lengths - first
+    # Up to two strata are touched in part where none is held whole.
+    with np.errstate(divide="ignore"):
+        misses = np.log1p(-np.minimum(first, 1.0)) + np.log1p(-np.minimum(rest, 1.0))
+    return -np.expm1(misses)
+
+
+def check_intervals(low: ArrayLike, logprobs: ArrayLike) -> FloatArray:
+    """Where intervals in [0, 1] begin, checked with the logarithms of their lengths, nats: `(R,)` each.
+
+    Raises:
+        ValueError: If they are not of the same rows, or a number is none that an interval has; names the row.
+    """
+    lengths, begins = np.exp(np.minimum(check_logprobs(logprobs), 0.0)), np.asarray(low, dtype=np.float64)
     if begins.shape != lengths.shape:
         raise ValueError(f"`low` must have one entry a row, {lengths.shape}, but has shape {begins.shape}.")
     bad = np.flatnonzero(~((begins >= 0) & (begins + lengths <= 1 + _SLACK)))
@@ -294,13 +310,7 @@ def stratified_pass_probabilities(low: ArrayLike, logprobs: ArrayLike, n: int) -
             f"`low` must be where an interval of length exp(`logprobs`) begins in [0, 1], but row {row} begins at "
             f"{begins[row]} and has length {lengths[row]}."
         )
-    begins, lengths = n * np.minimum(begins, 1.0), n * lengths  # strata of length 1
-    first = np.minimum(lengths, np.floor(begins) + 1 - begins)
-    rest = lengths - first
-    # Up to two strata are touched in part where none is held whole.
-    with np.errstate(divide="ignore"):
-        misses = np.log1p(-np.minimum(first, 1.0)) + np.log1p(-np.minimum(rest, 1.0))
-    return -np.expm1(misses)
+    return begins
 
 
 _SLACK = 1e-6

@@ -1,7 +1,8 @@
-"""What Best-of-N gets out of k sampled responses, for every N up to k at once and without bias.
+"""What Best-of-N gets out of k sampled responses, without bias: all N up to k at once where they are independent.
 
-All N of the k responses are equally likely to be the ones that Best-of-N drew, so every estimate here is the mean over
-all `C(k, N)` subsets, computed without going through them.
+All N of k independent responses are equally likely to be the ones that Best-of-N drew, so that estimates are means
+over all `C(k, N)` subsets, computed without going through them. Stratified responses are not: those that stand
+together in a block belong together.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hf_coverage.functional.checks import FloatArray
 
-__all__ = ["best_of_n_reward", "pass_at_n"]
+__all__ = ["best_of_blocks", "best_of_n_reward", "pass_at_n"]
 
 
 def pass_at_n(solved: ArrayLike, *, k: int | None = None) -> FloatArray:
@@ -79,6 +80,39 @@ def best_of_n_reward(rewards: ArrayLike, *, proxy: ArrayLike | None = None) -> F
             np.take_along_axis(table, order, axis=1), np.take_along_axis(scores, order, axis=1)
         )
     return ordered @ _subset_best_probabilities(table.shape[1]).T
+
+
+def best_of_blocks(rewards: ArrayLike, n: int) -> FloatArray:
+    """Unbiased reward of the best of N stratified responses to each prompt: the mean over aligned blocks of N.
+
+        mean_b max(rewards[b N], ..., rewards[b N + N - 1])
+
+    Every aligned block of 2^m nested codes is stratified like the first one. Blocks that are not whole do not count.
+
+    Args:
+        rewards: `(P, k)` finite rewards of nested responses, in the order of their numbers; for Pass@N, which of them
+            are right.
+        n: N, a power of two up to k, or k itself.
+
+    Returns:
+        `(P,)`.
+
+    Raises:
+        ValueError: If a reward is NaN or infinite, or `n` is another number.
+
+    Example:
+        >>> best_of_blocks([[0.0, 1.0, 5.0, 2.0, 3.0]], n=2).tolist()
+        [3.0]
+    """
+    table = _finite_table(rewards, "rewards")
+    k = table.shape[1]
+    if n != int(n) or not 1 <= n <= k or (n != k and int(n) & (int(n) - 1)):
+        raise ValueError(
+            f"`n` must be a power of two up to k = {k}, or k itself, as stratified responses count in aligned blocks, "
+            f"got {n}; the means over all subsets are for independent ones."
+        )
+    size = int(n)
+    return table[:, : k // size * size].reshape(len(table), -1, size).max(axis=2).mean(axis=1)
 
 
 def _counts(solved: NDArray[Any], k: int | None) -> tuple[NDArray[np.int64], int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from hf_coverage.inference.fingerprint import config_fingerprint, digest, tokenizer_fingerprint, weight_fingerprint
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
     from hf_coverage.inference.sampler import Sample, Sampler
 
-__all__ = ["SAMPLE", "Rows", "damaged", "kept_samples", "sampling_facts"]
+__all__ = ["SAMPLE", "Rows", "code_books", "damaged", "kept_samples", "sampling_facts", "shard_sizes"]
 
 Rows = list[dict[str, Any]]
 SAMPLE = ("prompt", "sample", "ids", "logprob", "finished")
@@ -40,7 +42,7 @@ def sampling_facts(
     """
     if k < 1 or shard_rows < 1:
         raise ValueError(f"`k` and `shard_rows` must be at least 1, got {k} and {shard_rows}.")
-    return {
+    facts = {
         "k": k,
         "batch_size": sampler.batch_size,
         "seed": sampler.seed,
@@ -52,6 +54,7 @@ def sampling_facts(
         "dtype": str(sampler.model.dtype),
         "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
     }
+    return facts | {"stratified": True} if sampler.stratified else facts
 
 
 def kept_samples(
@@ -60,8 +63,9 @@ def kept_samples(
     tokenizer: PreTrainedTokenizerBase | None,
     shards: JsonShards | None,
     *,
-    k: int,
+    rounds: Sequence[int],
     rows_per_shard: int,
+    books: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[Rows]:
     """Draw k samples of each prompt, those alone whose shards are not there; every process of a job calls it.
 
@@ -72,19 +76,34 @@ def kept_samples(
         prompts: Token ids.
         tokenizer: Makes the entry `text`; None for none.
         shards: Where they are kept; None: nowhere.
-        k: Samples of each prompt.
+        rounds: How many samples of each prompt there are after each round in which they are drawn; the last is k.
         rows_per_shard: Samples of a shard, a number of whole batches.
+        books: Where the codes of each prompt's samples are, see `code_books`; None: each prompt has its own.
 
     Yields:
-        The samples of a shard, each with the numbers of its prompt and of itself; shortest prompts first.
+        The samples of a shard, each with the numbers of its prompt and of itself; shortest prompts first in a round.
 
     Raises:
         ValueError: If a shard is damaged.
     """
+    every_round = [_places(prompts, first, end) for first, end in pairwise((0, *rounds))]
+    batches = [-(-len(places) // sampler.batch_size) for places in every_round]
+    whole = list(
+        zip(accumulate(batches, initial=0), every_round)
+    )  # a round begins with a batch and a shard of its own
+    parts = [
+        (first + start // sampler.batch_size, places[start : start + rows_per_shard])
+        for first, places in whole
+        for start in range(0, len(places), rows_per_shard)
+    ]
+
+    def asked(first_batch: int, places: list[tuple[int, int]]) -> dict[str, Any]:
+        owners = [(prompt, 0) if books is None else books[prompt] for prompt, _ in places]
+        codes = [(book, begin + number) for (book, begin), (_, number) in zip(owners, places)]
+        return {"prompts": [prompts[prompt] for prompt, _ in places], "places": codes, "first_batch": first_batch}
+
     known: dict[int, list[Sample]] | None = None
-    every_place = _places(prompts, k)
-    for index, start in enumerate(range(0, len(every_place), rows_per_shard)):
-        places = every_place[start : start + rows_per_shard]
+    for index, (first_batch, places) in enumerate(parts):
         kept = None if shards is None else on_main_process(partial(shards.read, index, SAMPLE))
         if kept is not None:
             if [(row["prompt"], row["sample"]) for row in kept] != places:
@@ -92,10 +111,8 @@ def kept_samples(
             yield kept
             continue
         if known is None:
-            known = sampler.settle([prompts[prompt] for prompt, _ in every_place])
-        samples = sampler.draw(
-            [prompts[prompt] for prompt, _ in places], first_batch=start // sampler.batch_size, known=known
-        )
+            known = {number: batch for part in whole for number, batch in sampler.settle(**asked(*part)).items()}
+        samples = sampler.draw(**asked(first_batch, places), known=known)
         rows = [
             {"prompt": prompt, "sample": number} | asdict(sample) for (prompt, number), sample in zip(places, samples)
         ]
@@ -107,6 +124,34 @@ def kept_samples(
         yield rows
 
 
+def shard_sizes(num_prompts: int, rounds: Sequence[int], rows_per_shard: int) -> list[int]:
+    """How many samples each shard holds.
+
+    Example:
+        >>> shard_sizes(3, rounds=[2, 3], rows_per_shard=4)
+        [4, 2, 3]
+    """
+    totals = [num_prompts * (end - first) for first, end in pairwise((0, *rounds))]
+    return [min(rows_per_shard, total - start) for total in totals for start in range(0, total, rows_per_shard)]
+
+
+def code_books(prompts: list[list[int]], k: int) -> list[tuple[int, int]]:
+    """Let prompts that are equal share one set of codes: which prompt's it is, and where the own k of them begin.
+
+    Example:
+        >>> code_books([[1, 2], [3], [1, 2]], k=8)
+        [(0, 0), (1, 0), (0, 8)]
+    """
+    first: dict[tuple[int, ...], int] = {}
+    seen: Counter[int] = Counter()
+    books = []
+    for row, prompt in enumerate(prompts):
+        book = first.setdefault(tuple(prompt), row)
+        books.append((book, k * seen[book]))
+        seen[book] += 1
+    return books
+
+
 def damaged(shards: JsonShards | None, index: int) -> str:
     """Say of a shard that it holds other samples than those that belong there."""
     where = "" if shards is None else f"{shards.folder / shards.name}-{index:05d}.jsonl"
@@ -115,7 +160,7 @@ def damaged(shards: JsonShards | None, index: int) -> str:
     )
 
 
-def _places(prompts: list[list[int]], k: int) -> list[tuple[int, int]]:
-    """Prompt and number of each sample in the order that `Sampler.draw` takes them: by length."""
+def _places(prompts: list[list[int]], first: int, end: int) -> list[tuple[int, int]]:
+    """Prompt and number of each sample of a round in the order that `Sampler.draw` takes them: by length."""
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    return [(prompt, number) for prompt in order for number in range(k)]
+    return [(prompt, number) for prompt in order for number in range(first, end)]

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ from transformers import (
 )
 
 from hf_coverage.functional.logprobs import token_logprobs
+from hf_coverage.inference.code_choice import CodeChoice, code_device, placed_codes
 from hf_coverage.inference.forward import inference, input_device, is_sharded, refuse_zero3, unwrap
 from hf_coverage.inference.prefix_cache import CACHE, is_repeatable
 from hf_coverage.inference.processes import map_over_processes
@@ -145,6 +147,13 @@ _LAYOUTS = [
 """From the fastest to the one that takes least for granted."""
 
 
+class _Row(NamedTuple):
+    """The ids of a prompt that is answered, and which prompt and sample that is, where that decides its codes."""
+
+    ids: list[int]
+    place: tuple[int, int] | None
+
+
 class _Drawn(NamedTuple):
     """A sample, and log p of its tokens `(T,)` under the model itself, before anything is done to its logits."""
 
@@ -155,11 +164,14 @@ class _Drawn(NamedTuple):
 class Sampler:
     """Draws responses on all processes of a job; the result depends on the seed and the batch size alone.
 
+    A stratified sample depends on the seed, its prompt and its number, and on the batch size by rounding alone.
+
     Args:
         model: Any causal language model; may be wrapped by DDP, sharded by FSDP2, or compiled.
         sampling: The distribution.
         batch_size: Responses drawn at once.
         seed: What all random numbers follow from; the global generators stay as they are.
+        stratified: Whether the samples of a prompt share nested codes; see `functional.arithmetic_codes`.
 
     Raises:
         RuntimeError: Under DeepSpeed ZeRO-3.
@@ -167,7 +179,9 @@ class Sampler:
         ValueError: If `batch_size` is not positive, or the model is an encoder-decoder.
     """
 
-    def __init__(self, model: PreTrainedModel, sampling: Sampling, *, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, sampling: Sampling, *, batch_size: int, seed: int, stratified: bool = False
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         refuse_zero3()
@@ -183,6 +197,7 @@ class Sampler:
         self.sampling = sampling
         self.batch_size = batch_size
         self.seed = seed
+        self.stratified = stratified
         # How prompts are laid out side by side, and what of it was tried so far. Some recurrent models read padding as
         # they read any token.
         stateful = self.model._is_stateful and not self.sharded
@@ -193,6 +208,7 @@ class Sampler:
         self,
         prompts: Sequence[list[int]],
         *,
+        places: Sequence[tuple[int, int]] | None = None,
         stop: Stop | None = None,
         first_batch: int = 0,
         known: Mapping[int, list[Sample]] | None = None,
@@ -207,6 +223,7 @@ class Sampler:
 
         Args:
             prompts: Token ids, never empty; repeat a prompt for several responses.
+            places: Of which prompt each response is a sample, and which one; needed where samples are stratified.
             stop: Tells from the tokens of a response so far whether it ends here; None: only EOS ends it early.
             first_batch: Number of the first batch: prompts in ascending order of length, drawn in parts of whole
                 batches, get the samples that they get in one call if `settle` was given all of them.
@@ -220,39 +237,48 @@ class Sampler:
             RuntimeError: If what the model says of its responses is not what it wrote them from, however they are laid
                 out.
         """
-        require_room(self.model, prompts, [self.sampling.max_new_tokens] * len(prompts))
+        asked = self._asked(prompts, places)
         # Prompts of like length share a batch, which pads little; a stable sort is the same on every process.
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         numbered = list(enumerate(batches, first_batch))
         hidden = not (progress and PartialState().is_main_process)
         with inference(self.model), tqdm(total=len(order), desc="Sampling", unit="response", disable=hidden) as bar:
-            known = {**(known or {}), **self._find_reading(numbered, prompts, stop)}
+            known = {**(known or {}), **self._find_reading(numbered, asked, stop)}
 
             def draw(batch: tuple[int, list[int]]) -> list[Sample]:
                 if batch[0] in known:
                     return known[batch[0]]
-                return [drawn.sample for drawn in self._draw_batch([prompts[row] for row in batch[1]], batch[0], stop)]
+                return [drawn.sample for drawn in self._draw_batch([asked[row] for row in batch[1]], batch[0], stop)]
 
             def keep_pace(together: Sequence[tuple[int, list[int]]], own: tuple[int, list[int]] | None) -> None:
                 idle = own is None or own[0] in known
                 # The others cannot run the model without this process.
                 if self.sharded and idle and any(index not in known for index, _ in together):
-                    self._draw_batch([prompts[order[0]]], 0, stop)
+                    self._draw_batch([asked[order[0]]], 0, stop)
                 bar.update(sum(len(rows) for _, rows in together))
 
             drawn = map_over_processes(draw, numbered, after_round=keep_pace)
         samples = dict(zip(chain.from_iterable(batches), chain.from_iterable(drawn)))
         return [samples[row] for row in range(len(prompts))]
 
-    def settle(self, prompts: Sequence[list[int]], *, stop: Stop | None = None) -> dict[int, list[Sample]]:
+    def settle(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        places: Sequence[tuple[int, int]] | None = None,
+        stop: Stop | None = None,
+        first_batch: int = 0,
+    ) -> dict[int, list[Sample]]:
         """Settle how prompts are laid out before parts of them are drawn; see `draw`, which does it for what it gets.
 
         Then a part's samples do not depend on which others were drawn before it.
 
         Args:
             prompts: All prompts, in ascending order of length.
+            places: See `draw`.
             stop: See `draw`.
+            first_batch: See `draw`.
 
         Returns:
             The samples of those batches that were drawn for it, by their number.
@@ -260,28 +286,41 @@ class Sampler:
         Raises:
             RuntimeError: See `draw`.
         """
-        require_room(self.model, prompts, [self.sampling.max_new_tokens] * len(prompts))
-        places = range(len(prompts))
-        batches = [list(places[start : start + self.batch_size]) for start in places[:: self.batch_size]]
+        asked = self._asked(prompts, places)
+        rows = range(len(prompts))
+        batches = [list(rows[start : start + self.batch_size]) for start in rows[:: self.batch_size]]
         with inference(self.model):
-            return self._find_reading(list(enumerate(batches)), prompts, stop)
+            return self._find_reading(list(enumerate(batches, first_batch)), asked, stop)
+
+    def _asked(self, prompts: Sequence[list[int]], places: Sequence[tuple[int, int]] | None) -> list[_Row]:
+        """The prompts with their places, where these decide anything."""
+        require_room(self.model, prompts, [self.sampling.max_new_tokens] * len(prompts))
+        if not self.stratified:
+            return [_Row(prompt, None) for prompt in prompts]
+        if places is None or len(places) != len(prompts):
+            raise ValueError(
+                "`places` must say of each prompt which one it is, and which of its samples this is, as stratified "
+                f"samples share codes: expected {len(prompts)} pairs, got {None if places is None else len(places)}."
+            )
+        return [_Row(prompt, place) for prompt, place in zip(prompts, places)]
 
     def _find_reading(
-        self, batches: list[tuple[int, list[int]]], prompts: Sequence[list[int]], stop: Stop | None
+        self, batches: list[tuple[int, list[int]]], asked: Sequence[_Row], stop: Stop | None
     ) -> dict[int, list[Sample]]:
         """Settle how prompts are laid out, by reading some responses again; all processes do this, and draw the same.
 
         Returns:
             The samples of the batches that were drawn for it.
         """
-        chosen = dict(batch for kind, batch in _kinds(batches, prompts).items() if kind not in self._tried)
-        self._tried |= _kinds(batches, prompts).keys()
+        kinds = _kinds(batches, asked)
+        chosen = dict(batch for kind, batch in kinds.items() if kind not in self._tried)
+        self._tried |= kinds.keys()
         found: dict[int, list[Sample]] = {}
         for layout in _LAYOUTS[_LAYOUTS.index(self._layout) :] if chosen else ():
             self._layout = layout
             # The passes of a sharded model must be the same in number on all processes: there is one layout.
             last = layout is _LAYOUTS[-1] or self.sharded
-            found, gap = self._try(chosen, prompts, stop, last=last)
+            found, gap = self._try(chosen, asked, stop, last=last)
             if gap is None:
                 break
             if last:
@@ -294,17 +333,17 @@ class Sampler:
         return found
 
     def _try(
-        self, batches: dict[int, list[int]], prompts: Sequence[list[int]], stop: Stop | None, *, last: bool
+        self, batches: dict[int, list[int]], asked: Sequence[_Row], stop: Stop | None, *, last: bool
     ) -> tuple[dict[int, list[Sample]], float | None]:
         """Draw batches and read some responses of each again: the samples, and the largest gap beyond rounding."""
         found: dict[int, list[Sample]] = {}
         gaps = []
         try:
             for index, rows in batches.items():
-                drawn = self._draw_batch([prompts[row] for row in rows], index, stop)
+                drawn = self._draw_batch([asked[row] for row in rows], index, stop)
                 found[index] = [one.sample for one in drawn]
                 for place in sorted({0, len(rows) // 3, 2 * len(rows) // 3, len(rows) - 1}):
-                    again = self._read(prompts[rows[place]], drawn[place].sample.ids)
+                    again = self._read(asked[rows[place]].ids, drawn[place].sample.ids)
                     if not agree(Readout(drawn[place].plain, again.epsilon), again):
                         gaps.append(float((drawn[place].plain - again.logprobs).abs().sum()))
         except torch.OutOfMemoryError:
@@ -334,28 +373,36 @@ class Sampler:
         logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **keep).logits
         return logits[:, -last:]  # from the end: some adapters put tokens of their own before the prompt
 
-    def _draw_batch(self, prompts: list[list[int]], index: int, stop: Stop | None) -> list[_Drawn]:
+    def _draw_batch(self, rows: list[_Row], index: int, stop: Stop | None) -> list[_Drawn]:
         if self._layout.reading < Reading.EQUAL:
-            return self._draw_together(prompts, (index,), stop)
+            return self._draw_together(rows, (index,), stop)
         if self._layout.reading is Reading.EQUAL:
-            lengths = sorted({len(prompt) for prompt in prompts})
-            groups = [[prompt for prompt in prompts if len(prompt) == length] for length in lengths]
+            lengths = sorted({len(row.ids) for row in rows})
+            groups = [[row for row in rows if len(row.ids) == length] for length in lengths]
         else:
-            groups = [[prompt] for prompt in prompts]
-        return [one for place, group in enumerate(groups) for one in self._draw_together(group, (index, place), stop)]
+            groups = [[row] for row in rows]
+        return [
+            one for number, group in enumerate(groups) for one in self._draw_together(group, (index, number), stop)
+        ]
 
-    def _draw_together(self, prompts: list[list[int]], place: tuple[int, ...], stop: Stop | None) -> list[_Drawn]:
+    def _draw_together(self, rows: list[_Row], entropy: tuple[int, ...], stop: Stop | None) -> list[_Drawn]:
         device, eos = input_device(self.model), self.sampling.eos_token_ids
+        prompts = [row.ids for row in rows]
         ids, mask = (part.to(device) for part in pad_left(prompts))
         processors, stopper = self.sampling.processors(), _Stopper(ids.shape, stop)
         plain, sampled = _DensityRecorder(), _DensityRecorder()
         chain_of = LogitsProcessorList([plain, *processors, sampled] if processors else [plain])
+        choice = self._code_choice(rows, device) if self.stratified else None
+        if choice is not None:
+            chain_of.append(choice)  # behind what takes down the scores that it chooses from
         write = self._generate if self._layout.generated else self._write
         # The passes of a sharded model must be the same in number on all processes, whatever their prompts.
         share = self._layout.reading is Reading.SHARED and not self.sharded
         cache = read_prompts(self.model, prompts) if share else None
-        with _seeded(device, (self.seed, *place)):
+        with _seeded(device, (self.seed, *entropy)):
             sequences = write(ids, mask, cache, chain_of, None if stop is None else stopper)
+        if choice is not None:
+            choice.refuse_nan()
         before = plain.finish(sequences, start=ids.shape[1])
         logprobs = sampled.finish(sequences, start=ids.shape[1]) if processors else before
         responses = sequences[:, ids.shape[1] :].tolist()
@@ -366,6 +413,14 @@ class Sampler:
             found.append(_Drawn(sample, own[:length]))
         return found
 
+    def _code_choice(self, rows: list[_Row], device: torch.device) -> CodeChoice:
+        """What chooses the tokens of stratified samples, whatever stands beside them."""
+        places = [row.place for row in rows if row.place is not None]
+        # One step more, which `generate` may take, and take back.
+        parts = placed_codes(self.seed, places, self.sampling.max_new_tokens + 1)
+        codes, digits = (part.to(code_device(device)) for part in parts)
+        return CodeChoice(codes, partial(next, iter(digits.unbind(-1))))
+
     def _generate(
         self,
         ids: Tensor,
@@ -375,11 +430,11 @@ class Sampler:
         stopper: StoppingCriteria | None,
     ) -> Tensor:
         """Prompts and responses `(B, L + T)`, by the model's own `generate`."""
+        # What stratified samples are chosen by leaves one token, for which `generate` need not draw.
+        drawing = {} if self.stratified else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         config = GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
+            do_sample=not self.stratified,
+            **drawing,
             max_new_tokens=self.sampling.max_new_tokens,
             eos_token_id=list(self.sampling.eos_token_ids) or None,
             pad_token_id=0,
@@ -409,7 +464,8 @@ class Sampler:
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for _ in range(self.sampling.max_new_tokens):
             scores = processors(ids, self._logits(ids, 1)[:, -1].float())
-            tokens = torch.multinomial(scores.softmax(-1), 1).to(ids.device)
+            tokens = scores.argmax(-1, keepdim=True) if self.stratified else torch.multinomial(scores.softmax(-1), 1)
+            tokens = tokens.to(ids.device)
             ids = torch.cat([ids, tokens], dim=-1)
             ended |= torch.isin(tokens[:, 0], eos)
             if stopper is not None:
@@ -419,11 +475,11 @@ class Sampler:
         return ids
 
 
-def _kinds(batches: list[tuple[int, list[int]]], prompts: Sequence[list[int]]) -> dict[str, tuple[int, list[int]]]:
+def _kinds(batches: list[tuple[int, list[int]]], asked: Sequence[_Row]) -> dict[str, tuple[int, list[int]]]:
     """The first batch of each kind that a model may go wrong on, and the one with the longest prompt."""
     kinds: dict[str, tuple[int, list[int]]] = {}
     for batch in batches:
-        lines = [tuple(prompts[row]) for row in batch[1]]
+        lines = [tuple(asked[row].ids) for row in batch[1]]
         kinds.setdefault("any", batch)
         if len(set(map(len, lines))) > 1:
             kinds.setdefault("padded", batch)

@@ -21,6 +21,7 @@ class JsonShards:
         folder: Where they are or will be; made with the first of them.
         name: What the files are called.
         metadata: What decides the rows, JSON-serialisable; the entry `about` only describes.
+        before: What the folder may hold of it already; the first shard that is written then makes it `metadata`.
 
     Raises:
         ValueError: If the folder holds something else.
@@ -33,19 +34,30 @@ class JsonShards:
         ([{'text': 'a'}], None)
     """
 
-    def __init__(self, folder: str | PathLike[str], name: str, metadata: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: str | PathLike[str],
+        name: str,
+        metadata: dict[str, Any],
+        *,
+        before: dict[str, Any] | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self.name = name
         path = self.folder / _METADATA
-        self._metadata = now = json.loads(json.dumps(metadata))  # what is compared is what JSON makes of it
+        self._grows = False
+        # What is compared is what JSON makes of it.
+        now, before = json.loads(json.dumps([metadata, before]))
+        self._metadata: dict[str, Any] = now
         if not path.exists():
             if any(self.folder.glob(f"{name}-*.jsonl")):  # shards that lost it
                 write_atomically(path, json.dumps(now, indent=2) + "\n")
             return
-        before = read_metadata(self.folder)
-        changed = [key for key in sorted(before | now) if key != _DESCRIPTIVE and before.get(key) != now.get(key)]
+        held = read_metadata(self.folder)
+        self._grows = before is not None and not _changed(held, before)
+        changed = [] if self._grows else _changed(held, now)
         if changed:
-            differences = "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in changed)
+            differences = "; ".join(f"{key} was {held.get(key)!r}, now {now.get(key)!r}" for key in changed)
             raise ValueError(
                 f"{self.folder} holds {name} of something else ({differences}). Choose a new `output_dir`, or remove "
                 "this one if it is no longer needed."
@@ -72,7 +84,11 @@ class JsonShards:
 
     def write(self, index: int, rows: Sequence[dict[str, Any]]) -> None:
         """Write the rows of a shard."""
-        with begun_with(self.folder / _METADATA, json.dumps(self._metadata, indent=2) + "\n"):
+        record = json.dumps(self._metadata, indent=2) + "\n"
+        if self._grows:
+            write_atomically(self.folder / _METADATA, record)
+            self._grows = False
+        with begun_with(self.folder / _METADATA, record):
             write_atomically(self._path(index), "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def _path(self, index: int) -> Path:
@@ -90,3 +106,13 @@ def read_metadata(folder: str | PathLike[str], **types: type) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no samples of Best-of-N: there is no {_METADATA} in it.")
     return read_facts(path, "Remove the folder, or restore the file, and run the same command again.", **types)
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The entries of metadata that differ, but for what only describes.
+
+    Example:
+        >>> _changed({"k": 8, "about": 1}, {"k": 8, "about": 2}), _changed({"k": 8}, {"k": 9, "seed": 0})
+        ([], ['k', 'seed'])
+    """
+    return [key for key in sorted(before | now) if key != _DESCRIPTIVE and before.get(key) != now.get(key)]

@@ -15,7 +15,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from huggingface_hub.utils import tqdm
 
 from hf_coverage.inference.fingerprint import TOKENIZER_COLUMN, vocabulary_fingerprint
-from hf_coverage.inference.kept_samples import kept_samples, sampling_facts
+from hf_coverage.inference.kept_samples import code_books, kept_samples, sampling_facts
 from hf_coverage.inference.processes import on_main_process
 from hf_coverage.inference.sampler import Sample, Sampler, Sampling, end_token_ids
 from hf_coverage.inference.shards import JsonShards
@@ -118,6 +118,7 @@ def sample_corpus(
     chat_template_kwargs: Sequence[dict[str, Any] | None] | None = None,
     k: int,
     max_new_tokens: int,
+    stratified: bool = False,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -139,6 +140,10 @@ def sample_corpus(
     In half precision the density is that of decoding token by token; scoring the same teacher on whole responses
     differs from it by rounding.
 
+    Stratified responses of a prompt, equal prompts together, share nested codes. Each is a sample of D with the same
+    `reference_logprob`, so that Cov_N, miss_N and every other mean over rows stay unbiased, with less variance. They
+    are not independent given the prompt: take intervals over prompts, `groups=corpus["prompt"]`.
+
     Args:
         teacher: Any causal language model; all processes of a job have to call, and each samples its part.
         tokenizer: Its tokenizer; may be None if prompts are token ids.
@@ -146,6 +151,7 @@ def sample_corpus(
         chat_template_kwargs: For chat messages, what the chat template is given for each prompt.
         k: Responses per prompt.
         max_new_tokens: Most tokens of a response.
+        stratified: Whether the responses to a prompt are spread over D, see `stratified_generate`.
         temperature: What logits are divided by; 1 is the teacher itself.
         top_k: Keep the k likeliest tokens of every step; None: all.
         top_p: Keep the likeliest tokens that together reach this mass; None: all.
@@ -187,9 +193,10 @@ def sample_corpus(
         raise ValueError(f"`k` must be at least 1, got {k}.")
     ids = encode_prompts(prompts, tokenizer, chat_template_kwargs=chat_template_kwargs)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, end_token_ids(eos_token_id, teacher, tokenizer))
-    sampler = Sampler(teacher, sampling, batch_size=batch_size, seed=seed)
+    sampler = Sampler(teacher, sampling, batch_size=batch_size, seed=seed, stratified=stratified)
     if output_dir is None:
-        samples = sampler.draw([prompt for prompt in ids for _ in range(k)], progress=progress)
+        places = [(book, first + number) for book, first in code_books(ids, k) for number in range(k)]
+        samples = sampler.draw([prompt for prompt in ids for _ in range(k)], places=places, progress=progress)
     else:
         samples = _kept(sampler, ids, tokenizer, output_dir, k=k, shard_rows=shard_rows, progress=progress)
     corpus = _ids_dataset(
@@ -329,7 +336,8 @@ def _kept(
     """The samples of a folder, drawn where they are not there yet, in the order of the prompts."""
     facts = sampling_facts(sampler, prompts, tokenizer, k=k, shard_rows=shard_rows)
     shards = on_main_process(partial(JsonShards, folder, "samples", facts))
-    parts = kept_samples(sampler, prompts, tokenizer, shards, k=k, rows_per_shard=facts["rows_per_shard"])
+    size, books = facts["rows_per_shard"], code_books(prompts, k)
+    parts = kept_samples(sampler, prompts, tokenizer, shards, rounds=[k], rows_per_shard=size, books=books)
     hidden = not (progress and PartialState().is_main_process)
     found: dict[tuple[int, int], Sample] = {}
     with tqdm(total=len(prompts) * k, desc="Sampling", unit="response", disable=hidden) as bar:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hf_coverage.functional.arithmetic_codes import token_parts
 from hf_coverage.functional.logprobs import collision_probability, logsumexp, token_kl
 from hf_coverage.functional.ttt_config import TTTConfig
 from hf_coverage.inference.encoded_rows import EncodedCorpus
@@ -46,9 +47,11 @@ class ScoringOptions:
         head_statistics: Whether the output head's norms and inherent variance are measured.
         ttt: What makes a step after each token; None: nothing.
         batch_invariant: Whether each row is read in a pass of its own, so that no bit of its score depends on others.
+        intervals: Whether it is found where each response's interval of arithmetic codes begins.
 
     Raises:
-        ValueError: If a size is not positive, or `ttt` is combined with `head_statistics` or has no single step size.
+        ValueError: If a size is not positive, or `ttt` is combined with `head_statistics` or `intervals`, or has no
+            single step size.
     """
 
     batch_tokens: int = 4096
@@ -58,6 +61,7 @@ class ScoringOptions:
     head_statistics: bool = False
     ttt: TTTConfig | None = None
     batch_invariant: bool = False
+    intervals: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "logits_memory"):
@@ -65,6 +69,8 @@ class ScoringOptions:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.ttt is not None and self.head_statistics:
             raise ValueError("`head_statistics` are those of a head that stays what it is: leave out it or `ttt`.")
+        if self.ttt is not None and self.intervals:
+            raise ValueError("`intervals` are those of a model that stays what it is: leave out them or `ttt`.")
         if self.ttt is not None and isinstance(self.ttt.lr, Tensor):
             raise ValueError("`ttt` must have one step size `lr` for all rows, a float.")
 
@@ -187,7 +193,8 @@ class ScoringEngine:
             return [{"token_logprobs": self._rows.score(corpus, batch)}]
         heads = [rule for rule in rules if rule is not None]
         if not heads:
-            return [score_plain(self._passes, corpus, batch, head_statistics=self.options.head_statistics)]
+            asked = {"head_statistics": self.options.head_statistics, "intervals": self.options.intervals}
+            return [score_plain(self._passes, corpus, batch, **asked)]
         reading = read_batch(self._passes, corpus, batch, on_prompt=any(rule.on_prompt for rule in heads))
         head, memory = require_adaptable(self._passes), self.options.logits_memory
         adapted = iter(score_heads(reading, corpus, batch, head, heads, memory=memory))
@@ -221,7 +228,14 @@ def _assemble(
         hidden_norm=_reduce(np.max, tokens["hidden_norm"]) if statistics else None,
         inherent_variance=_reduce(np.sum, tokens["inherent_variance"]) if statistics else None,
         sampled_variance=_reduce(np.sum, tokens["sampled_variance"]) if statistics else None,
+        interval_low=_interval_low(tokens["below"], tokens["token_logprobs"]) if "below" in tokens else None,
     )
+
+
+def _interval_low(below: list[NDArray], logprobs: list[NDArray]) -> NDArray[np.float64]:
+    """`sum_h below_h prod_{i<h} p_i` of each row."""
+    before = [np.exp(np.append(0.0, np.cumsum(line[:-1], dtype=np.float64))) for line in logprobs]
+    return np.array([parts @ shares for parts, shares in zip(below, before)])
 
 
 def refuse_nan(scores: Scores, rows: range, ttt: TTTConfig | None) -> None:
@@ -262,7 +276,7 @@ def _check_rows(corpus: EncodedCorpus, rows: range, forward: HeadForward, vocab_
 
 
 def score_plain(
-    passes: BatchPasses, corpus: EncodedCorpus, batch: Batch, *, head_statistics: bool
+    passes: BatchPasses, corpus: EncodedCorpus, batch: Batch, *, head_statistics: bool, intervals: bool = False
 ) -> dict[str, NDArray]:
     """Compute the values of a batch's response tokens, row after row in the order of `batch.rows`.
 
@@ -271,6 +285,7 @@ def score_plain(
         corpus: Token ids of all rows.
         batch: The rows.
         head_statistics: Whether the output head's norms and inherent variance are measured.
+        intervals: Whether it is found how much probability tokens of lower ids have, `below`.
 
     Returns:
         One value per token, by column.
@@ -278,7 +293,7 @@ def score_plain(
     lengths = [len(corpus.completions[row]) for row in batch.rows]
     slots = dict(zip(batch.rows, accumulate(lengths, initial=0)))
     passed = passes.run(corpus, batch, slots, first=passes.positions)
-    return _plain_values(passed, corpus, batch, passes.positions, head_statistics=head_statistics)
+    return _plain_values(passed, corpus, batch, passes.positions, head_statistics=head_statistics, intervals=intervals)
 
 
 def _response_passes(
@@ -309,6 +324,7 @@ def _plain_values(
     positions: int,
     *,
     head_statistics: bool = False,
+    intervals: bool = False,
 ) -> dict[str, NDArray]:
     """Values of a batch's response tokens from its passes, with the logits of so many positions at once."""
     total = sum(len(corpus.completions[row]) for row in batch.rows)
@@ -318,20 +334,26 @@ def _plain_values(
             chunk = slice(start, start + positions)
             inside = (step.pick >= chunk.start) & (step.pick < chunk.stop)
             pick, labels = step.pick[inside] - chunk.start, step.labels[inside]
-            for name, column in _token_values(outputs, chunk, pick, labels, head_statistics).items():
-                place = values.setdefault(name, np.empty(total, dtype=np.float32))
-                place[step.slots[inside]] = column.cpu().numpy()
+            for name, tensor in _token_values(outputs, chunk, pick, labels, head_statistics, intervals).items():
+                precision = np.float64 if name == "below" else np.float32  # where an interval begins is not rounded
+                place = values.setdefault(name, np.empty(total, dtype=precision))
+                place[step.slots[inside]] = tensor.cpu().numpy()
     return values
 
 
 def _token_values(
-    outputs: list[HeadOutput], chunk: slice, pick: NDArray, labels: NDArray, head_statistics: bool
+    outputs: list[HeadOutput], chunk: slice, pick: NDArray, labels: NDArray, head_statistics: bool, intervals: bool
 ) -> dict[str, Tensor]:
     """Values of the response tokens that a chunk of one pass's positions predicts, by column."""
     logits = outputs[0].take_logits(chunk)
     rows, tokens = torch.from_numpy(pick).to(logits.device), torch.from_numpy(labels).to(logits.device)
     chosen = logits[rows, tokens]
     values = {"token_logprobs": chosen.float() - logsumexp(logits)[rows]}
+    if intervals:
+        # Three copies of what it reads are made: a quarter of the positions at a time.
+        size = max(1, len(logits) // 4)
+        parts = zip(rows.split(size), tokens.split(size))
+        values["below"] = torch.cat([token_parts(logits[some], those).below for some, those in parts])
     reference = logits  # q of the inherent variance: the teacher's, or else the model's own
     if len(outputs) > 1:
         reference = outputs[1].take_logits(chunk).to(logits.device)

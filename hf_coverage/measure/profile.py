@@ -7,11 +7,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import TYPE_CHECKING, Any, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hf_coverage.functional.arithmetic_codes import check_intervals, stratified_pass_probabilities
+from hf_coverage.functional.bounds import pass_probabilities
 from hf_coverage.functional.checks import (
     ROUNDING,
     FloatArray,
@@ -24,7 +26,13 @@ from hf_coverage.functional.checks import (
 )
 from hf_coverage.functional.coverage_profile import coverage, coverage_interval, log_ratios, reached, smallest_n
 from hf_coverage.functional.miss_profile import SampleBudget, miss, miss_interval, miss_values, sample_budget
-from hf_coverage.functional.statistics import MeanEstimate, clustered_mean, group_codes, row_weights
+from hf_coverage.functional.statistics import (
+    MeanEstimate,
+    bounded_mean_interval,
+    clustered_mean,
+    group_codes,
+    row_weights,
+)
 from hf_coverage.inference.files import read_json, write_atomically
 from hf_coverage.plots import ProfileCurve, plot_profiles
 
@@ -65,6 +73,7 @@ class CoverageProfile:
         weights: `(R,)` row weights; None weighs rows alike.
         kind: What is known of the reference: `"density"`, `"single_answer"`, `"samples"` or `"answer"`.
         name: The model's name in tables and plots.
+        interval_lows: `(R,)` where the responses' intervals of arithmetic codes begin, where known.
 
     Example:
         >>> profile = CoverageProfile.from_logprobs([-1.0, -2.0, -9.0, -1.0], [-1.0, -1.0, -1.0, -1.0])
@@ -88,6 +97,7 @@ class CoverageProfile:
     weights: FloatArray | None = field(repr=False)
     kind: ReferenceKind
     name: str
+    interval_lows: FloatArray | None = field(default=None, repr=False)
 
     @classmethod
     def from_logprobs(
@@ -99,6 +109,7 @@ class CoverageProfile:
         weights: ArrayLike | None = None,
         kind: ReferenceKind | None = None,
         name: str = "model",
+        interval_lows: ArrayLike | None = None,
     ) -> CoverageProfile:
         """Profile from sequence log-probabilities.
 
@@ -111,6 +122,7 @@ class CoverageProfile:
             kind: What is known of the reference; None reads it off the reference log-probabilities. Give `"answer"`
                 for answer-level log-probabilities.
             name: The model's name in tables and plots.
+            interval_lows: `(R,)` what `score_responses(..., intervals=True)` adds, for Pass@N of stratified samples.
 
         Raises:
             ValueError: On NaN, positive or unequally many values; names the row.
@@ -119,13 +131,13 @@ class CoverageProfile:
         if reference_logprobs is None:
             if kind not in (None, "samples"):
                 raise ValueError(f"`kind` {kind!r} needs `reference_logprobs`; without them only a bound is known.")
-            return cls._checked(-model, model, groups, weights, "samples", name)
+            return cls._checked(-model, model, groups, weights, "samples", name, interval_lows)
         ratios = log_ratios(reference_logprobs, model)
         if kind is None:
             kind = "density" if np.any(np.asarray(reference_logprobs)) else "single_answer"
         if kind == "samples":
             raise ValueError("`kind` 'samples' means that log D is unknown: leave `reference_logprobs` out.")
-        return cls._checked(ratios, model, groups, weights, kind, name)
+        return cls._checked(ratios, model, groups, weights, kind, name, interval_lows)
 
     @classmethod
     def from_log_ratios(
@@ -148,6 +160,7 @@ class CoverageProfile:
         weights: ArrayLike | None,
         kind: ReferenceKind,
         name: str,
+        lows: ArrayLike | None = None,
     ) -> CoverageProfile:
         if kind not in get_args(ReferenceKind):
             raise ValueError(f"`kind` must be one of {', '.join(get_args(ReferenceKind))}, but is {kind!r}.")
@@ -156,7 +169,10 @@ class CoverageProfile:
         if codes is not None and codes.shape != ratios.shape:
             raise ValueError(f"`groups` must have one label a row, {ratios.size} in all, but has {codes.size}.")
         weight = None if weights is None else row_weights(weights, ratios.size)
-        return cls(ratios, model, codes, weight, kind, str(name))
+        if lows is not None and model is None:
+            raise ValueError("`interval_lows` needs `logprobs`, how long the intervals are.")
+        begins = None if lows is None or model is None else check_intervals(lows, model)
+        return cls(ratios, model, codes, weight, kind, str(name), begins)
 
     @property
     def num_rows(self) -> int:
@@ -318,6 +334,41 @@ class CoverageProfile:
         )
         return budget._replace(necessary_n=1.0) if self.is_upper_bound else budget
 
+    def pass_at(self, n: float, sampling: Literal["independent", "stratified"] = "independent") -> float:
+        """Exact Pass@N, where each prompt has one right answer: of N independent samples, or of N stratified ones.
+
+        Stratified samples are never worse; how much better they are is told by the intervals of the answers.
+
+        Raises:
+            ValueError: If prompts have other references than one right answer, or, of stratified samples, N is no
+                whole number or `interval_lows` is not known.
+        """
+        return clustered_mean(self._passes(n, sampling), groups=self.groups, weights=self.weights).mean
+
+    def pass_interval(
+        self, n: float, sampling: Literal["independent", "stratified"] = "independent", confidence: float = 0.95
+    ) -> tuple[float, float]:
+        """Confidence interval of `pass_at`, the prompt being what was sampled."""
+        values = self._passes(n, sampling)
+        return bounded_mean_interval(values, groups=self.groups, weights=self.weights, confidence=confidence)
+
+    def _passes(self, n: float, sampling: str) -> FloatArray:
+        if self.kind != "single_answer":
+            raise ValueError(
+                f"`pass_at` is exact where each prompt has one right answer, and the reference here is {self.kind!r}: "
+                "sample with `evaluate_best_of_n`."
+            )
+        logprobs = self._known_logprobs("pass_at")
+        if sampling == "independent":
+            return pass_probabilities(logprobs, n)
+        if sampling != "stratified":
+            raise ValueError(f'`sampling` must be "independent" or "stratified", got {sampling!r}.')
+        if self.interval_lows is None:
+            raise ValueError(
+                "`pass_at` of stratified samples needs `interval_lows`: score with `intervals=True`, `--stratified`."
+            )
+        return stratified_pass_probabilities(self.interval_lows, logprobs, n)
+
     def metrics(self, n: Iterable[float] = (2, 4, 8, 16)) -> dict[str, float]:
         """The profile as flat metrics with standard errors: Cov_N, miss_N, KL and cross-entropy.
 
@@ -353,6 +404,7 @@ class CoverageProfile:
             ("`kind`", self.kind, other.kind),
             ("whether log p is known", self.logprobs is None, other.logprobs is None),
             ("whether rows have `groups`", self.groups is None, other.groups is None),
+            ("whether `interval_lows` are known", self.interval_lows is None, other.interval_lows is None),
         ):
             if mine != theirs:
                 raise ValueError(f"profiles to merge must agree on {what}, but have {mine!r} and {theirs!r}.")
@@ -365,6 +417,7 @@ class CoverageProfile:
             None if unweighted else np.concatenate(weights),
             self.kind,
             self.name,
+            _concatenate(self.interval_lows, other.interval_lows),
         )
 
     __add__ = merge
@@ -415,7 +468,9 @@ class CoverageProfile:
 
     def to_json(self, path: str | PathLike[str] | None = None) -> str:
         """The profile as JSON text, every number exact, infinities as text; also written to `path` where given."""
-        text = json.dumps({"format": _FORMAT} | {name: getattr(self, name) for name in _FIELDS}, default=_encode)
+        facts = {"format": _FORMAT} | {name: getattr(self, name) for name in _FIELDS}
+        facts |= {} if self.interval_lows is None else {"interval_lows": self.interval_lows}
+        text = json.dumps(facts, default=_encode)
         if path is not None:
             write_atomically(path, text)
         return text
@@ -444,6 +499,7 @@ class CoverageProfile:
                 arrays["weights"],
                 facts["kind"],
                 facts["name"],
+                facts.get("interval_lows"),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"`source` is not a coverage profile written by `to_json`: {error!r}.") from error

@@ -211,6 +211,13 @@ class ScoreTable:
         """Response tokens of all rows `(R,)`."""
         return np.concatenate([scores.num_tokens for scores in self.iter_shards()])
 
+    @property
+    def interval_low(self) -> NDArray[np.float64] | None:
+        """Where the responses' intervals of arithmetic codes begin `(R,)`; None where it was not asked for."""
+        parts = [scores.interval_low for scores in self.iter_shards()]
+        known = [part for part in parts if part is not None]
+        return np.concatenate(known) if len(known) == len(parts) else None
+
     def _header(self, index: int) -> dict[str, Any]:
         """What a shard has to say of itself, the most telling first."""
         identity = _identity(self.metadata)

@@ -24,6 +24,7 @@ _FEATURES = {
     "hidden_norm": Value("float64"),
     "inherent_variance": Value("float64"),
     "sampled_variance": Value("float64"),
+    "interval_low": Value("float64"),
 }
 
 
@@ -40,6 +41,7 @@ class Scores:
             a head with a bias has one more input, which is always 1.
         inherent_variance: `sum_t ||h_t||^2 (1 - sum_v q_v^2)` `(R,)`, float64.
         sampled_variance: `sum_t ||h_t||^2 (1 - 2 q_{y_t} + sum_v q_v^2)` `(R,)`, float64.
+        interval_low: Where each response's interval of arithmetic codes, of length p(y|x), begins `(R,)`, float64.
 
     Example:
         >>> scores = Scores(logprob=np.array([-1.5]), num_tokens=np.array([2]))
@@ -54,6 +56,7 @@ class Scores:
     hidden_norm: NDArray[np.float64] | None = None
     inherent_variance: NDArray[np.float64] | None = None
     sampled_variance: NDArray[np.float64] | None = None
+    interval_low: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.logprob)

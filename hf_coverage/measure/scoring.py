@@ -52,6 +52,7 @@ def score_encoded(
     head_statistics: bool = False,
     ttt: StepRule | None = None,
     batch_invariant: bool = False,
+    intervals: bool = False,
     progress: bool = False,
 ) -> Scores:
     """Score token ids: `log p(y|x) = sum_h log p(y_h | x, y_<h)`; `score_responses` explains the arguments.
@@ -67,6 +68,7 @@ def score_encoded(
         head_statistics: Whether to measure the output head's input.
         ttt: Test-time training.
         batch_invariant: Whether to read each row in a pass of its own.
+        intervals: Whether to find where each response's interval of arithmetic codes begins.
         progress: Whether to show a progress bar on the main process.
 
     Returns:
@@ -87,7 +89,7 @@ def score_encoded(
     """
     config = None if ttt is None else TTTConfig.of(ttt)
     options = ScoringOptions(
-        batch_tokens, logits_memory, share_prefixes, per_token, head_statistics, config, batch_invariant
+        batch_tokens, logits_memory, share_prefixes, per_token, head_statistics, config, batch_invariant, intervals
     )
     with _engine(model, teacher, options) as engine, _progress_bar(encoded, progress) as bar:
         return engine.score(encoded, range(len(encoded)), bar.update)
@@ -107,6 +109,7 @@ def score_responses(
     head_statistics: bool = False,
     ttt: StepRule | None = None,
     batch_invariant: bool = False,
+    intervals: bool = False,
     output_dir: str | os.PathLike[str] | None = None,
     shard_rows: int = 1024,
     progress: bool = True,
@@ -148,6 +151,9 @@ def score_responses(
         batch_invariant: Whether to read each row in a pass of its own, several times slower, so that its score is the
             same to the bit whatever else the corpus holds. Otherwise it differs by rounding between batchings: by some
             1e-5 nats a response in float32, by tenths of a nat in bfloat16 or float16 (0.17 was seen).
+        intervals: Whether to add `interval_low`, where each response's interval of arithmetic codes begins: with its
+            log-probability it says exactly how likely N stratified samples hold the response, see
+            `functional.stratified_pass_probabilities`. Reads all logits twice more.
         output_dir: Folder of a `ScoreTable` to write, or to go on with after an interruption.
         shard_rows: Rows per shard of that table.
         progress: Whether to show a progress bar, on the main process.
@@ -176,7 +182,7 @@ def score_responses(
     """
     config = None if ttt is None else TTTConfig.of(ttt)
     options = ScoringOptions(
-        batch_tokens, logits_memory, share_prefixes, per_token, head_statistics, config, batch_invariant
+        batch_tokens, logits_memory, share_prefixes, per_token, head_statistics, config, batch_invariant, intervals
     )
     if shard_rows < 1:
         raise ValueError(f"`shard_rows` must be at least 1, got {shard_rows}.")
@@ -363,8 +369,9 @@ def _describe_run(
 def _describe_options(options: ScoringOptions) -> dict[str, Any]:
     """Options as a table keeps them: one that was begun before there was an option, or without it, is the same."""
     described = {name: value for name, value in asdict(options).items() if value is not None}
-    if not options.batch_invariant:
-        del described["batch_invariant"]
+    for name in ("batch_invariant", "intervals"):
+        if not getattr(options, name):
+            del described[name]
     if options.ttt is not None:
         first = {entry.name for entry in fields(StepRule)}
         values = {entry.name: (getattr(options.ttt, entry.name), entry.default) for entry in fields(TTTConfig)}

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_coverage.functional.checks import metric_key
 from hf_coverage.inference.files import write_atomically, written_whole
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.report.provenance import git_hash, versions
@@ -56,8 +57,9 @@ def coverage_results(
     if twice is not None:
         raise ValueError(f"`profiles` must have different names, but two are called {twice!r}; give each its `name`.")
     metrics = {profile.name: profile.metrics(n) for profile in profiles}
+    passes = {profile.name: _passes(profile, n) for profile in profiles}
     return {
-        "results": {name: _paired(name, values) for name, values in metrics.items()},
+        "results": {name: _paired(name, values) | passes[name] for name, values in metrics.items()},
         "intervals": {profile.name: _intervals(profile, n, confidence) for profile in profiles},
         "confidence": confidence,
         "group_subtasks": {name: [] for name in names},
@@ -68,7 +70,9 @@ def coverage_results(
         "versions": dict.fromkeys(names, METRIC_VERSION),
         "n-shot": dict.fromkeys(names, 0),
         "higher_is_better": {
-            name: {key: False for key in values if not key.endswith("_stderr")} for name, values in metrics.items()
+            name: {key: False for key in values if not key.endswith("_stderr")}
+            | {key.partition(",")[0]: True for key in passes[name]}
+            for name, values in metrics.items()
         },
         "n-samples": {
             profile.name: {"original": profile.num_rows, "effective": profile.num_rows} for profile in profiles
@@ -117,6 +121,18 @@ def write_samples(results: Path, profile: CoverageProfile) -> Path:
 
 def _paired(name: str, metrics: Mapping[str, float]) -> dict[str, Any]:
     return {"alias": name} | {f"{key},none": value for key, value in metrics.items()}
+
+
+def _passes(profile: CoverageProfile, n: Sequence[float]) -> dict[str, float]:
+    """Exact Pass@N of independent and stratified samples, where the intervals of single right answers are known."""
+    if profile.kind != "single_answer" or profile.interval_lows is None:
+        return {}
+    levels = [value for value in n if value == int(value)]
+    return {
+        f"pass@{metric_key(value)},{kind}": profile.pass_at(value, kind)
+        for value in levels
+        for kind in ("independent", "stratified")
+    }
 
 
 def _intervals(profile: CoverageProfile, n: Sequence[float], confidence: float) -> dict[str, list[float]]:

@@ -13,6 +13,7 @@ __all__ = [
     "comparison_table",
     "paired_differences",
     "paired_miss_differences",
+    "pass_table",
     "profile_table",
     "summarize_profiles",
 ]
@@ -52,6 +53,35 @@ def profile_table(profiles: Sequence[CoverageProfile], n: Sequence[float], *, re
         f"{regret:g}, the guaranteed budget those with which it is so with 95 % confidence."
     )
     return Table(columns, rows, caption)
+
+
+def pass_table(profiles: Sequence[CoverageProfile], n: Sequence[float]) -> Table | None:
+    """Exact Pass@N of independent and of stratified samples side by side, one row for each model and N.
+
+    Args:
+        profiles: One a model.
+        n: The N to show; those that are no whole number are left out.
+
+    Returns:
+        The table; None where the intervals of single right answers are not known of all models.
+    """
+    if any(profile.kind != "single_answer" or profile.interval_lows is None for profile in profiles):
+        return None
+    rows: list[list[Cell]] = []
+    for profile in profiles:
+        for value in (value for value in n if value == int(value)):
+            cells = [
+                Interval(profile.pass_at(value, kind), *profile.pass_interval(value, kind))
+                for kind in ("independent", "stratified")
+            ]
+            rows.append([profile.name, metric_key(value), *cells, cells[1].value - cells[0].value])
+    columns: list[Column | str] = ["model", "N", Column("Pass@N, independent", "higher")]
+    columns += [Column("Pass@N, stratified", "higher"), "gain"]
+    caption = (
+        "Exact Pass@N of N independent samples, and of N stratified ones (`stratified_generate`), with 95 % intervals "
+        "over prompts; the gain is that of the samples' places alone, and never negative."
+    )
+    return Table(columns, rows, caption) if rows else None
 
 
 def paired_differences(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hf_coverage.functional.arithmetic_codes import check_intervals, stratified_pass_probabilities
 from hf_coverage.functional.best_of_n import pass_at_n
 from hf_coverage.functional.checks import FloatArray, check_n, metric_key
 from hf_coverage.functional.choice import Decision, decide
@@ -27,13 +28,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Choice", "Pick", "choose"]
 
-Rule = Literal["miss", "pass", "soft tournament"]
+Rule = Literal["miss", "pass", "stratified pass", "soft tournament"]
 
-_LOSS = {"miss": "miss_{}", "pass": "1 - Pass@{}", "soft tournament": "score at N = {}"}
-_METRIC = {"miss": "miss", "pass": "fail", "soft tournament": "soft_tournament"}
+_LOSS = {
+    "miss": "miss_{}",
+    "pass": "1 - Pass@{}",
+    "stratified pass": "1 - Pass@{} of stratified samples",
+    "soft tournament": "score at N = {}",
+}
+_METRIC = {"miss": "miss", "pass": "fail", "stratified pass": "stratified_fail", "soft tournament": "soft_tournament"}
 _MEANING = {
     "miss": "no reward makes Best-of-{} lose more of its expectation under the reference",
     "pass": "the chance that {} samples hold no accepted response",
+    "stratified pass": "the chance that {} stratified samples do not hold the right answer",
     "soft tournament": (
         "how surely {} samples miss what some other candidate would write; the density of the corpus is not known, so "
         "that all of this is said by that score, which finds what is good at more samples than that"
@@ -69,7 +76,8 @@ class Choice:
 
     Attributes:
         names: The M candidates, in the order given.
-        rule: What loses: `"miss"` where log D is known, `"pass"` where verdicts are, `"soft tournament"` else.
+        rule: What loses: `"miss"` where log D is known, `"pass"` where verdicts are, `"stratified pass"` where the
+            intervals of right answers are, `"soft tournament"` else.
         samples: The number of samples that will be drawn.
         losses: Mean loss of each candidate.
         intervals: 95 % interval of each loss.
@@ -152,7 +160,7 @@ class Choice:
 
     @property
     def metric_name(self) -> str:
-        """What the losses are called among metrics: `miss_16`, `fail_16` or `soft_tournament_16`."""
+        """What the losses are called among metrics: `miss_16`, `fail_16`, `stratified_fail_16` or the tournament's."""
         return f"{_METRIC[self.rule]}_{metric_key(self.samples)}"
 
     @property
@@ -173,7 +181,7 @@ class Choice:
             title: Title above the axes.
         """
         picks = [(pick.samples, pick.winner) for pick in (self.pick, *self.others)]
-        label = {"miss": "miss$_N$", "pass": "1 - Pass@$N$", "soft tournament": "score at $N$"}[self.rule]
+        label = "miss$_N$" if self.rule == "miss" else _LOSS[self.rule].replace("N = {}", "{}").format("$N$")
         return plot_choice(self._curves, picks, path, ylabel=f"{label} (lower is better)", title=title)
 
     def to_json(self, path: str | PathLike[str] | None = None) -> str:
@@ -231,6 +239,7 @@ def choose(
     *,
     reference_logprobs: ArrayLike | None = None,
     groups: Iterable[Any] | None = None,
+    interval_lows: Mapping[str, ArrayLike] | None = None,
     tolerance: float = 0.0,
     seed: int = 0,
 ) -> Choice:
@@ -239,7 +248,8 @@ def choose(
     What loses is read off what is known. With log D of the responses, or one right answer a prompt (log D = 0), it is
     miss_N, which bounds the loss for every reward. With verdicts it is 1 - Pass@N, without bias for N up to k. With
     nothing but responses it is the score of the soft tournament, in which candidates are measured by each other; it is
-    never held where log D is known.
+    never held where log D is known. Verdicts and miss_N are of independent samples; with the intervals of single right
+    answers what loses is 1 - Pass@N of stratified ones, exact, which may be least for another candidate.
 
     Args:
         candidates: By name, log p(y_i|x_i) of the same R rows `(R,)` in nats, or a `ScoreTable`, or its folder; or
@@ -247,6 +257,7 @@ def choose(
         samples: N, the samples that will be drawn; with several, the first decides and the others are picked for too.
         reference_logprobs: `(R,)` log D(y|x), nats; 0 where y is the single right answer; None if it is not known.
         groups: `(R,)` the prompt of each row, if prompts repeat.
+        interval_lows: By name, `(R,)` what `score_responses(..., intervals=True)` adds: choose for stratified samples.
         tolerance: A loss that does not matter, in [0, 1).
         seed: Of the normal draws behind the confidences.
 
@@ -274,7 +285,12 @@ def choose(
     if not levels:
         raise ValueError("`samples` must be a number of samples, or several, but is empty.")
     named = by_name(candidates, "candidates")
-    losses = _Losses.of_verdicts(named) if _are_verdicts(named) else _Losses.of_logprobs(named, reference_logprobs)
+    if interval_lows is not None:
+        losses = _Losses.of_intervals(named, by_name(interval_lows, "interval_lows"), reference_logprobs)
+    elif _are_verdicts(named):
+        losses = _Losses.of_verdicts(named)
+    else:
+        losses = _Losses.of_logprobs(named, reference_logprobs)
     codes = None if groups is None else group_codes(groups)
     names = tuple(named)
     tables = [losses.at(level) for level in levels]
@@ -327,8 +343,26 @@ class _Losses:
             raise ValueError(f"`candidates` must have verdicts on the same prompts and samples, but have {shapes}.")
         return cls("pass", [1 - pass_at_n(table) for table in tables], None)
 
+    @classmethod
+    def of_intervals(cls, named: Mapping[str, Any], lows: Mapping[str, Any], reference: ArrayLike | None) -> _Losses:
+        if _are_verdicts(named) or reference is None or np.any(reference):
+            raise ValueError(
+                "`interval_lows` are of single right answers: give log-probabilities of them as `candidates`, and "
+                "`reference_logprobs` of 0."
+            )
+        if lows.keys() != named.keys():
+            raise ValueError(f"`interval_lows` must have the names of the candidates, {[*named]}, but has {[*lows]}.")
+        logprobs = read_candidates(named)
+        begins = [check_intervals(lows[name], values) for name, values in zip(named, logprobs)]
+        return cls("stratified pass", begins, logprobs)
+
     def at(self, samples: float) -> FloatArray:
         """`(M, R)` losses with so many samples."""
+        if self.rule == "stratified pass" and self._logprobs is not None:
+            if samples != int(samples):
+                raise ValueError(f"`samples` must be a whole number of stratified samples, but is {samples:g}.")
+            pairs = zip(self._rows, self._logprobs)
+            return np.stack([1 - stratified_pass_probabilities(*pair, n=int(samples)) for pair in pairs])
         if self.rule == "miss":
             return np.stack([miss_values(ratios, samples) for ratios in self._rows])
         if self.rule == "soft tournament":
@@ -344,7 +378,8 @@ class _Losses:
         """Numbers of samples to draw losses over."""
         if self.rule == "pass":
             return np.arange(1.0, self._rows[0].shape[1] + 1)
-        return np.unique(np.append(np.exp2(np.linspace(0, max(6.0, np.log2(max(levels)) + 2), 41)), levels))
+        grid = np.unique(np.append(np.exp2(np.linspace(0, max(6.0, np.log2(max(levels)) + 2), 41)), levels))
+        return np.unique(grid.round()) if self.rule == "stratified pass" else grid
 
     def cross_entropies(self, names: Sequence[str]) -> dict[str, float] | None:
         """E[-log p] of each candidate, nats a response; None where it is not known."""

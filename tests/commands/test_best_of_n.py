@@ -44,6 +44,33 @@ def test_best_of_n_is_the_library_s(problems, work):
     assert Path("out/best_of_n-exact-match.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_stratified_samples_are_the_library_s_and_a_larger_k_adds_to_them(problems, work):
+    command = "best-of-n student problems.jsonl --max-new-tokens 2 --seed 5 --sampling stratified -o out"
+    assert "powers of 2 or k = 6, as stratified samples count in aligned blocks" in error_line(
+        f"{command} --k 6 --n 3"
+    )
+    assert not Path("out").exists()
+    for k in (2, 6):
+        output = invoke(f"{command} --k {k}")
+    expected = evaluate_best_of_n(
+        *load(work, "student"),
+        problems,
+        ExactMatch("completion"),
+        k=6,
+        max_new_tokens=2,
+        sampling="stratified",
+        seed=5,
+        progress=False,
+    )
+    result = BestOfNResult.from_json("out/best_of_n-exact-match-2.json")
+    assert result.rewards.tolist() == expected.rewards.tolist()
+    assert "with 6 stratified ones, by exact-match" in output
+    facts = [json.loads(path.read_text())["config"] for path in sorted(Path("out").glob("results_*.json"))]
+    assert [(one["sampling"], one["k"]) for one in facts] == [("stratified", 2), ("stratified", 6)]
+    output = invoke("best-of-n out problems.jsonl --n 1,2,6 --profile answer_scores")
+    assert "guaranteed reward" in output
+
+
 def test_kept_samples_are_judged_by_one_s_own_function(problems, work):
     invoke("best-of-n student problems.jsonl --k 4 --max-new-tokens 3 --output-dir out")
     Path("rewards.py").write_text(

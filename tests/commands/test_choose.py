@@ -82,3 +82,36 @@ def test_scores_are_used_again_and_a_plain_corpus_has_its_own_rule(run):
 def test_flags_out_of_range_are_named(run):
     assert "`--samples" in invoke(f"run/checkpoint-10 {OPTIONS} --samples 0", code=2)
     assert "`--tolerance`" in invoke(f"run/checkpoint-10 {OPTIONS} --tolerance 2", code=2)
+
+
+def test_stratified_samples_have_a_choice_of_their_own(run):
+    rows = Dataset.from_json("plain.jsonl")
+    Dataset.from_dict(rows[:] | {"reference_logprob": [0.0] * len(rows)}).to_json("answers.jsonl")
+    options = OPTIONS.replace("corpus.jsonl", "answers.jsonl")
+    output = invoke(f"run/checkpoint-10 run/checkpoint-20 {options} --samples 8,2 --stratified")
+    folders = {f"checkpoint-{step}": run / "choice" / "scores" / f"run__checkpoint-{step}" for step in (10, 20)}
+    profiles = {name: read_measured(str(folder)).profile for name, folder in folders.items()}
+    facts = json.loads((run / "choice" / "choice.json").read_text())
+    assert facts["rule"] == "stratified pass"
+    for name, profile in profiles.items():
+        assert facts["losses"][name] == pytest.approx(1 - profile.pass_at(8, "stratified"))
+    assert json.loads((run / "choice" / "best_checkpoint.json").read_text())["metric"] == "stratified_fail_8"
+    for text in ("1 - Pass@8 of stratified samples", "of independent ones", "best with independent samples"):
+        assert text in output
+    assert "of independent ones" in (run / "choice" / "report.html").read_text()
+    folder = "choice/scores/run__checkpoint-10"
+    again = CliRunner().invoke(app, ["profile", folder, "--output-dir", "profiles", "--n", "2,8"])
+    assert "Pass@N, stratified" in again.output
+    page = CliRunner().invoke(app, ["report", folder, "--output-dir", "pages", "--n", "2,8"])
+    assert page.exit_code == 0
+    assert "Pass@N, stratified" in (run / "pages" / "report.html").read_text()
+
+
+def test_what_stratified_cannot_be_of_is_refused(run):
+    assert "needs prompts with one right answer" in invoke(f"run/checkpoint-10 {OPTIONS} --stratified", code=1)
+    rows = Dataset.from_json("plain.jsonl")
+    Dataset.from_dict(rows[:] | {"reference_logprob": [0.0] * len(rows)}).to_json("answers.jsonl")
+    options = OPTIONS.replace("corpus.jsonl", "answers.jsonl").replace("choice", "plain")
+    invoke(f"run/checkpoint-10 {options}")
+    output = invoke("plain/scores/run__checkpoint-10 --stratified --output-dir again", code=1)
+    assert "was scored without: score it into a new folder" in " ".join(output.split())

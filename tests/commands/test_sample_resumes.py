@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_coverage import sample_corpus
 from hf_coverage.inference.sampler import Sampler
 from hf_coverage.measure.engine import ScoringEngine
-from tests.commands.shell import error_line, invoke
+from tests.commands.shell import PROMPTS, error_line, invoke, load
 
 SAMPLED = "sample prompts.jsonl --teacher teacher --k 4 --max-new-tokens 3 --batch-size 2 --shard-rows 4"
 WINDOWS = "sample text.txt --from texts --teacher teacher --prompt-tokens 3 --response-tokens 2"
@@ -37,23 +37,35 @@ def corpus_files(folder):
     return files, origin | {"command": None}
 
 
-@pytest.mark.parametrize("calls", [0, 1, 3])
-def test_an_interrupted_sampling_goes_on(work, monkeypatch, calls):
-    invoke(f"{SAMPLED} -o whole")
+@pytest.mark.parametrize(("calls", "how"), [(0, ""), (1, ""), (3, ""), (1, " --stratified")])
+def test_an_interrupted_sampling_goes_on(work, monkeypatch, calls, how):
+    sampled = SAMPLED + how
+    invoke(f"{sampled} -o whole")
     with monkeypatch.context() as patch:
         interrupt_after(patch, Sampler, "draw", calls)
-        assert "Run the same command again to go on" in invoke(f"{SAMPLED} -o out", code=130)
+        assert "Run the same command again to go on" in invoke(f"{sampled} -o out", code=130)
     assert Path("out").exists() == bool(calls)
     if calls:
         assert [path.name for path in Path("out").iterdir()] == [".unfinished"]
-        assert "seed was 0, now 1" in error_line(f"{SAMPLED} --seed 1 -o out")
+        assert "seed was 0, now 1" in error_line(f"{sampled} --seed 1 -o out")
         assert "something else" in error_line(f"{WINDOWS.replace('--teacher', '--tokenizer')} -o out")
         assert "must be of format" in error_line(f"{WINDOWS} -o out")
     with monkeypatch.context() as patch:
         interrupt_after(patch, Sampler, "draw", 5 - calls)  # no more than what is missing is drawn
-        invoke(f"{SAMPLED} -o out")
+        invoke(f"{sampled} -o out")
     assert corpus_files("out") == corpus_files("whole")
-    assert "is not empty" in error_line(f"{SAMPLED} -o out")
+    assert "is not empty" in error_line(f"{sampled} -o out")
+
+
+def test_stratified_responses_are_the_library_s(work):
+    invoke(f"{SAMPLED} --stratified -o out")
+    model, tokenizer = load(work, "teacher")
+    options = {"k": 4, "max_new_tokens": 3, "batch_size": 2, "progress": False}
+    expected = sample_corpus(model, tokenizer, PROMPTS, stratified=True, **options)
+    assert load_from_disk("out")["completion"][:] == expected["completion"][:]
+    assert expected["completion"][:] != sample_corpus(model, tokenizer, PROMPTS, **options)["completion"][:]
+    assert json.loads(Path("out/origin.json").read_text())["stratified"] is True
+    assert "`--from texts` has none: leave it out" in invoke(f"{WINDOWS} --stratified -o windows", code=2)
 
 
 @pytest.mark.parametrize("command", [WINDOWS, PAIRS])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from datasets import load_from_disk
 
-from hf_coverage import ScoreTable, score_responses, tournament
+from hf_coverage import ScoreTable, sample_corpus, score_responses, tournament
 from hf_coverage.commands import on_policy
 from tests import processes
 from tests.commands.shell import error_line, invoke, load
@@ -146,3 +146,15 @@ def test_what_is_refused(run):
     (run / "third/tokenizer.json").write_text(json.dumps(settings))
     line = error_line(f"{COMMAND.replace(' other ', ' third ')} --on-policy")
     assert "third and teacher have different tokenizers" in line
+
+
+def test_responses_to_a_prompt_that_comes_again_can_be_stratified(run):
+    assert "give both, or neither" in invoke(f"{COMMAND} --stratified", code=2)
+    invoke(f"{COMMAND} --on-policy --stratified")
+    corpus = load_from_disk("corpus")
+    model, tokenizer = load(run, "teacher")
+    longest = max(map(len, corpus["completion"][:]))
+    options = {"k": 1, "max_new_tokens": longest, "progress": False}
+    expected = sample_corpus(model, tokenizer, corpus["prompt"][:], stratified=True, **options)
+    assert load_from_disk(folder("teacher"))["completion"][:] == expected["completion"][:]
+    assert "stratified changed" in error_line(f"{COMMAND} --on-policy")

@@ -37,7 +37,7 @@ def evaluate(folder: Path | str | None, **options) -> BestOfNResult:
     )
 
 
-def die_at_write(folder: Path, number: int) -> None:
+def die_at_write(folder: Path, number: int, **options) -> None:
     """Evaluate until that many files have been written, and be killed in the middle of the next one."""
     torch.set_num_threads(1)
     written = []
@@ -51,20 +51,23 @@ def die_at_write(folder: Path, number: int) -> None:
         write_atomically(path, content)
 
     shards.write_atomically = files.write_atomically = write
-    evaluate(folder)
+    evaluate(folder, **options)
 
 
 def main(folder: Path) -> None:
     accelerator = Accelerator(cpu=True)
     torch.set_num_threads(1)
     assert accelerator.num_processes == 2
-    result = evaluate(folder / "shards")
-    result.to_json(folder / f"rank{accelerator.process_index}.json")
+    for sampling, name in (("independent", ""), ("stratified", "-stratified")):
+        result = evaluate(folder / f"shards{name}", sampling=sampling)
+        result.to_json(folder / f"rank{accelerator.process_index}{name}.json")
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
+    if len(sys.argv) > 3:
+        die_at_write(Path(sys.argv[1]), int(sys.argv[2]), sampling=sys.argv[3], k=int(sys.argv[4]))
+    elif len(sys.argv) > 2:
         die_at_write(Path(sys.argv[1]), int(sys.argv[2]))
     else:
         main(Path(sys.argv[1]))

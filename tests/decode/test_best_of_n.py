@@ -235,18 +235,20 @@ def test_samples_of_something_else_are_not_mixed_in(finished, tmp_path):
         evaluate(tmp_path)
 
 
-def test_two_processes_are_equal_to_one(finished, tmp_path):
-    whole, result = finished
-    run(Path(__file__).with_name("best_of_n_runs.py"), tmp_path, ranks=2)
-    for rank in range(2):
-        assert (tmp_path / f"rank{rank}.json").read_text().strip() == result.to_json()
-    samples = {name: text for name, text in contents(whole).items() if name.startswith("samples")}
-    drawn = {name: text for name, text in contents(tmp_path / "shards").items() if name.startswith("samples")}
-    assert drawn.keys() == samples.keys()
-    for name, text in samples.items():
-        for one, other in zip(map(json.loads, text.splitlines()), map(json.loads, drawn[name].splitlines())):
-            assert one.pop("logprob") == pytest.approx(other.pop("logprob"), abs=1e-5)
-            assert one == other
+def test_two_processes_are_equal_to_one(tmp_path):
+    run(Path(__file__).with_name("best_of_n_runs.py"), tmp_path / "two", ranks=2)
+    for name in ("", "-stratified"):
+        whole = tmp_path / f"one{name}"
+        result = evaluate(whole, sampling="stratified" if name else "independent")
+        for rank in range(2):
+            assert (tmp_path / f"two/rank{rank}{name}.json").read_text().strip() == result.to_json()
+        samples = {path: text for path, text in contents(whole).items() if path.startswith("samples")}
+        drawn = {k: text for k, text in contents(tmp_path / f"two/shards{name}").items() if k.startswith("samples")}
+        assert drawn.keys() == samples.keys()
+        for path, text in samples.items():
+            for one, other in zip(map(json.loads, text.splitlines()), map(json.loads, drawn[path].splitlines())):
+                assert one.pop("logprob") == pytest.approx(other.pop("logprob"), abs=1e-5)
+                assert one == other
 
 
 def test_prompts_are_taken_once_and_columns_that_vary_are_left_out():

@@ -7,14 +7,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from scipy import stats
-from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, LogitsProcessor
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    PreTrainedTokenizerFast,
+)
+from trl import GRPOConfig, GRPOTrainer
 
 import hf_coverage
 from hf_coverage.decode.stratified import StratifiedSamplingMixin, stratified_generate
 from hf_coverage.functional.arithmetic_codes import response_intervals, stratified_codes, token_parts
 from hf_coverage.inference.prefix_cache import CACHE
 from hf_coverage.ttt.generate import ttt_generate
+from tests.inference.odd_models import SMALL
 from tests.ttt.head_reference import tiny_llama
 from tests.ttt.test_generate_contract import EOS, PROMPTS, REFUSED, RIGHT, STEPS, Words
 
@@ -43,7 +54,7 @@ def stratified(model, **settings):
 
 
 class Decoder:
-    """What takes the place of the host's draw: one cumulative sum without blocks, and digits drawn afresh at 2^-30."""
+    """What takes the place of the host's draw: one cumulative sum without blocks, and fresh numbers from 2^-16 on."""
 
     def __init__(self, size):
         self.size, self.codes, self.lengths = size, None, 1.0
@@ -60,10 +71,7 @@ class Decoder:
         own = probabilities.double().gather(-1, tokens)
         self.codes = ((places - ends.gather(-1, tokens) + own) / own)[:, 0]
         self.lengths = self.lengths * (own / ends[:, -1:])[:, 0]
-        self.codes, self.lengths = (
-            self.codes.where(self.lengths >= 2**-30, digits),
-            self.lengths.where(self.lengths >= 2**-30, 1.0),
-        )
+        self.codes = self.codes.where(self.lengths >= 2**-16, digits)
         return tokens
 
 
@@ -288,6 +296,45 @@ def test_a_model_class_of_its_own():
     model.generation_config = GenerationConfig(stratified=True, group=2)
     with pytest.raises(ValueError, match="got 12 rows, with `num_return_sequences`, and groups of 8"):
         sample(model)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL uses names that transformers has given others
+def test_groups_of_trl_are_stratified(tmp_path):
+    """Of 8 completions as many begin below each token as a stratified sample has there, to the last one."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL | {"eos_token_id": 1})
+    model, groups = MixedLlama(config), []
+    model.lm_head.weight.data.normal_(std=1.0)
+    tokens = Tokenizer(models.WordLevel({f"w{token}": token for token in range(config.vocab_size)}, unk_token="w0"))
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="w0", eos_token="w1")
+
+    def reward(prompts, completion_ids, **columns):
+        groups.extend((prompts[row], completion_ids[row : row + 8]) for row in range(0, len(prompts), 8))
+        return [float(row) for row in range(len(prompts))]
+
+    settings = GRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=16,
+        num_generations=8,
+        max_completion_length=2,
+        max_steps=3,
+        learning_rate=1e-9,
+        generation_kwargs={"stratified": True, "group": 8},
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+    )
+    data = Dataset.from_dict({"prompt": ["w3 w4", "w5 w6 w7", "w8", "w9 w2"]})
+    GRPOTrainer(model, reward, args=settings, train_dataset=data, processing_class=tokenizer).train()
+    assert len(groups) == 6
+    for prompt, completions in groups:
+        with torch.no_grad():
+            law = model(torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1].softmax(-1)
+        for token in range(config.vocab_size):
+            below = sum(completion[0] < token for completion in completions)
+            assert abs(below - 8 * law[:token].sum().item()) < 1 + 1e-3
 
 
 def test_a_mixed_model_streams_and_says_what_it_does_not_do():
