@@ -23,7 +23,17 @@ def failing():
     result = BestOfNResult.from_rewards(rewards)
     failed = rewards == 0
     return BestOfNResult(
-        "m", "v", rewards, failed, result.rows, result.prompts, {"boom": 2}, {"boom": {"row": 0}}, 1.0, {"top_p": None}
+        "m",
+        "v",
+        rewards,
+        failed,
+        result.rows,
+        result.prompts,
+        {"boom": 2},
+        {"boom": {"row": 0}},
+        1.0,
+        {"top_p": None},
+        np.array([0.5, 0.0, 1.0]),
     )
 
 
@@ -157,6 +167,7 @@ MAY_BE = {
         "settings": lambda odd, facts: isinstance(odd, dict),
         "examples": lambda odd, facts: odd == {},
         "threshold": lambda odd, facts: odd is None or isinstance(odd, float),
+        "accepted_mass": lambda odd, facts: odd in (None, "left out") or len(odd) == len(facts["accepted_mass"]),
     },
 }
 """What a field may be besides what was written: that, too, is what a result can be."""

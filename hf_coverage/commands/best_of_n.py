@@ -30,6 +30,10 @@ hf-coverage best-of-n MODEL problems.jsonl --verifier math-verify --k 64 --max-n
 
 hf-coverage best-of-n MODEL corpus --k 16 --sampling stratified --profile scores/MODEL
 
+Which prompts can RL with groups of 8 learn from, and what would 1,024 samples solve:
+
+hf-coverage best-of-n MODEL problems.jsonl --k 32 --predict 256,1024 --group-size 8 --write-prompts keep.jsonl
+
 The samples kept in best_of_n, judged by a function of yours, without the model:
 
 hf-coverage best-of-n best_of_n problems.jsonl --verifier rewards.py:my_reward
@@ -86,6 +90,20 @@ def best_of_n(
         str | None,
         typer.Option(help="Column of right answers; by default `answer`, or else `completion`."),
     ] = None,
+    predict: Annotated[
+        list[str] | None,
+        typer.Option(help="N beyond k to say Pass@N for, comma-separated: the range that the samples allow."),
+    ] = None,
+    group_size: Annotated[
+        int, typer.Option(min=2, help="Samples of a prompt that GRPO compares: for --write-prompts.")
+    ] = 8,
+    write_prompts: Annotated[
+        Path | None,
+        typer.Option(help="JSONL file for the prompts that RL can learn from, a row of the data each."),
+    ] = None,
+    min_signal: Annotated[
+        float, typer.Option(help="Least probability that rewards of a group differ, for --write-prompts.")
+    ] = 0.5,
     profile: Annotated[
         str | None,
         typer.Option(help="Score folder of the same model and prompts: show beside it what coverage predicts."),
@@ -102,6 +120,10 @@ def best_of_n(
     the best of N are unbiased, with 95 % intervals over prompts. Run the command again to go on after an interruption.
     Stratified samples count in aligned blocks of N, for N a power of 2 or k.
 
+    A second table says what RL would get: the share of prompts whose group of samples is all wrong, mixed, or all
+    right. A method that compares the samples of a group, as GRPO does, learns from mixed ones alone. Beyond k, and
+    with --predict, ranges are those that the samples do not reject: a prompt without success may be hopeless or rare.
+
     A verifier runs in a process of its own, which is killed where it hangs, and which is no sandbox: it may do what
     you may. Where it executes code that a model wrote, run the command in a container without network (`docker run
     --network none`), or let the verifier send the code to a service for it, such as E2B. `unshare -rn` takes away the
@@ -115,9 +137,17 @@ def best_of_n(
     *_, folder = written_folders(model, output_dir)
     rows = read_dataset(data, split, limit=limit)
     column = answer_column or ("answer" if "answer" in rows.column_names else "completion")
-    chosen = named_verifier(verifier, column=column, device=loading.device)
     if threshold is None and not verifier.startswith("reward-model:"):
         threshold = 1.0
+    farther = [] if predict is None else _beyond(predict)
+    if write_prompts is not None:
+        _check_prompts_file(write_prompts, min_signal)
+    if farther and threshold is None:
+        raise ValueError("--predict is of Pass@N, which needs a --threshold: the least reward that solves a prompt.")
+    wants_independent = bool(farther) or write_prompts is not None
+    if not _holds_samples(model):
+        _check_groups(how is HowDrawn.stratified, wants_independent, k, group_size if write_prompts else 1)
+    chosen = named_verifier(verifier, column=column, device=loading.device)
     judging = {"threshold": threshold, "timeout": timeout, "batch_size": batch_size}
     measured = None if profile is None else read_measured(profile).profile
     if _holds_samples(model):
@@ -138,8 +168,11 @@ def best_of_n(
         result = _evaluate(weights, words, rows, chosen, judging | sampling | {"name": model_name(model, loading)})
     leave_job()
     if is_main_process():
+        _check_groups(result.is_stratified, wants_independent, result.k, group_size if write_prompts else 1)
         levels = result.levels() if n is None else _levels(n, result.k, stratified=result.is_stratified)
-        _report(result, levels, measured, folder)
+        _report(result, levels, measured, folder, farther)
+        if write_prompts is not None:
+            _write_prompts(result, rows, group_size, min_signal, write_prompts)
 
 
 def written_folders(model: str, output_dir: Path | None, **options: Any) -> list[Path]:
@@ -177,13 +210,44 @@ def _levels(n: list[str], k: int, *, stratified: bool) -> list[int]:
     return [int(level) for level in levels]
 
 
-def _report(result: "BestOfNResult", levels: list[int], profile: "CoverageProfile | None", folder: Path) -> None:
+def _beyond(predict: list[str]) -> list[int]:
+    levels = parse_n(predict)
+    if any(level != int(level) for level in levels):
+        raise ValueError(f"`predict` must be whole numbers, but are {', '.join(f'{level:g}' for level in levels)}.")
+    return [int(level) for level in levels]
+
+
+def _check_prompts_file(path: Path, min_signal: float) -> None:
+    if not 0 < min_signal <= 1:
+        raise ValueError(f"`min_signal` must be above 0 and at most 1, got {min_signal}.")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"`write_prompts` must be a file in a folder that exists, but is {path}.")
+
+
+def _check_groups(stratified: bool, wants_independent: bool, k: int, group_size: int) -> None:
+    if stratified and wants_independent:
+        raise ValueError("--predict and --write-prompts need independent samples, and these are stratified.")
+    if group_size > max(k, 1):
+        raise ValueError(f"`group_size` = {group_size} is more than the k = {k} samples of a prompt.")
+
+
+def _report(
+    result: "BestOfNResult",
+    levels: list[int],
+    profile: "CoverageProfile | None",
+    folder: Path,
+    farther: list[int],
+) -> None:
     from hf_coverage.report.results import write_results
 
     _require_judged(result)
     folder.mkdir(parents=True, exist_ok=True)
     prediction = None if profile is None else result.predict(profile)
     print_table(_table(result, levels, prediction))
+    groups, beyond = _rl_tables(result, farther)
+    for table in (groups, beyond):
+        if table is not None:
+            print_table(table)
     say(result.sentence, *_examples(result))
     name = _name(result, folder)
     result.to_json(folder / f"{name}.json")
@@ -192,6 +256,9 @@ def _report(result: "BestOfNResult", levels: list[int], profile: "CoverageProfil
     facts = {"command": running_command(), "verifier": result.verifier, "threshold": result.threshold}
     content: dict[str, Any] = {"results": {result.name: {"alias": result.name} | metrics}, "errors": result.errors}
     content |= {"config": facts | result.settings, "n-samples": {result.name: {"original": result.num_prompts}}}
+    content |= {
+        name: _cells(table) for name, table in (("signal", groups), ("predicted", beyond)) if table is not None
+    }
     path = write_results(folder, content)
     say(f"Plot in {folder / name}.png, all rewards in {folder / name}.json, metrics in {path}.")
 
@@ -240,6 +307,59 @@ def _table(result: "BestOfNResult", levels: list[int], prediction: "Prediction |
         cells += [] if prediction is None else [float(prediction.guaranteed[place])]
         rows.append(cells)
     return Table(columns, rows, f"{result.name}, {result.num_prompts:,} prompts, judged by {result.verifier}.")
+
+
+def _rl_tables(result: "BestOfNResult", farther: list[int]) -> tuple[Table | None, Table | None]:
+    """What groups of samples would tell RL, and Pass@N beyond the samples; None where there is nothing to say."""
+    from hf_coverage.functional.statistics import bounded_mean_interval
+
+    if result.is_stratified:
+        return None, None
+    sizes = [4, 8, 16, 32]
+    if result.threshold is None or not set(result.rewards.ravel().tolist()) <= {0.0, 1.0}:
+        shares = [(size, result.mixed(size)) for size in sizes if size <= result.k]
+        rows: list[list[Cell]] = [
+            [str(size), Interval(float(share.mean()), *bounded_mean_interval(share))] for size, share in shares
+        ]
+        groups = Table(["group", Column("rewards differ", "higher")], rows, "Share of prompts that give RL a signal.")
+    else:
+        signals = [result.success.signal(size) for size in sizes]
+        rows = [
+            [str(one.group_size), *(Interval(*part) for part in (one.all_wrong, one.mixed, one.all_right))]
+            for one in signals
+        ]
+        titles = ["group", "all wrong", Column("mixed", "higher"), "all right"]
+        caption = "Share of prompts by what a group of samples is: RL learns from mixed ones."
+        if result.k < sizes[-1]:
+            caption += f" Beyond {result.k} samples, the range that they do not reject."
+        groups = Table(titles, rows, caption)
+    if not farther:
+        return groups, None
+    estimates = [(n, result.success.predict(n)) for n in farther]
+    caption = f"Pass@N beyond {result.k} samples: the range that they do not reject, and a Beta law's value in it."
+    rows = [[str(n), low, high, value] for n, (value, low, high) in estimates]
+    return groups, Table(["N", "at least", "at most", "Beta law"], rows, caption)
+
+
+def _cells(table: Table) -> dict[str, Any]:
+    """A table for JSON: the rows by their first cell, each cell by the title of its column."""
+    titles = [column.title if isinstance(column, Column) else column for column in table.columns]
+    return {str(row[0]): dict(zip(titles[1:], row[1:], strict=True)) for row in table.rows}
+
+
+def _write_prompts(result: "BestOfNResult", rows: Any, group_size: int, min_signal: float, path: Path) -> None:
+    from hf_coverage.inference.files import written_whole
+
+    kept = result.rows[result.mixed(group_size) >= min_signal]
+    with written_whole(path) as part:
+        if len(kept):
+            rows.select(sorted(kept.tolist())).to_json(part)
+        else:
+            part.touch()
+    say(
+        f"{len(kept):,} of {result.num_prompts:,} prompts in {path}: the rewards of {group_size} samples differ with "
+        f"a probability of at least {min_signal:g}."
+    )
 
 
 def _examples(result: "BestOfNResult") -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -196,6 +197,7 @@ def _collect(
     rewards = np.full((len(table), facts["k"]), np.nan)
     failed = np.zeros(rewards.shape, dtype=bool)
     failures: dict[tuple[int, int], tuple[str, dict[str, Any]]] = {}
+    accepted: list[dict[tuple[int, ...], float]] = [{} for _ in range(len(table))]
     hidden = not (progress and PartialState().is_main_process)
     with tqdm(total=rewards.size, desc="Best-of-N", unit="response", disable=hidden) as bar:
         for samples, verdicts in judging.verdicts(shards, table, digest(begun), output_dir):
@@ -207,8 +209,12 @@ def _collect(
                     failures[place] = verdict.error, shown | {"response": table.completion(sample)}
                 else:
                     rewards[place] = verdict.reward
+                    if threshold is not None and verdict.reward >= threshold:
+                        accepted[place[0]][tuple(sample["ids"])] = math.exp(sample["logprob"])
             bar.update(len(samples))
     errors, examples = _counted(failures)
+    # rounding of float32 log-probabilities may leave a sum above 1
+    mass = None if threshold is None else np.array([min(math.fsum(found.values()), 1.0) for found in accepted])
     rewards[failed] = min(0.0, float(np.min(rewards[~failed], initial=0.0)))
     return BestOfNResult(
         name=facts["about"]["model"],
@@ -224,6 +230,7 @@ def _collect(
         | {name: facts[name] for name in ("k", "seed", "batch_size")}
         | ({"sampling": "stratified"} if facts.get("stratified") else {})
         | {"judged": None if judging.fingerprint is None else f"{of_samples} {judging.fingerprint}"},
+        accepted_mass=mass,
     )
 
 

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_coverage.decode.success import Estimate, SuccessProfile
 from hf_coverage.functional.best_of_n import best_of_blocks, best_of_n_reward, pass_at_n
 from hf_coverage.functional.bounds import exact_pass_at_n, least_regret_bound
 from hf_coverage.functional.checks import FloatArray
+from hf_coverage.functional.group_rewards import equal_reward_probability
 from hf_coverage.functional.statistics import MeanEstimate, bounded_mean_interval, clustered_mean, mean_interval
 from hf_coverage.inference.files import refuse_constant, write_atomically
 from hf_coverage.plots import BestOfNCurve, plot_best_of_n
@@ -30,14 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["BestOfNResult", "Estimate", "Prediction"]
 
 _FORMAT = 1
-
-
-class Estimate(NamedTuple):
-    """A mean over prompts with the two ends of its confidence interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Prediction(NamedTuple):
@@ -74,6 +68,8 @@ class BestOfNResult:
         threshold: Least reward that solves a prompt; None where rewards do not say that.
         settings: How the responses were sampled, with `sampling` "stratified" where they were. `judged` names samples
             and verifier by all that decides the rewards, and is None where not all of it can be told.
+        accepted_mass: `(P,)` summed probability of the different accepted responses, under what was sampled from; None
+            where it is not known.
 
     Example:
         >>> result = BestOfNResult.from_rewards([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
@@ -91,6 +87,7 @@ class BestOfNResult:
     examples: dict[str, dict[str, Any]] = field(repr=False)
     threshold: float | None
     settings: dict[str, Any] = field(repr=False)
+    accepted_mass: FloatArray | None = field(default=None, repr=False)
 
     @classmethod
     def from_rewards(
@@ -176,6 +173,41 @@ class BestOfNResult:
     def levels(self) -> list[int]:
         """The powers of 2 up to k, and k."""
         return sorted({2**power for power in range(self.k.bit_length())} | {self.k})
+
+    @property
+    def success(self) -> SuccessProfile:
+        """Accepted counts of each prompt: Pass@N beyond k, and the signal that groups of samples give RL.
+
+        Raises:
+            ValueError: If there is no `threshold`, or the samples are stratified, so that counts are not binomial.
+        """
+        if self.is_stratified:
+            raise ValueError(
+                "Stratified samples of a prompt depend on each other: a success profile is of independent ones."
+            )
+        return SuccessProfile.from_counts(
+            self._solved.sum(axis=1),
+            self.k,
+            prompts=self.prompts.tolist(),
+            accepted_mass=self.accepted_mass,
+            name=self.name,
+        )
+
+    def mixed(self, group_size: int) -> FloatArray:
+        """Unbiased probability for each prompt that the rewards of a group differ, so that GRPO learns from it.
+
+        Args:
+            group_size: Samples of a prompt that are compared with each other, 1 to k.
+
+        Returns:
+            `(P,)`.
+
+        Raises:
+            ValueError: If the group is larger than k, or the samples are stratified.
+        """
+        if self.is_stratified:
+            raise ValueError("Stratified samples of a prompt depend on each other: a signal is of independent ones.")
+        return 1 - equal_reward_probability(self.rewards, group_size)
 
     def predict(self, profile: CoverageProfile, *, comparator_reward: float = 1.0) -> Prediction:
         """What a profile of the same model on the same prompts says of Best-of-N.
@@ -280,8 +312,10 @@ class BestOfNResult:
             facts = json.loads(text, parse_constant=refuse_constant)
             if facts["format"] != _FORMAT or facts["format"] is True:
                 raise ValueError(f"format {facts['format']} is not {_FORMAT}")
-            values = {one.name: facts[one.name] for one in fields(cls)}
+            values = {"accepted_mass": facts.get("accepted_mass")}  # not known before it was kept
+            values |= {one.name: facts[one.name] for one in fields(cls) if one.name not in values}
             types = {"rewards": np.float64, "failed": np.bool_, "rows": np.int64, "prompts": np.uint64}
+            types |= {} if values["accepted_mass"] is None else {"accepted_mass": np.float64}
             result = cls(**values | {name: np.asarray(values[name], dtype=kind) for name, kind in types.items()})
             for what, holds in result._facts(values):
                 if not holds:
@@ -311,6 +345,10 @@ class BestOfNResult:
             "threshold",
             self.threshold is None or (type(self.threshold) in (int, float) and math.isfinite(self.threshold)),
         )
+        if self.accepted_mass is not None:
+            yield "accepted_mass", all(type(one) in (int, float) for one in read["accepted_mass"])
+            yield "accepted_mass", self.accepted_mass.shape == (size,) and self.threshold is not None
+            yield "accepted_mass", bool(((self.accepted_mass >= 0) & (self.accepted_mass <= 1 + 1e-6)).all())
         yield "names", isinstance(self.name, str) and isinstance(self.verifier, str)
         yield "settings", isinstance(self.settings, dict) and self.settings.get("sampling") in (None, "stratified")
 

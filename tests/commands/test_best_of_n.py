@@ -149,3 +149,61 @@ def test_two_processes_write_what_one_writes_and_speak_once(problems, work):
     invoke(f"{options} -o one")
     name = "best_of_n-exact-match.json"
     assert Path("two", name).read_text() == Path("one", name).read_text()
+
+
+def test_what_rl_would_get_is_the_profile_s(problems, work):
+    command = "best-of-n student problems.jsonl --k 24 --max-new-tokens 1 --seed 5 -o out --predict 64,1024"
+    output = invoke(f"{command} --write-prompts keep.jsonl --group-size 4 --min-signal 0.3")
+    result = BestOfNResult.from_json("out/best_of_n-exact-match.json")
+    success = result.success
+    facts = results_in("out")
+    assert list(facts["signal"]) == ["4", "8", "16", "32"]
+    for size in (4, 32):
+        signal = success.signal(size)
+        assert facts["signal"][str(size)]["mixed"] == pytest.approx(list(signal.mixed))
+        assert facts["signal"][str(size)]["all wrong"] == pytest.approx(list(signal.all_wrong))
+    value, low, high = success.predict(1024)
+    assert facts["predicted"]["1024"] == pytest.approx({"at least": low, "at most": high, "Beta law": value})
+    for title in ("mixed", "Beyond 24 samples, the range that they do not reject", "at least"):
+        assert title in " ".join(output.split())
+    chosen = result.mixed(4) >= 0.3
+    assert 0 < chosen.sum() < 5
+    kept = [json.loads(line) for line in Path("keep.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in kept] == [prompt for prompt, keep in zip(PROMPTS, chosen) if keep]
+    assert kept[0].keys() == {"prompt", "completion", "reference_logprob", "length"}
+    assert f"{chosen.sum()} of 5 prompts in keep.jsonl" in output
+    assert result.accepted_mass.max() <= 1
+    assert ((result.accepted_mass > 0) == (success.correct > 0)).all()
+    assert "0 of 5 prompts" in invoke("best-of-n out problems.jsonl --write-prompts none.jsonl --min-signal 1")
+    assert Path("none.jsonl").read_text() == ""
+
+
+def test_rewards_that_are_not_0_and_1_have_a_signal_where_they_differ(problems, work):
+    Path("rewards.py").write_text("def words(completions, **_):\n    return [len(text) / 7 for text in completions]\n")
+    invoke("best-of-n student problems.jsonl --k 8 --max-new-tokens 2 --verifier rewards.py:words -o out")
+    result = BestOfNResult.from_json("out/best_of_n-words.json")
+    facts = results_in("out")["signal"]
+    assert list(facts) == ["4", "8"]
+    assert facts["4"]["rewards differ"][0] == pytest.approx(result.mixed(4).mean())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--predict 64.5", "`predict` must be whole numbers"),
+        ("--predict 64 --sampling stratified", "need independent samples, and these are stratified"),
+        ("--predict 64 --verifier reward-model:student", "needs a --threshold"),
+        ("--write-prompts keep.jsonl --sampling stratified", "need independent samples"),
+        ("--write-prompts keep.jsonl --min-signal 0", "`min_signal` must be above 0"),
+        ("--write-prompts keep.jsonl --min-signal nan", "`min_signal` must be above 0"),
+        ("--write-prompts no/such/keep.jsonl", "a file in a folder that exists"),
+        ("--write-prompts student", "a file in a folder that exists"),
+        ("--write-prompts keep.jsonl --group-size 9", "`group_size` = 9 is more than the k = 8"),
+    ],
+)
+def test_what_cannot_be_said_of_groups_is_refused_before_sampling(work, monkeypatch, options, message):
+    Dataset.from_dict({"prompt": PROMPTS, "completion": ANSWERS}).to_json("problems.jsonl")
+    monkeypatch.setattr("hf_coverage.commands.best_of_n.load_model", None)
+    assert message in error_line(f"best-of-n student problems.jsonl --k 8 --max-new-tokens 2 -o out {options}")
+    assert not Path("out").exists()
+    assert not Path("keep.jsonl").exists()
