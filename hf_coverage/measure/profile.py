@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hf_coverage.functional.arithmetic_codes import check_intervals, stratified_pass_probabilities
 from hf_coverage.functional.bounds import pass_probabilities
 from hf_coverage.functional.checks import (
     ROUNDING,
@@ -171,7 +170,13 @@ class CoverageProfile:
         weight = None if weights is None else row_weights(weights, ratios.size)
         if lows is not None and model is None:
             raise ValueError("`interval_lows` needs `logprobs`, how long the intervals are.")
-        begins = None if lows is None or model is None else check_intervals(lows, model)
+        begins = None
+        if lows is not None and model is not None:
+            from hf_coverage.functional.arithmetic_codes import (
+                check_intervals,
+            )  # imports torch, which little else needs
+
+            begins = check_intervals(lows, model)
         return cls(ratios, model, codes, weight, kind, str(name), begins)
 
     @property
@@ -363,6 +368,8 @@ class CoverageProfile:
             return pass_probabilities(logprobs, n)
         if sampling != "stratified":
             raise ValueError(f'`sampling` must be "independent" or "stratified", got {sampling!r}.')
+        from hf_coverage.functional.arithmetic_codes import stratified_pass_probabilities  # imports torch
+
         if self.interval_lows is None:
             raise ValueError(
                 "`pass_at` of stratified samples needs `interval_lows`: score with `intervals=True`, `--stratified`."
