@@ -88,13 +88,13 @@ def run(*words: object, ranks: int | None = None, timeout: float = 240, **enviro
     return done.stdout
 
 
-def run_by_torchrun(*words: object) -> str:
-    """The same of two ranks as users start them: torchrun, and an interpreter for each that has imported nothing."""
+def run_by_torchrun(*words: object) -> subprocess.CompletedProcess[str]:
+    """Two ranks that end well, as users start them: torchrun, and interpreters that have imported nothing."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, *map(str, words)], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-6000:]
-    return done.stdout
+    return done
 
 
 @functools.cache

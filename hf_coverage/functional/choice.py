@@ -14,6 +14,7 @@ None of these is a guarantee for any number of rows: they rest on the central li
 the tests.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -191,10 +192,12 @@ def _allowing_for_the_unseen(errors: FloatArray, units: FloatArray) -> FloatArra
 def _quantiles(noise: FloatArray, errors: FloatArray, confidence: float) -> FloatArray:
     """c_m: how far candidate m lies above all others at once by chance, in standard errors, with that confidence."""
     found = np.zeros(len(errors))
+    draws = np.ascontiguousarray(noise.T)
     for m, error in enumerate(errors):
-        apart = error > _ALIKE
-        if apart.any():
-            highest = ((noise[:, [m]] - noise[:, apart]) / error[apart]).max(axis=1)
+        apart = np.flatnonzero(error > _ALIKE)
+        if apart.size:
+            # one at a time, in vectors that stay in the cache
+            highest = functools.reduce(np.maximum, ((draws[m] - draws[other]) / error[other] for other in apart))
             found[m] = np.quantile(highest, confidence)
     return np.maximum(found, 0.0)
 

@@ -1,37 +1,29 @@
 """Two processes on one folder: the second is told who holds it, touches nothing, and may go on once it is free."""
 
 import inspect
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-import hf_coverage
 from hf_coverage.cli import app
 from hf_coverage.inference.folder_lock import LOCK_FILES, folder_lock
 from tests.commands.shell import error_line, invoke
+from tests.processes import Job
 
-ROOT = Path(hf_coverage.__file__).parents[1]
 SCORE = ["score", "student", "corpus", "-o", "out"]
 
 
 @pytest.fixture
 def holder(work):
     """A process that runs `score` into `out`, and has come to load its model."""
-    command = [sys.executable, ROOT / "tests" / "commands" / "holder.py", *SCORE]
-    with Path("log").open("w") as log:
-        process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log)
+    job = Job(Path(__file__).with_name("holder.py"), *SCORE)
     while not Path("here").exists():
-        assert process.poll() is None, Path("log").read_text()
+        assert job.poll() is None, job.wait().stderr
         time.sleep(0.01)
-    yield process
-    process.kill()
-    process.wait()
+    yield job
+    job.kill()
 
 
 COMMANDS = {
@@ -57,12 +49,12 @@ def test_every_command_is_told_who_holds_its_folder_until_that_is_killed(holder,
     before = contents(work / "out")
     for command in COMMANDS.values():
         line = error_line(f"{command} -o ./out")
-        assert f"{work / 'out'} is being written to by process {holder.pid} on {socket.gethostname()}, since 2" in line
+        holding = f"process {holder.processes[0].pid} on {socket.gethostname()}, since 2"
+        assert f"{work / 'out'} is being written to by {holding}" in line
         assert "score student corpus -o out`: wait until that is done, or choose another folder." in line
     assert contents(work / "out") == before
     # the lock of a killed process is none, though its files are there
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    holder.kill()
     assert {path.name for path in (work / "out").iterdir()} == {*LOCK_FILES}
     for command in (f"{COMMANDS['sample']} --k 1 --max-new-tokens 4", COMMANDS["profile"]):
         invoke(f"{command} -o out")

@@ -38,7 +38,7 @@ def test_profile_prints_and_writes_the_library_s_numbers(work):
     assert found["config"]["models"]["student"]["corpus"] == "corpus"
 
 
-def test_many_models_get_several_pictures(work):
+def test_many_models_get_several_pictures(work, undrawn):
     scored = score_responses(*load(work, "student"), load_from_disk("corpus"), progress=False)
     for index in range(9):
         scored.to_parquet(f"model-{index}.parquet")

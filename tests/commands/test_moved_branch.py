@@ -1,8 +1,5 @@
 """A model named by a branch of the Hub: when the branch moves, what was scored before is another model's."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +7,9 @@ import torch
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import Job
+
+SCRIPT = Path(__file__).with_name("other_cache.py")
 COMMITS = "a" * 40, "b" * 40
 
 
@@ -36,18 +35,8 @@ def point(home, branch, commit):
 
 
 def score(home, folder, *options):
-    command = [sys.executable, "-m", "hf_coverage", "score", "somebody/something", home / "corpus.parquet", *options]
-    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "COLUMNS": "400"}
-    environment.pop("HF_HUB_CACHE", None)
-    return subprocess.run(
-        [*map(str, command), "-o", str(home / folder)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-        timeout=120,
-        check=False,
-    )
+    words = ["score", "somebody/something", home / "corpus.parquet", *options, "-o", home / folder]
+    return Job(SCRIPT, *words, HF_HOME=str(home), COLUMNS="400").wait()
 
 
 @pytest.mark.slow

@@ -217,13 +217,13 @@ def twenty_checkpoints(tmp_path, monkeypatch):
                 weight += 0.02 * torch.randn(weight.shape)
         model.save_pretrained(tmp_path / "run" / f"checkpoint-{step}")
         tokenizer.save_pretrained(tmp_path / "run" / f"checkpoint-{step}")
-    task.corpus(600, (0.9, 0.1, 0.0), seed=0).save_to_disk(str(tmp_path / "corpus"))
+    task.corpus(240, (0.9, 0.1, 0.0), seed=0).save_to_disk(str(tmp_path / "corpus"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def tournament_of_twenty(folder, ranks):
-    options = f"--data corpus -n 2 --sweep 1.5,4 --bootstrap 100 --shard-rows 50 --device cpu --output-dir {folder}"
+    options = f"--data corpus -n 2 --sweep 1.5,4 --bootstrap 100 --shard-rows 20 --device cpu --output-dir {folder}"
     return Job(*f"-m hf_coverage tournament {checkpoints(Path.cwd())} {options}".split(), ranks=ranks)
 
 

@@ -111,8 +111,11 @@ def rewards(answer, responses):
 
 @pytest.mark.parametrize(("answer", "equal", "unequal"), ANSWERS, ids=[answer for answer, *_ in ANSWERS])
 def test_an_answer_accepts_its_equals_and_nothing_else(answer, equal, unequal):
-    for given, expected in [(answer, 1.0), *((text, 1.0) for text in equal), *((text, 0.0) for text in unequal)]:
-        responses = [text.format(given) for text in WRAPPED if "$" not in text or not given.startswith(("$", r"\$"))]
+    cases = [(answer, 1.0), *((text, 1.0) for text in equal), *((text, 0.0) for text in unequal)]
+    for number, (given, expected) in enumerate(cases):
+        # the answer itself in all, and the others in three each: four given behind it are in every wrapping
+        wrapped = WRAPPED[number % 3 :: 3] if number else WRAPPED
+        responses = [text.format(given) for text in wrapped if "$" not in text or not given.startswith(("$", r"\$"))]
         assert dict(zip(responses, rewards(answer, responses))) == dict.fromkeys(responses, expected)
 
 

@@ -1,4 +1,4 @@
-"""Two processes share work, and note in which order they did what; run by torchrun."""
+"""Two processes share work, and note in which order they did what; run as torchrun runs them."""
 
 import json
 import sys

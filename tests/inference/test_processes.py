@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from hf_coverage.inference.processes import map_over_processes, split_over_processes
-from tests.processes import run_by_torchrun
+from tests.processes import run
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).with_name("processes_ranks.py")
-    run_by_torchrun(script, folder)
+    run(script, folder, ranks=2)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

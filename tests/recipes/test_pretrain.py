@@ -142,7 +142,7 @@ def test_killed_at_any_point_the_same_command_goes_on(finished, tmp_path, moment
 def test_two_processes_take_the_same_steps(finished, tmp_path):
     output = tmp_path / "run"
     half = [f"--{phase}.per_device_train_batch_size" for phase in ("pretrain", "finetune")]
-    printed = run_by_torchrun(*command(output, half[0], "8", half[1], "8"))
+    printed = run_by_torchrun(*command(output, half[0], "8", half[1], "8")).stdout
     assert printed.count("Written:") == 1
     assert len(list(output.glob("results_*.json"))) == 1
     whole, alone = profiles(output), profiles(finished[0])

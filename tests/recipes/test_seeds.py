@@ -37,8 +37,8 @@ def run(output: Path, *numbers: str) -> str:
 
 
 @pytest.mark.slow
-def test_one_seed_is_run_judged_and_only_read_when_asked_again(tmp_path):
-    output = tmp_path / "runs"
+def test_a_seed_is_run_judged_and_only_read_when_asked_again_and_another_can_join_later(tmp_path):
+    output = tmp_path / "late"
     printed = run(output, "0")
     assert "better in" in printed
     assert (output / "seed-0" / "tournament" / "best_checkpoint.json").is_file()
@@ -53,13 +53,10 @@ def test_one_seed_is_run_judged_and_only_read_when_asked_again(tmp_path):
     assert {file: file.stat().st_mtime_ns for file in trained} == trained
     assert (output / "table.md").read_text() == table
 
-
-@pytest.mark.slow
-def test_a_seed_can_join_later(tmp_path):
-    for so_far in (("0",), ("0", "1")):
-        run(tmp_path / "late", *so_far)
-    run(tmp_path / "both", "0", "1")
-    assert (tmp_path / "late" / "table.md").read_text() == (tmp_path / "both" / "table.md").read_text()
+    for folder in (output, tmp_path / "both"):
+        run(folder, "0", "1")
+    assert {file: file.stat().st_mtime_ns for file in trained} == trained
+    assert (output / "table.md").read_text() == (tmp_path / "both" / "table.md").read_text() != table
 
 
 def made_up(rng, number):

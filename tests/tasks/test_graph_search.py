@@ -150,7 +150,7 @@ def test_classes_come_with_their_weights(weights):
 def test_sampler_follows_the_density(seed):
     """Chi-square of the paths' places in the list of valid paths, over prompts with the same probabilities."""
     weights = (0.5, 0.2, 0.3)
-    rows = PAPER.sample(8000, weights, seed=seed)
+    rows = PAPER.sample(4000, weights, seed=seed)
     expected, observed = {}, {}
     for row, listed in enumerate(valid_paths(rows.graphs)):
         density = np.exp(PAPER.log_density(rows.graphs[np.full(len(listed), row)], listed, weights))

@@ -47,15 +47,19 @@ def passes(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("kind", ["untied", "tied", "bias"])
+TIGHT = {"batch_tokens": 8, "logits_memory": 400}
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("kind", "options"),
     [
-        {},
-        {"batch_tokens": 8, "logits_memory": 400},
-        {"logits_memory": 2000},
-        {"share_prefixes": False},
-        {"batch_invariant": True},
+        ("untied", {}),
+        ("untied", TIGHT),
+        ("untied", {"logits_memory": 2000}),
+        ("tied", TIGHT),
+        ("tied", {"batch_invariant": True}),
+        ("bias", TIGHT),
+        ("bias", {"share_prefixes": False}),
     ],
     ids=str,
 )

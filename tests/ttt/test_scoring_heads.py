@@ -37,18 +37,24 @@ def draw_corpus(seed=0):
     return Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in rows])
 
 
+def scored_in_every_way(model, corpus, rule, expected):
+    """Compares the scores under several options with log-probabilities, a tensor for each row."""
+    for options in ({}, {"batch_tokens": 8, "logits_memory": 400}, {"share_prefixes": False}):
+        scored = score_responses(model, None, corpus, ttt=rule, per_token=True, progress=False, **options)
+        for row, line in zip(scored, expected, strict=True):
+            np.testing.assert_allclose(row["token_logprobs"], line, rtol=0, atol=2e-5, err_msg=str(options))
+            assert row["logprob"] == pytest.approx(float(line.double().sum()), abs=1e-4)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("kind", ["untied", "tied", "bias"])
-@pytest.mark.parametrize(
-    "options", [{}, {"batch_tokens": 8, "logits_memory": 400}, {"share_prefixes": False}], ids=str
-)
-def test_scores_equal_decoding(rule, kind, options):
+def test_scores_equal_decoding(rule, kind):
     model, corpus = tiny_llama(head_bias=kind == "bias", tie=kind == "tied"), draw_corpus()
-    scored = score_responses(model, None, corpus, ttt=rule, per_token=True, progress=False, **options)
     settings = {"radius": rule.radius, "decay": rule.decay, "lam": rule.lam, "top_k": rule.top_k}
     settings["num_steps"] = rule.num_steps
+    expected = []
     with TTTLogitsProcessor(model, rule.lr, **settings) as processor:
-        for row in scored:
+        for row in corpus:
             recorder = Recorder(forced=torch.tensor([row["completion"]]))
             model.generate(
                 torch.tensor([row["prompt"]]),
@@ -58,21 +64,17 @@ def test_scores_equal_decoding(rule, kind, options):
                 logits_processor=[processor, recorder],
             )
             logprobs = recorder.stacked()[0].log_softmax(-1)
-            expected = logprobs.gather(-1, torch.tensor(row["completion"])[:, None])[:, 0]
-            np.testing.assert_allclose(row["token_logprobs"], expected, rtol=0, atol=2e-5)
-            assert row["logprob"] == pytest.approx(float(expected.double().sum()), abs=1e-4)
+            expected.append(logprobs.gather(-1, torch.tensor(row["completion"])[:, None])[:, 0])
+    scored_in_every_way(model, corpus, rule, expected)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize(
-    "options", [{}, {"batch_tokens": 8, "logits_memory": 400}, {"share_prefixes": False}], ids=str
-)
-def test_scores_equal_decoding_that_follows_the_prompt_too(rule, options):
+def test_scores_equal_decoding_that_follows_the_prompt_too(rule):
     model, corpus = tiny_llama(head_bias=True), draw_corpus()
     config = TTTConfig(**vars(rule) | {"on_prompt": True})
-    scored = score_responses(model, None, corpus, ttt=config, per_token=True, progress=False, **options)
     settings = {f"ttt_{name}": value for name, value in vars(rule).items() if name not in ("center", "num_steps")}
-    for row in scored:
+    expected = []
+    for row in corpus:
         forced = Recorder(forced=torch.tensor([row["completion"]]))
         result = model.generate(
             torch.tensor([row["prompt"]]),
@@ -86,7 +88,8 @@ def test_scores_equal_decoding_that_follows_the_prompt_too(rule, options):
             return_dict_in_generate=True,
             **settings,
         )
-        np.testing.assert_allclose(row["token_logprobs"], result.token_logprobs[0], rtol=0, atol=2e-5)
+        expected.append(result.token_logprobs[0])
+    scored_in_every_way(model, corpus, config, expected)
 
 
 def test_steps_on_a_prompt_are_made_once(monkeypatch):
