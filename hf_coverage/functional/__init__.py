@@ -203,6 +203,7 @@ _HOMES = {
     "statistics": (
         "MeanEstimate",
         "bounded_mean_interval",
+        "bounded_mean_p_value",
         "bounded_mean_upper_bound",
         "clustered_mean",
         "group_codes",

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.miss_profile import miss_values
 from hf_coverage.functional.paired import PairedDifference, paired_loss_difference
+from hf_coverage.functional.statistics import bounded_mean_p_value, group_codes
 
 __all__ = ["BestEvaluation", "WatchState", "Worsening", "update_watch"]
 
@@ -127,9 +128,10 @@ def update_watch(
     # miss_N is at least the best here, so a difference that is significant at all is a worsening.
     if state.warned or not now.cross_entropy < best.cross_entropy:
         return state, None
-    test = paired_loss_difference(missed, then, groups=groups)
-    if not test.p_value < 2 * alpha / (seen**2 * (seen + 1)):
+    codes = None if groups is None else group_codes(groups)
+    if not bounded_mean_p_value((missed - then + 1) / 2, 0.5, groups=codes) < 2 * alpha / (seen**2 * (seen + 1)):
         return state, None
+    test = paired_loss_difference(missed, then, groups=codes)
     return replace(state, warned=True), Worsening(best, now.miss, cross_entropy, test)
 
 

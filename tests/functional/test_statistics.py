@@ -64,25 +64,6 @@ def test_copies_of_a_row_in_one_group_do_not_narrow_the_interval():
     assert none[1] > 0.04  # sixty prompts without a hit, not 480 rows
 
 
-@pytest.mark.parametrize(
-    ("prompts", "responses", "rate", "correlation"), [(300, 1, 0.05, 0), (200, 4, 0.3, 0.3), (400, 4, 0.1, 0.5)]
-)
-def test_intervals_cover_the_truth_in_simulated_corpora(prompts, responses, rate, correlation):
-    rng = np.random.default_rng(0)
-    groups = np.repeat(np.arange(prompts), responses).astype(np.uint64) if responses > 1 else None
-    covered, corpora = 0, 400 if correlation else 2000
-    for _ in range(corpora):
-        if correlation:
-            spread = (1 - correlation) / correlation
-            difficulty = rng.beta(rate * spread, (1 - rate) * spread, size=prompts)
-        else:
-            difficulty = np.full(prompts, rate)
-        hits = rng.random(prompts * responses) < np.repeat(difficulty, responses)
-        low, high = proportion_interval(hits, groups=groups)
-        covered += low <= rate <= high
-    assert 0.93 <= covered / corpora <= 0.985
-
-
 def test_group_codes_are_stable_and_tell_labels_apart():
     labels = ["1", 1, [1, 2], [12], [{"role": "user", "content": "1"}], "1"]
     codes = group_codes(labels)
