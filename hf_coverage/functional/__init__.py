@@ -103,6 +103,7 @@ _HOMES = {
         "BestEvaluation",
         "WatchState",
         "Worsening",
+        "prompts_to_warn",
         "update_watch",
     ),
     "distillation": (

@@ -30,7 +30,7 @@ EVALUATIONS = 40
 TURN = 4
 """The evaluation after which a class is given up."""
 ROWS = (256, 1000, 4000)
-CLASSES = {"nothing wrong": 0.0, "0.03 given up": 0.03, "0.1 given up": 0.1}
+CLASSES = {"nothing wrong": 0.0, "0.05 given up": 0.05, "0.1 given up": 0.1}
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def evaluations(rows: int, given_up: float, rng: np.random.Generator) -> Iterato
     start = rng.normal(1, 1.5, rows)
     rare = rng.random(rows) < given_up
     for step in range(EVALUATIONS):
-        moved = 0.0 if not given_up else np.where(rare, 0.5 * max(0, step - TURN), -0.03 * step)
+        moved = 0.0 if not given_up else np.where(rare, 0.5 * max(0, step - TURN), -0.01 * step)
         yield start + moved + 0.5 * rng.normal(size=rows)
 
 
