@@ -67,9 +67,9 @@ class PredictivenessResult:
             parts.append(f"The same at all checkpoints, which is no order: {', '.join(found.constant)}.")
         if not np.isnan(found.low).all():
             parts.append(
-                f"In brackets, what a bootstrap over the {found.num_prompts:,} prompts allows at "
-                f"{100 * found.confidence:g} %, for these checkpoints and not for another run: noise draws rank "
-                "correlations towards 0, so that it holds the truth less often than that."
+                f"In brackets, the range of a bootstrap over the {found.num_prompts:,} prompts, for these checkpoints "
+                "and not for another run. It is no confidence interval: noise draws rank correlations towards 0, and "
+                "where checkpoints are alike the truth lies often outside."
             )
         return " ".join(parts)
 

@@ -131,7 +131,7 @@ class TTTChoice:
         ]
         if math.isfinite(loss.difference):
             between = f"{loss.low:.4g} to {loss.high:.4g}"
-            parts.append(f"Cross-entropy differs by {loss.difference:.4g} nats a response ({between}).")
+            parts.append(f"Cross-entropy differs by {loss.difference:.4g} nats a response (Student's: {between}).")
         return parts + self._search(self.rule, quantity)
 
     def _search(self, rule: StepRule, quantity: str) -> list[str]:

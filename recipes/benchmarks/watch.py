@@ -60,6 +60,7 @@ class FormerWatch:
         self.best: FloatArray | None = None
 
     def warns(self, ratios: FloatArray) -> bool:
+        """Show it one more evaluation."""
         now = reached(ratios, self.n).astype(float)
         best, seen = self.best, self.seen
         self.seen += 1
@@ -78,6 +79,7 @@ class Watch:
         self.n, self.state = n, WatchState()
 
     def warns(self, ratios: FloatArray) -> bool:
+        """Show it one more evaluation."""
         step = self.state.evaluations
         self.state, worsening = update_watch(
             self.state, step=step, log_ratios=ratios, cross_entropy=100.0 - step, n=self.n
