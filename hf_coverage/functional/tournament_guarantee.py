@@ -48,8 +48,8 @@ def offset_guarantee(n: float, num_candidates: int, num_prompts: int, *, gamma: 
     """Theorem 6.4 for an offset tournament that was held, its numbers filled in.
 
     It asks for `g >= 1` and `N >= 8 g^2`. The offset is for a challenger that puts its probability on few responses.
-    It does not improve on the simple tournament in general: with three responses to a prompt there are examples in which
-    the simple one picks right and the offset one does not.
+    It does not improve on the simple tournament in general: with three responses to a prompt there are examples in
+    which the simple one picks right and the offset one does not.
 
     Args:
         n: The N of the tournament.
