@@ -123,6 +123,7 @@ def choose(followed: Followed, rules: Mapping[str, TTTConfig], reference: FloatA
         n=telling_n(totals[PLAIN], reference),
         reference_logprobs=reference,
         groups=range(len(totals[PLAIN])),
+        by="coverage",
     )
     if choice.rule is None:
         raise ValueError(f"{choice.sentence} Give a smaller `lr`.")
