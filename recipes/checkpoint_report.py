@@ -119,7 +119,9 @@ def _table(
         ]
         for index, (step, profile) in enumerate(zip(steps, profiles))
     ]
-    return Table(columns, rows, caption="Checkpoints; cross entropy and KL in nats a response, 95 % intervals.")
+    return Table(
+        columns, rows, caption="Checkpoints; cross entropy and KL in nats a response; 95 % intervals of Cov_N."
+    )
 
 
 def _guides(predictive: PredictivenessResult) -> Table:
@@ -131,7 +133,7 @@ def _guides(predictive: PredictivenessResult) -> Table:
         rows.append([name, *(None if np.isnan(cell[0]) else Interval(*map(float, cell)) for cell in zip(*numbers))])
     caption = (
         "Rank correlation over the checkpoints: -1 is a perfect guide, a positive one misleads. "
-        f"{100 * found.confidence:g} % intervals over prompts."
+        "In brackets, the range of a bootstrap over prompts, no confidence interval."
     )
     return Table(["measure", *(Column(outcome, "lower") for outcome in found.outcomes)], rows, caption=caption)
 

@@ -173,7 +173,7 @@ def choice_table(runs: list[SeedRun], rules: list[str]) -> Table:
     best = [_mean(np.array([run.passes[n].max() for run in runs])) for n in runs[0].passes]
     rows.append(["best in hindsight", "", *best])
     columns = ["chosen by", "step", *(f"Pass@{n}" for n in runs[0].passes)]
-    return Table(columns, rows, f"What each rule chooses: mean of {len(runs)} seeds, 95 % interval over seeds.")
+    return Table(columns, rows, f"What each rule chooses: mean of {len(runs)} seeds, Student's interval over seeds.")
 
 
 def gain_table(runs: list[SeedRun], rules: list[str]) -> Table:
@@ -188,7 +188,9 @@ def gain_table(runs: list[SeedRun], rules: list[str]) -> Table:
             row += [_mean(gain), f"{int((gain > 0).sum())} of {len(runs)}"]
         rows.append(row)
     columns = ["chosen by", *(part for n in runs[0].passes for part in (Column(f"Pass@{n}"), "better in"))]
-    return Table(columns, rows, "Against cross-entropy's checkpoint, seed by seed: mean difference, 95 % interval.")
+    return Table(
+        columns, rows, "Against cross-entropy's checkpoint, seed by seed: mean difference, Student's interval."
+    )
 
 
 def draw_curves(runs: list[SeedRun], path: Path) -> None:

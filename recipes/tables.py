@@ -17,7 +17,10 @@ WIDTH = 200
 
 
 def interval_of(values: FloatArray, *, groups: FloatArray | None = None) -> Interval:
-    """A mean with its 95 % interval, over values or over groups of them that are not independent."""
+    """A mean with Student's interval, over values or over groups of them that are not independent.
+
+    Its 95 % are nominal, and true of values that are nearly normal: see `mean_interval`.
+    """
     estimate = clustered_mean(values, groups=groups)
     return Interval(estimate.mean, *mean_interval(estimate))
 

@@ -132,8 +132,8 @@ def tournament(
     Each checkpoint is scored once, one model at a time, and its scores are kept: run the command again to go on after
     an interruption, or with one more checkpoint, and only what is new is scored. In the tournament, a checkpoint's
     score is the largest share of responses that another one makes at least N times as likely; lower is better.
-    With --on-policy, 2 g times the share that this other one has among the checkpoint's own responses is taken off:
-    another one that stakes all on few responses then misleads no more.
+    With --on-policy, 2 g times the share that this other one has among the checkpoint's own responses is taken off,
+    which helps against another one that stakes all on few responses, and is no better in general.
 
     Writes best_checkpoint.json, tournament.json and tournament.png.
     """

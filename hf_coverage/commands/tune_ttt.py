@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from hf_coverage.functional.ttt_config import TTTConfig
     from hf_coverage.measure.reference import Reference
-    from hf_coverage.select.ttt_choice import TTTChoice
+    from hf_coverage.select.ttt_choice import ChosenBy, TTTChoice
 
 __all__ = ["EXAMPLES", "score_settings", "tune_ttt"]
 
@@ -43,6 +43,13 @@ torchrun --nproc_per_node 2 -m hf_coverage tune-ttt gpt2 --data corpus -n 16
 _RULE = "Steps"
 
 
+class ChosenByName(str, Enum):
+    """What settings are chosen by."""
+
+    miss = "miss"
+    coverage = "coverage"
+
+
 class CacheName(str, Enum):
     """What becomes of keys and values when the backbone changes."""
 
@@ -55,7 +62,11 @@ def tune_ttt(
     data: Annotated[
         str, typer.Option("--data", "--corpus", help="Held-out prompts and responses: folder, file or Hub id.")
     ],
-    n: Annotated[float, typer.Option("--n", "-n", help="The N of Cov_N to choose by, a real number above 1.")],
+    n: Annotated[float, typer.Option("--n", "-n", help="The N of miss_N or Cov_N to choose by, above 1.")],
+    by: Annotated[
+        ChosenByName | None,
+        typer.Option(help="What chooses and is compared.", show_default="miss where the data's density is known"),
+    ] = None,
     scope: Annotated[
         list[str] | None,
         typer.Option(
@@ -127,9 +138,9 @@ def tune_ttt(
 
     The output head (or what `--scope` says) makes a step after every token of a response, and starts anew with the
     next one. Each setting is scored on the data as sampling at temperature 1 would draw from it; half of the prompts
-    choose the setting with the least Cov_N, and the other half compare it with plain decoding. Scores are kept: run
-    the command again to go on after an interruption, with one more `--lr` or `--scope`, or with another N, and only
-    what is new is scored.
+    choose the setting with the least miss_N (the least bound on Cov_N where log D is not known, or as `--by` says),
+    and the other half compare it with plain decoding. Scores are kept: run the command again to go on after an
+    interruption, with one more `--lr` or `--scope`, or with another N, and only what is new is scored.
 
     Writes tune_ttt.json, and score folders that `profile`, `compare` and `tournament` take.
     """
@@ -175,7 +186,7 @@ def tune_ttt(
     )
     leave_job()
     if is_main_process():
-        choice = choose(scores, rules, n, reference, seed)
+        choice = choose(scores, rules, n, reference, seed, None if by is None else by.value)
         show(choice)
         path = output_dir / "tune_ttt.json"
         choice.to_json(path, seed=seed, origin=provenance(model=model, data=data))
@@ -211,7 +222,12 @@ def default_sizes(
 
 
 def choose(
-    scores: Sequence["ArrayLike"], rules: Sequence["TTTConfig"], n: float, reference: "Reference", seed: int
+    scores: Sequence["ArrayLike"],
+    rules: Sequence["TTTConfig"],
+    n: float,
+    reference: "Reference",
+    seed: int,
+    by: "ChosenBy | None" = None,
 ) -> "TTTChoice":
     """The choice among rules, from what `score_settings` returned for them."""
     from hf_coverage.select.tune_ttt import tune_ttt as choose_rule
@@ -222,6 +238,7 @@ def choose(
         n,
         reference_logprobs=reference.logprob,
         groups=reference.groups,
+        by=by,
         seed=seed,
     )
 
@@ -247,9 +264,10 @@ def show(choice: "TTTChoice") -> None:
 
 
 def _search_table(choice: "TTTChoice") -> Table:
-    from hf_coverage.report.summary import coverage_cell
+    from hf_coverage.report.summary import coverage_cell, miss_cell
 
-    columns: list[Column | str] = ["decoding", Column(choice.plain.label(choice.n), "lower")]
+    cell = miss_cell if choice.by == "miss" else coverage_cell
+    columns: list[Column | str] = ["decoding", Column(choice.label, "lower")]
     columns += [Column("cross-entropy (nats)", "lower"), ""]
     rows: list[list[Cell]] = []
     chosen = "plain" if choice.adapted is None else choice.adapted.name
@@ -258,7 +276,7 @@ def _search_table(choice: "TTTChoice") -> Table:
             rows.append([name, None, None, "diverged"])
         else:
             mark = "chosen" if name == chosen else ""
-            rows.append([name, coverage_cell(profile, choice.n), profile.cross_entropy, mark])
+            rows.append([name, cell(profile, choice.n), profile.cross_entropy, mark])
     caption = (
         f"On the {choice.searched[0].num_groups:,} prompts that choose, with 95 % confidence intervals: the best of "
         "several looks better here than it is."

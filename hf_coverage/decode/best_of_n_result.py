@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from hf_coverage.decode.success import Estimate, SuccessProfile
 from hf_coverage.functional.best_of_n import best_of_blocks, best_of_n_reward, pass_at_n
-from hf_coverage.functional.bounds import exact_pass_at_n, least_regret_bound
+from hf_coverage.functional.bounds import exact_pass_at_n
 from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.group_rewards import equal_reward_probability
+from hf_coverage.functional.miss_profile import miss_upper_bound
 from hf_coverage.functional.statistics import MeanEstimate, bounded_mean_interval, clustered_mean, mean_interval
 from hf_coverage.inference.files import refuse_constant, write_atomically
 from hf_coverage.plots import BestOfNCurve, plot_best_of_n
@@ -39,7 +40,8 @@ class Prediction(NamedTuple):
 
     Attributes:
         n: The N, 1 to k; of stratified samples the powers of 2, and k.
-        guaranteed: `(k,)` least expected reward, whatever the reward in [0, 1]: the reference's less D.6's bound.
+        guaranteed: `(k,)` least expected reward, whatever the reward in [0, 1], with 95 % confidence at each N: the
+            reference's less the upper confidence bound on miss_N.
         exact: `(k,)` exact Pass@N where every prompt has one right answer; None otherwise.
     """
 
@@ -144,7 +146,11 @@ class BestOfNResult:
         return bounded_mean_interval(self._passes(n), confidence=confidence)
 
     def best_of(self, n: int, confidence: float = 0.95) -> Estimate:
-        """Expected reward of the best of N responses, unbiased, with its confidence interval over prompts."""
+        """Expected reward of the best of N responses, unbiased, with its interval over prompts.
+
+        If no reward lies outside [0, 1] they are taken for bounded so; otherwise the interval is Student's, whose
+        level is nominal.
+        """
         rewards = self._best(n)
         estimate = clustered_mean(rewards)
         if self.rewards.min() >= 0 and self.rewards.max() <= 1:
@@ -212,8 +218,8 @@ class BestOfNResult:
     def predict(self, profile: CoverageProfile, *, comparator_reward: float = 1.0) -> Prediction:
         """What a profile of the same model on the same prompts says of Best-of-N.
 
-        The guarantee is `comparator_reward - min_M (Cov_M + exp(-N / (2 M)))` and holds for every reward in [0, 1],
-        for stratified samples too, which achieve no less than independent ones.
+        The guarantee is `comparator_reward` less `miss_upper_bound`, by Theorem M for every reward in [0, 1], for
+        stratified samples too, which achieve no less than independent ones.
 
         Args:
             profile: Coverage of the reference by the distribution that was sampled from: at temperature 1 the model.
@@ -232,7 +238,8 @@ class BestOfNResult:
                 f"{self.num_prompts}, not all the same; score the corpus that responses were sampled for."
             )
         n = np.array(self.levels() if self.is_stratified else range(1, self.k + 1))
-        bounds = [least_regret_bound(profile.log_ratios, value, weights=profile.weights) for value in n.tolist()]
+        rows: dict[str, Any] = {"groups": profile.groups, "weights": profile.weights}
+        bounds = [miss_upper_bound(profile.log_ratios, value, **rows) for value in n.tolist()]
         exact = None
         if profile.kind == "single_answer" and profile.logprobs is not None and not self.is_stratified:
             logprobs = profile.logprobs
@@ -287,7 +294,7 @@ class BestOfNResult:
         lines: list[tuple[str, Any]] = []
         if profile is not None:
             predicted = self.predict(profile, comparator_reward=comparator_reward)
-            lines = [("guaranteed by coverage", predicted.guaranteed)]
+            lines = [("guaranteed by coverage, 95 %", predicted.guaranteed)]
             lines += [] if predicted.exact is None else [("exact, from log-probabilities", predicted.exact)]
         ylabel = "Pass@$N$ (higher is better)" if solved else "reward of Best-of-$N$ (higher is better)"
         return plot_best_of_n([curve], path, lines=lines, ylabel=ylabel, title=title)

@@ -117,6 +117,7 @@ _HOMES = {
         "BestEvaluation",
         "WatchState",
         "Worsening",
+        "prompts_to_warn",
         "update_watch",
     ),
     "distillation": (
@@ -223,6 +224,7 @@ _HOMES = {
     "statistics": (
         "MeanEstimate",
         "bounded_mean_interval",
+        "bounded_mean_p_value",
         "bounded_mean_upper_bound",
         "clustered_mean",
         "group_codes",

@@ -6,18 +6,21 @@ row, four bytes each: enough for the test, and small enough to live in `trainer_
 """
 
 import base64
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import stats
 
 from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.miss_profile import miss_values
 from hf_coverage.functional.paired import PairedDifference, paired_loss_difference
+from hf_coverage.functional.statistics import bounded_mean_p_value, group_codes
 
-__all__ = ["BestEvaluation", "WatchState", "Worsening", "update_watch"]
+__all__ = ["BestEvaluation", "WatchState", "Worsening", "prompts_to_warn", "update_watch"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def update_watch(
     A worsening is reported once: when cross-entropy is lower than at the evaluation with the best miss_N, miss_N is
     higher, and the two-sided paired test has `p < 2 alpha / (m^2 (m + 1))` after m earlier evaluations. The best of m
     was selected by the same rows, so that its level is shared by m one-sided tests; over the evaluations the levels
-    sum to alpha, however long the run. A corpus of few hundred prompts cannot show a worsening of a few hundredths.
+    sum to alpha, however long the run. `prompts_to_warn` says how many prompts that takes.
 
     Args:
         state: What the watch remembers; `WatchState()` at first.
@@ -127,10 +130,38 @@ def update_watch(
     # miss_N is at least the best here, so a difference that is significant at all is a worsening.
     if state.warned or not now.cross_entropy < best.cross_entropy:
         return state, None
-    test = paired_loss_difference(missed, then, groups=groups)
-    if not test.p_value < 2 * alpha / (seen**2 * (seen + 1)):
+    codes = None if groups is None else group_codes(groups)
+    if not bounded_mean_p_value((missed - then + 1) / 2, 0.5, groups=codes) < _level(seen, alpha):
         return state, None
+    test = paired_loss_difference(missed, then, groups=codes)
     return replace(state, warned=True), Worsening(best, now.miss, cross_entropy, test)
+
+
+def prompts_to_warn(worsening: float = 0.05, *, evaluations: int = 10, alpha: float = 0.05, power: float = 0.8) -> int:
+    """Least number of prompts with which the watch has that power against a share of the responses being given up.
+
+    The most favourable case is counted: they are lost outright, and no other row changes. Then `p = 2^(1-k)` of k rows
+    that were lost, and k is binomial. Where other rows change it takes more.
+
+    Args:
+        worsening: The share of the responses that is lost, in (0, 1).
+        evaluations: How many were seen before.
+        alpha: As in `update_watch`.
+        power: The chance that the watch is to have of reporting it.
+
+    Example:
+        >>> prompts_to_warn(), prompts_to_warn(0.2)
+        (361, 89)
+    """
+    lost = math.floor(2 - math.log2(_level(evaluations, alpha)))
+    prompts = lost
+    while stats.binom.sf(lost - 1, prompts, worsening) < power:
+        prompts += 1
+    return prompts
+
+
+def _level(seen: int, alpha: float) -> float:
+    return 2 * alpha / (seen**2 * (seen + 1))
 
 
 def _packed(missed: FloatArray) -> str:

@@ -266,7 +266,7 @@ def _mean_at(absence: FloatArray, weight: FloatArray, level: float) -> float:
 
 
 def _least_n(is_enough: Callable[[float], bool], *, above: float) -> float:
-    """Least whole number from `above` on that is enough, where every larger one is too; beyond 2^53 to rounding."""
+    """Least whole number from `above` on that is enough, where every larger one is too; beyond 1e12 to rounding."""
     if math.isinf(above) or is_enough(above):
         return above
     low, high = above, 2 * above

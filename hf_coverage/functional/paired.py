@@ -11,7 +11,14 @@ from scipy import stats
 from hf_coverage.functional.checks import FloatArray, check_confidence, check_log_ratios
 from hf_coverage.functional.coverage_profile import reached
 from hf_coverage.functional.miss_profile import miss_values
-from hf_coverage.functional.statistics import clustered_mean, group_codes, mean_interval, row_weights
+from hf_coverage.functional.statistics import (
+    bounded_mean_interval,
+    bounded_mean_p_value,
+    clustered_mean,
+    group_codes,
+    mean_interval,
+    row_weights,
+)
 
 __all__ = [
     "PairedDifference",
@@ -43,10 +50,8 @@ def paired_coverage_difference(
 ) -> PairedDifference:
     """Cov_N of a minus Cov_N of b on the same rows; positive means a covers less.
 
-    The interval is Bonett and Price's adjusted Wald interval for paired proportions, extended to groups: one pseudo
-    row for each direction of disagreement, as heavy as the rows that share a prompt are alike, is added before the
-    clustered mean is taken, so that no disagreement at all still leaves uncertainty. The p-value is the two-sided one
-    of the same statistic.
+    The interval is `bounded_mean_interval`'s for values from -1 to 1, and the p-value its: a prompt for each direction
+    of disagreement is added, so that no disagreement at all still leaves uncertainty.
 
     Args:
         log_ratios_a: `(R,)` nats, of model a.
@@ -66,10 +71,6 @@ def paired_coverage_difference(
     Example:
         >>> paired_coverage_difference([0.0, 3.0, 3.0, 0.0], [0.0, 3.0, 0.0, 0.0], n=8).difference
         0.25
-
-    References:
-        Bonett and Price (2012), "Adjusted Wald confidence interval for a difference of binomial proportions based on
-        paired data".
     """
     hits_a, hits_b = (reached(check_log_ratios(ratios), n) for ratios in (log_ratios_a, log_ratios_b))
     _check_same_rows(hits_a, hits_b)
@@ -88,8 +89,8 @@ def paired_miss_difference(
 ) -> PairedDifference:
     """miss_N of a minus miss_N of b on the same rows; positive means a covers less.
 
-    Interval and test are those of `paired_coverage_difference`: a pseudo row for each direction stands for the rows
-    that differ wholly and are too rare to have been seen.
+    Interval and test are those of `paired_coverage_difference`: the prompt that is added for each direction stands for
+    what differs wholly and is too rare to have been seen.
 
     Args:
         log_ratios_a: `(R,)` nats, of model a.
@@ -154,7 +155,7 @@ def paired_kl_difference(
     """KL of a minus KL of b on the same rows, `E[log p_b - log p_a]`; positive means a is further from the reference.
 
     A paired Student-t interval and test over groups. The reference cancels: it is the difference of cross-entropies,
-    too.
+    too. Level and p-value are nominal, since differences have no bound: see `mean_interval`.
 
     Args:
         log_ratios_a: `(R,)` nats, of model a.
@@ -245,35 +246,12 @@ def _difference_of_shares(
     weights: ArrayLike | None,
     confidence: float,
 ) -> PairedDifference:
-    """The mean change, with uncertainty from the rows and from a pseudo row for each direction."""
+    """The mean of changes from -1 to 1, with the interval and the test of a bounded mean."""
     check_confidence(confidence)
     weight = row_weights(weights, change.size)
-    codes = np.arange(change.size, dtype=np.uint64) if groups is None else group_codes(groups)
-    if codes.shape != change.shape:
-        raise ValueError(f"`groups` must have one label a row, {change.size} in all, but has {codes.size}.")
+    codes = None if groups is None else group_codes(groups)
     difference = float(weight @ change / weight.sum())
-    counts = weight > 0  # a row without weight is none
-    change, codes, weight = change[counts], codes[counts], weight[counts]
-    labels, inverse = np.unique(codes, return_inverse=True)
-    if labels.size < 2:
-        return PairedDifference(difference, -1.0, 1.0, math.nan)
-    pseudo = weight.mean() * _design_effect(change, codes, weight)
-    error = clustered_mean(
-        np.append(change, [1.0, -1.0]),
-        groups=np.append(inverse, [labels.size, labels.size + 1]).astype(np.uint64),
-        weights=np.append(weight, [pseudo, pseudo]),
-    )
-    freedom = error.num_groups - 1
-    margin = error.standard_error * stats.t.ppf((1 + confidence) / 2, freedom)
-    p_value = 2 * stats.t.sf(abs(error.mean) / error.standard_error, freedom)
-    return PairedDifference(difference, max(-1.0, error.mean - margin), min(1.0, error.mean + margin), float(p_value))
-
-
-def _design_effect(values: FloatArray, codes: NDArray[np.uint64], weight: FloatArray) -> float:
-    """How many rows of one group are worth one independent row: from 1 up to the mean size of a group."""
-    mean_size = values.size / np.unique(codes).size
-    independent = clustered_mean(values, weights=weight).standard_error
-    if not independent > 0:
-        return mean_size
-    clustered = clustered_mean(values, groups=codes, weights=weight).standard_error
-    return float(np.clip((clustered / independent) ** 2, 1.0, mean_size))
+    rows: dict[str, Any] = {"groups": codes, "weights": weights}
+    low, high = bounded_mean_interval((change + 1) / 2, **rows, confidence=confidence)
+    p_value = bounded_mean_p_value((change + 1) / 2, 0.5, **rows)
+    return PairedDifference(difference, 2 * low - 1, 2 * high - 1, p_value)

@@ -1,6 +1,6 @@
 """How well a measure taken without sampling orders a run's checkpoints by what sampling then achieves.
 
-A *guide* is a measure that the checkpoints could be chosen by, lower is better: cross-entropy, KL or Cov_N. An
+A *guide* is a measure that the checkpoints could be chosen by, lower is better: cross-entropy, KL, Cov_N or miss_N. An
 *outcome* is what the choice is made for, higher is better: Pass@N. Both are means over prompts, so both are known
 only as well as the prompts allow.
 """
@@ -70,8 +70,8 @@ def rank_correlations(
     """Spearman's rank correlation of guides with outcomes over M checkpoints, and its interval over prompts.
 
     A measure is the weighted mean over rows of what its table holds: of `-log p` for cross-entropy, of log ratios for
-    KL, of `1[r >= log N]` for Cov_N, of unbiased pass@N per prompt, or of `1 - (1 - p)^N`, for Pass@N. Equal means
-    share the average of their ranks.
+    KL, of `1[r >= log N]` for Cov_N, of `(1 - min(1, exp(-r)))^N` for miss_N, of unbiased pass@N per prompt, or of
+    `1 - (1 - p)^N`, for Pass@N. Equal means share the average of their ranks.
 
     The interval is a bootstrap over prompts: the value, give or take the distance from it that a share `confidence`
     of the resamples keep, cut at -1 and 1. (Noise draws rank correlations towards 0, and a resample has it twice: the

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
-from functools import cache
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from hf_coverage.functional.checks import FloatArray, check_confidence
 __all__ = [
     "MeanEstimate",
     "bounded_mean_interval",
+    "bounded_mean_p_value",
     "bounded_mean_upper_bound",
     "clustered_mean",
     "group_codes",
@@ -36,7 +36,7 @@ __all__ = [
 _ALIKE = 1e-12
 """A standard error below this share of the mean is the rounding of one that is 0."""
 
-_DISTINCT = 1024
+_DISTINCT = 512
 """Most different terms of a sum of exponentials; neighbours among more are taken together."""
 _STEP = 0.1
 
@@ -145,6 +145,12 @@ def clustered_mean(
 def mean_interval(estimate: MeanEstimate, confidence: float = 0.95) -> tuple[float, float]:
     """Two-sided Student-t interval of a mean, with `num_groups - 1` degrees of freedom.
 
+    Its level is nominal. Values without a bound, as log ratios are, may have a mean that hangs on rows too rare to be
+    seen, and no interval of theirs can hold it as often as it says; at 95 % this one held the mean of 12 or more
+    independent groups .94 of the time where values are normal, .89 where they are exponential, .84 where log-normal,
+    and as rarely as .5 where a group in twenty or fewer decides. So nothing here prints a percentage beside it. For
+    values in [0, 1] there is `bounded_mean_interval`.
+
     NaN where there is none: with a single group, an infinite mean, or groups that are all alike, which say nothing of
     how much others may differ.
     """
@@ -166,9 +172,9 @@ def bounded_mean_interval(
 
         upper end: the (1 + confidence)/2 quantile of (sum_g w_g E_g x_g + w E) / (sum_g w_g E_g + w E)
 
-    with independent exponential E, w_g the weights of the groups and w their mean: one group more, in which all values
-    are 1. The lower end is that of 1 - x. Both ends rise with every value. Of 0s and 1s, one a group, it is Clopper
-    and Pearson's interval. A single group tells nothing: (0, 1).
+    with independent exponential E, w_g the weights of the groups and `w = sum w_g^2 / sum w_g` that of a group as rows
+    meet it: one group more, in which all values are 1. The lower end is that of 1 - x. Both ends rise with every
+    value. Of 0s and 1s, one a group, it is Clopper and Pearson's interval. A single group tells nothing: (0, 1).
 
     Args:
         values: `(R,)` in [0, 1].
@@ -194,6 +200,38 @@ def bounded_mean_interval(
         return 0.0, 1.0
     beyond = (1 - confidence) / 2
     return 1 - _gaffke_end(1 - means, of_group, beyond), _gaffke_end(means, of_group, beyond)
+
+
+def bounded_mean_p_value(
+    values: ArrayLike,
+    mean: float,
+    *,
+    groups: Iterable[Any] | None = None,
+    weights: ArrayLike | None = None,
+) -> float:
+    """Two-sided p-value of a mean of values in [0, 1], below 0.05 where their 95 % interval leaves it out.
+
+    Args:
+        values: `(R,)` in [0, 1].
+        mean: The mean that is tested, in (0, 1).
+        groups: `(R,)` group labels; None takes every row as its own group.
+        weights: `(R,)` non-negative row weights; None weighs rows alike.
+
+    Returns:
+        In [0, 1]; NaN with a single group.
+
+    Raises:
+        ValueError: If a value lies outside [0, 1]; names the row.
+
+    Example:
+        >>> bounded_mean_p_value([1.0] * 5, 0.5)
+        0.0625
+    """
+    means, of_group = _group_means(values, groups, weights)
+    if means.size < 2:
+        return math.nan
+    least = min(_share_above(means, of_group, mean), _share_above(1 - means, of_group, 1 - mean))
+    return min(1.0, 2 * least)
 
 
 def bounded_mean_upper_bound(
@@ -366,28 +404,29 @@ def _rounded_up(means: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 def _gaffke_end(means: FloatArray, weight: FloatArray, beyond: float) -> float:
     """The upper end, which the random mean of `bounded_mean_interval` lies above with probability `beyond`."""
-    least, extra = float(means.min()), float(weight.mean())
-    if least == 1:
+    if means.min() == 1:
         return 1.0
 
-    @cache
-    def excess(end: float) -> float:
-        """In standard deviations of a normal law, for which it would be a straight line."""
-        terms = np.append(weight * (means - end), extra * (1 - end))
-        return float(special.ndtri(np.clip(_exponential_sum_is_positive(terms), 1e-300, 1 - 1e-16))) - goal
+    def excess(end: float) -> float:  # in logarithms, in which it is nearly straight
+        return math.log(max(_share_above(means, weight, end), 1e-300) / beyond)
 
-    goal = float(special.ndtri(beyond))
-    shares = np.append(weight, extra) / (weight.sum() + extra)
-    values = np.append(means, 1.0)
-    center = float(shares @ values)
-    deviation = math.sqrt(float((shares * (values - center)) @ (shares * (values - center))))
-    # brackets the root from where a normal law has it, along that law's line and somewhat further
-    low = high = min(max(center - goal * deviation, least), 1.0)
-    while excess(low) < 0:
-        high, low = low, max(least, low + 1.1 * excess(low) * deviation - 1e-9)
-    while excess(high) > 0:
-        low, high = high, min(1.0, high + 1.1 * excess(high) * deviation + 1e-9)
+    low = float(means.min())
+    centre = float(weight @ means / weight.sum())
+    size = float(weight.sum()) ** 2 / float(weight @ weight)
+    high = min(1.0, centre + 4 * math.sqrt(centre * (1 - centre) / size) + 8 / size)
+    if excess(high) > 0:
+        low, high = high, 1.0
+    elif centre > low and excess(centre) > 0:
+        low = centre
     return float(optimize.brentq(excess, low, high, xtol=1e-12, rtol=1e-10))
+
+
+def _share_above(means: FloatArray, weight: FloatArray, end: float) -> float:
+    """The probability that the random mean of `bounded_mean_interval` lies above an end."""
+    # Weights that differ make the groups worth fewer: with their mean for the group that was not seen, intervals of
+    # nominally 95 % held .91.
+    extra = float(weight @ weight) / float(weight.sum())
+    return _exponential_sum_is_positive(np.append(weight * (means - end), extra * (1 - end)))
 
 
 def _exponential_sum_is_positive(terms: FloatArray) -> float:

@@ -1,5 +1,6 @@
 """Cov_N and miss_N beside the loss: the coverage profile as part of every evaluation of a `transformers` Trainer."""
 
+import logging
 import math
 import warnings
 from collections.abc import Iterable
@@ -14,13 +15,15 @@ from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArgument
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_coverage.functional.checks import check_n, coverage_key, miss_key
-from hf_coverage.functional.coverage_watch import WatchState, Worsening, update_watch
+from hf_coverage.functional.coverage_watch import WatchState, Worsening, prompts_to_warn, update_watch
 from hf_coverage.measure.corpus_callback import CorpusCallback
 from hf_coverage.measure.engine import ScoringOptions
 from hf_coverage.measure.evaluation_callback import CoverageWarning
 from hf_coverage.measure.profile import CoverageProfile
 
 __all__ = ["CoverageCallback", "CoverageWarning"]
+
+logger = logging.getLogger(__name__)
 
 
 class CoverageCallback(CorpusCallback):
@@ -37,7 +40,7 @@ class CoverageCallback(CorpusCallback):
 
     Once in a run a `CoverageWarning` is given if cross-entropy went on improving while miss_N is significantly worse
     than at its best evaluation (a paired test over the same rows); it names the best checkpoint. With a few hundred
-    prompts it can hardly see a worsening; a thousand see one of a few hundredths.
+    prompts it can hardly see a worsening, and the log says so once; a thousand see one of a few hundredths.
 
     In a run with checkpoints the tokens of the corpus are kept in `<output_dir>/coverage`, from where a callback that
     `restore_callback_states_from_checkpoint` rebuilds takes them.
@@ -164,6 +167,8 @@ class CoverageCallback(CorpusCallback):
         return super()._is_own(progress) and progress["watch_n"] == self.watch_n
 
     def _report_worsening(self, args: TrainingArguments, state: TrainerState, profile: CoverageProfile) -> None:
+        if not self._watch.evaluations and state.is_world_process_zero and profile.num_groups < prompts_to_warn():
+            logger.warning(_small_message(profile, self.watch_n))
         self._watch, worsening = update_watch(
             self._watch,
             step=state.global_step,
@@ -175,6 +180,15 @@ class CoverageCallback(CorpusCallback):
         if worsening is not None and state.is_world_process_zero:
             message = _worsening_message(args, state.global_step, profile, self.watch_n, worsening)
             warnings.warn(message, CoverageWarning, stacklevel=2)
+
+
+def _small_message(profile: CoverageProfile, n: float) -> str:
+    prompts = "1 prompt is" if profile.num_groups == 1 else f"{profile.num_groups:,} prompts are"
+    return (
+        f"{prompts} too few to warn from: that a twentieth of the responses is given up while the loss improves would "
+        f"hardly be told from chance in {profile.miss_label(n)}, for which it takes {prompts_to_warn():,} prompts or "
+        "more. The metrics are reported all the same."
+    )
 
 
 def _worsening_message(

@@ -99,7 +99,7 @@ class Suggestion:
             cells.append(Interval(form.mean, *found.interval(form)))
         columns += ["s2 of a token", "effective length s2 / max ||h||^2, tokens"]
         cells += [found.per_token, problem.effective_length]
-        caption = f"s2 with its 95 % interval over {found.estimate.num_groups:,} groups of rows; it enters as R^2 s2."
+        caption = f"s2 with Student's interval over {found.estimate.num_groups:,} groups of rows; it enters as R^2 s2."
         return Table(columns, [cells], caption)
 
     def sizes_table(self) -> Table:

@@ -20,7 +20,7 @@ __all__ = [
 
 
 def profile_table(profiles: Sequence[CoverageProfile], n: Sequence[float], *, regret: float = 0.1) -> Table:
-    """Cov_N, miss_N, KL, cross-entropy and Best-of-N budgets of models, one row each, with 95 % intervals.
+    """Cov_N, miss_N, KL, cross-entropy and Best-of-N budgets of models, one row each, with their intervals.
 
     Args:
         profiles: All on references of which the same is known.
@@ -49,7 +49,8 @@ def profile_table(profiles: Sequence[CoverageProfile], n: Sequence[float], *, re
     units = "Cross-entropy is" if bound else "KL and cross-entropy are"
     caption = (
         f"{_capital(quantity)} and {quantity.replace('Cov_N', 'miss_N')}, lower is better, with 95 % confidence "
-        f"intervals. {units} in nats a response; the Best-of-N budget is the samples with which miss_N is at most "
+        f"intervals. {units} in nats a response, with Student's interval, which a mean without a bound can be outside "
+        f"of more often; the Best-of-N budget is the samples with which miss_N is at most "
         f"{regret:g}, the guaranteed budget those with which it is so with 95 % confidence."
     )
     return Table(columns, rows, caption)

@@ -53,7 +53,9 @@ _KNOWN = {
 
 _INTERVALS = (
     "Brackets and bands are 95 % confidence intervals for the finite number of prompts; rows that share a prompt "
-    "count as dependent. They do not speak of another corpus or another training seed. Two models on the same rows "
+    "count as dependent. Those of KL and cross-entropy are Student's and their level nominal: such a mean has no "
+    "bound, and may hang on responses too rare to be seen. They do not speak of another corpus or another training "
+    "seed. Two models on the same rows "
     "differ more surely than two overlapping intervals suggest: the paired comparison is the test."
 )
 

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from hf_coverage.functional.bounds import pass_probabilities
 from hf_coverage.functional.checks import check_n, metric_key
 from hf_coverage.functional.coverage_profile import reached
+from hf_coverage.functional.miss_profile import miss_values
 from hf_coverage.functional.predictiveness import RankCorrelations, rank_correlations
 from hf_coverage.inference.files import strict_json
 from hf_coverage.measure.profile import CoverageProfile
@@ -27,7 +28,7 @@ __all__ = ["PredictivenessResult", "predictiveness"]
 
 @dataclass(frozen=True, eq=False)
 class PredictivenessResult:
-    """How well cross-entropy, KL and Cov_N order checkpoints by what sampling from them achieves.
+    """How well cross-entropy, KL, Cov_N and miss_N order checkpoints by what sampling from them achieves.
 
     Attributes:
         names: The M checkpoints.
@@ -67,9 +68,9 @@ class PredictivenessResult:
             parts.append(f"The same at all checkpoints, which is no order: {', '.join(found.constant)}.")
         if not np.isnan(found.low).all():
             parts.append(
-                f"In brackets, what a bootstrap over the {found.num_prompts:,} prompts allows at "
-                f"{100 * found.confidence:g} %, for these checkpoints and not for another run: noise draws rank "
-                "correlations towards 0, so that it holds the truth less often than that."
+                f"In brackets, the range of a bootstrap over the {found.num_prompts:,} prompts, for these checkpoints "
+                "and not for another run. It is no confidence interval: noise draws rank correlations towards 0, and "
+                "where checkpoints are alike the truth lies often outside."
             )
         return " ".join(parts)
 
@@ -135,7 +136,7 @@ def predictiveness(
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> PredictivenessResult:
-    """Tell how well cross-entropy, KL and Cov_N order a run's checkpoints by their Pass@N.
+    """Tell how well cross-entropy, KL, Cov_N and miss_N order a run's checkpoints by their Pass@N.
 
     Spearman's rank correlation over the checkpoints: -1 is a perfect guide (the lower the measure, the more is
     achieved), a positive one misleads. On the same rows cross-entropy and KL differ by a constant, and so are equally
@@ -144,10 +145,11 @@ def predictiveness(
 
     Args:
         profiles: One for each of M >= 3 checkpoints, on the same corpus. On a plain corpus the guides are
-            cross-entropy and the upper bound on Cov_N.
+            cross-entropy and the upper bounds on Cov_N and miss_N. Where Pass@N is taken from the same single
+            answers, miss_N is 1 - Pass@N, and a perfect guide to it.
         outcomes: By name, `(M, S)` what each checkpoint achieves on S prompts, such as unbiased estimates of Pass@N;
             or, where one answer to each prompt is right, the N of Pass@N, which then is exact.
-        n: The N of Cov_N.
+        n: The N of Cov_N and miss_N.
         outcome_groups: `(S,)` the prompt of each column of the outcomes, labelled as the profiles' groups were; None
             if the columns are the corpus's rows.
         confidence: Nominal level of the ranges.
@@ -166,7 +168,7 @@ def predictiveness(
         >>> profiles = [CoverageProfile.from_logprobs(row, np.zeros(4)) for row in logprobs]
         >>> print(predictiveness(profiles, [64], n=[32], bootstrap=0).sentence)
         Rank correlations over 3 checkpoints, -1 for a perfect guide, above 0 misleading.
-        With Pass@64: cross-entropy +1.00, KL +1.00, Cov_32 -0.87.
+        With Pass@64: cross-entropy +1.00, KL +1.00, Cov_32 -0.87, miss_32 -1.00.
 
     References:
         arXiv 2510.15020, Figure 1 (right).
@@ -184,6 +186,7 @@ def predictiveness(
     if not first.is_upper_bound:
         guides["KL"] = ratios
     guides |= {names[value]: reached(ratios, value) for value in levels}
+    guides |= {first.miss_label(value): np.array([miss_values(row, value) for row in ratios]) for value in levels}
     found = rank_correlations(
         guides,
         outcomes if isinstance(outcomes, Mapping) else _exact_passes(profiles, outcomes),

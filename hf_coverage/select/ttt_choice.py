@@ -13,7 +13,10 @@ from hf_coverage.inference.files import strict_json
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.select.ttt_settings import generation_settings, rule_name
 
-__all__ = ["TTTChoice"]
+__all__ = ["ChosenBy", "TTTChoice"]
+
+ChosenBy = Literal["miss", "coverage"]
+"""What chooses, and is compared: miss_N or Cov_N."""
 
 _FORMAT = 1
 
@@ -23,23 +26,25 @@ class TTTChoice:
     """The steps of test-time training that were chosen, and what they are worth on prompts that did not choose them.
 
     Attributes:
-        n: The N of Cov_N.
+        n: The N of miss_N or Cov_N.
         rule: The chosen steps; None, as all that is said of them, where all diverged: plain decoding is the choice.
         rules: All that were tried, in the order given.
-        decided_by: What chose among them: Cov_N, or where the least Cov_N was several's, cross-entropy, or the order.
+        decided_by: What chose among them: miss_N or Cov_N, or where the least was several's, cross-entropy or the
+            order.
         searched: Profiles on the choosing half: plain decoding, then each of `rules` that did not diverge.
         plain: Plain decoding on the other half.
         adapted: The chosen steps on the other half.
-        difference: Cov_N (its upper bound on a plain corpus) of `adapted` minus that of `plain`; below 0 is better.
+        difference: `level` of `adapted` minus that of `plain`; below 0 is better.
         cross_entropy_difference: The same of cross-entropy, nats a response.
-        confidence: Level of both intervals.
+        confidence: Level of both intervals, nominal of the latter.
         diverged: Those of `rules` that lead to log-probabilities which are no numbers, in the order given.
+        by: Whether miss_N or Cov_N chose and is compared.
     """
 
     n: float
     rule: StepRule | None
     rules: tuple[StepRule, ...] = field(repr=False)
-    decided_by: Literal["coverage", "cross-entropy", "order"] | None
+    decided_by: Literal["miss", "coverage", "cross-entropy", "order"] | None
     searched: tuple[CoverageProfile, ...] = field(repr=False)
     plain: CoverageProfile = field(repr=False)
     adapted: CoverageProfile | None = field(repr=False)
@@ -47,6 +52,16 @@ class TTTChoice:
     cross_entropy_difference: PairedDifference | None = field(repr=False)
     confidence: float = field(repr=False)
     diverged: tuple[StepRule, ...] = ()
+    by: ChosenBy = "coverage"
+
+    def level(self, profile: CoverageProfile) -> float:
+        """miss_N or Cov_N (an upper bound on a plain corpus) of a profile: what was chosen by."""
+        return profile.miss_level(self.n) if self.by == "miss" else profile.level(self.n)
+
+    @property
+    def label(self) -> str:
+        """What `level` is called, such as `miss_16`."""
+        return self.plain.miss_label(self.n) if self.by == "miss" else self.plain.label(self.n)
 
     @property
     def helps(self) -> bool:
@@ -65,7 +80,11 @@ class TTTChoice:
         """What was chosen and whether it helps, in plain words."""
         parts = [*self._verdict(), *self._divergence()]
         if self.plain.is_upper_bound and self.rule is not None:
-            parts.append("The corpus does not tell D(y|x), so that only bounds were compared, and not Cov_N itself.")
+            parts.append(
+                "The corpus does not tell D(y|x), so that only bounds were compared, and not {} itself.".format(
+                    "miss_N" if self.by == "miss" else "Cov_N"
+                )
+            )
         return " ".join(parts)
 
     def to_json(self, path: str | PathLike[str] | None = None, **more: Any) -> str:
@@ -80,6 +99,7 @@ class TTTChoice:
         facts = {
             "format": _FORMAT,
             "n": self.n,
+            "by": self.by,
             "quantity": self.plain.quantity,
             "chosen": chosen,
             "generation_settings": {} if self.rule is None else generation_settings(self.rule),
@@ -106,6 +126,7 @@ class TTTChoice:
                 "results": {
                     name: profile.metrics([self.n])
                     | {f"{profile.key(self.n)}_interval": profile.interval(self.n, self.confidence)}
+                    | {f"{profile.miss_key(self.n)}_interval": profile.miss_interval(self.n, self.confidence)}
                     for name, profile in judged.items()
                 },
             },
@@ -117,13 +138,13 @@ class TTTChoice:
         found, loss = self.difference, self.cross_entropy_difference
         if self.rule is None or self.adapted is None or found is None or loss is None:
             return ["Every setting diverged, so that plain decoding is the choice."]
-        quantity = self.plain.label(self.n)
+        quantity = self.label
         words = "does not clearly change coverage: the interval includes 0, so that it is not shown to help"
         if self.helps:
             words = "covers more than plain decoding"
         elif found.low > 0:
             words = "covers less than plain decoding, so that it does not help"
-        after, before = (f"{profile.level(self.n):.4g}" for profile in (self.adapted, self.plain))
+        after, before = (f"{self.level(profile):.4g}" for profile in (self.adapted, self.plain))
         parts = [
             f"Test-time training with {rule_name(self.rule)} {words}. On {self.plain.num_groups:,} prompts that did "
             f"not choose it, the {quantity} is {after} against {before}, a difference of {found.difference:.4g} "
@@ -131,18 +152,18 @@ class TTTChoice:
         ]
         if math.isfinite(loss.difference):
             between = f"{loss.low:.4g} to {loss.high:.4g}"
-            parts.append(f"Cross-entropy differs by {loss.difference:.4g} nats a response ({between}).")
+            parts.append(f"Cross-entropy differs by {loss.difference:.4g} nats a response (Student's: {between}).")
         return parts + self._search(self.rule, quantity)
 
     def _search(self, rule: StepRule, quantity: str) -> list[str]:
         """Sentences on how it was chosen."""
-        levels = {name: profile.level(self.n) for name, profile in self.results.items() if profile is not None}
+        levels = {name: self.level(profile) for name, profile in self.results.items() if profile is not None}
         chosen, before = levels[rule_name(rule)], levels["plain"]
         parts = [
             f"Chosen among {len(levels) - 1} on the other {self.searched[0].num_groups:,} prompts, where its "
             f"{quantity} is {chosen:.4g} against {before:.4g}{'' if chosen < before else ': no gain there either'}."
         ]
-        if self.decided_by != "coverage":
+        if self.decided_by != self.by:
             parts.append(f"Several had the least {quantity}; the choice between them is by {self.decided_by}.")
         scope = TTTConfig.of(rule).scope  # step sizes of two scopes are not to be compared
         rates = sorted({float(tried.lr) for tried in self.rules if TTTConfig.of(tried).scope == scope})

@@ -7,18 +7,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.functional.coverage_profile import smallest_n
-from hf_coverage.functional.paired import paired_coverage_difference, paired_kl_difference
+from hf_coverage.functional.paired import paired_coverage_difference, paired_kl_difference, paired_miss_difference
 from hf_coverage.functional.statistics import group_codes
 from hf_coverage.functional.ttt_config import StepRule
 from hf_coverage.measure.profile import CoverageProfile
-from hf_coverage.select.ttt_choice import TTTChoice
+from hf_coverage.select.ttt_choice import ChosenBy, TTTChoice
 from hf_coverage.select.ttt_settings import check_rules, rule_name
 
 __all__ = ["split_groups", "tune_ttt"]
@@ -31,24 +31,26 @@ def tune_ttt(
     *,
     reference_logprobs: ArrayLike | None = None,
     groups: Iterable[Any] | None = None,
+    by: ChosenBy | None = None,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> TTTChoice:
-    """Choose the steps of test-time training by Cov_N on half of the prompts, and judge them on the other half.
+    """Choose the steps of test-time training by miss_N or Cov_N on half of the prompts, and judge them on the others.
 
-    The rule with the least Cov_N is chosen; of several, the one with the least cross-entropy, and then the first. Its
-    paired difference to plain decoding is taken on prompts that had no part in the choice, or the luckiest of many
-    rules would pass for a good one.
+    The rule with the least miss_N is chosen where log D is known, else the one with the least upper bound on Cov_N; of
+    several, the one with the least cross-entropy, and then the first. Its paired difference to plain decoding is taken
+    on prompts that had no part in the choice, or the luckiest of many rules would pass for a good one.
 
     Args:
         plain: `(R,)` log p(y|x) of the model as it is, nats.
         adapted: `(R,)` log p_TTT(y|x) of the same rows for each rule, of `score_rules` or `score_responses(...,
             ttt=rule)`, nats. Rules are `TTTConfig`s, or `StepRule`s for the head; `ttt_grid` makes many. A rule that
             has NaN or -inf for a row where `plain` is finite has diverged: it is named, and not chosen.
-        n: The N of Cov_N, a real number > 1.
-        reference_logprobs: `(R,)` log D(y|x), nats; 0 where one response is right; None where it is not known: then
-            the upper bound on Cov_N chooses.
+        n: The N of miss_N or Cov_N, a real number > 1.
+        reference_logprobs: `(R,)` log D(y|x), nats; 0 where one response is right; None where it is not known.
         groups: `(R,)` the prompt of each row, if prompts repeat; a prompt's rows stay in one half.
+        by: `"miss"` or `"coverage"`, what chooses and is compared; None: miss_N where log D is known, Cov_N where it
+            is not.
         confidence: Level of the intervals.
         seed: Of the halves.
 
@@ -75,30 +77,34 @@ def tune_ttt(
     diverged = tuple(rule for rule, values in adapted.items() if _has_diverged(values, plain))
     followed = {rule: values for rule, values in adapted.items() if rule not in diverged}
     profiles = _profiles(plain, followed, reference_logprobs, groups)
-    if followed and all(profile.level(n) == 1 for profile in profiles):
+    by = by or ("coverage" if profiles[0].is_upper_bound else "miss")
+    if by not in get_args(ChosenBy):
+        raise ValueError(f"`by` must be one of {', '.join(get_args(ChosenBy))}, but is {by!r}.")
+    if followed and by == "coverage" and all(profile.level(n) == 1 for profile in profiles):
         raise ValueError(_too_small(profiles[0], n))
     codes = profiles[0].groups
     first = split_groups(np.arange(profiles[0].num_rows, dtype=np.uint64) if codes is None else codes, seed)
     searched = tuple(_rows(profile, first) for profile in profiles)
     before = _rows(profiles[0], ~first)
-    choice = TTTChoice(n, None, rules, None, searched, before, None, None, None, confidence, diverged)
+    choice = TTTChoice(n, None, rules, None, searched, before, None, None, None, confidence, diverged, by)
     if not followed:
         return choice
-    levels = [profile.level(n) for profile in searched]
+    levels = [choice.level(profile) for profile in searched]
     losses = [profile.cross_entropy for profile in searched]
     best = min(range(1, len(profiles)), key=lambda k: (levels[k], losses[k]))
     rivals = [losses[k] for k in range(1, len(profiles)) if levels[k] == levels[best]]
-    decided_by: Literal["coverage", "cross-entropy", "order"] = "coverage"
+    decided_by: Literal["miss", "coverage", "cross-entropy", "order"] = by
     if len(rivals) > 1:
         decided_by = "cross-entropy" if rivals.count(losses[best]) == 1 else "order"
     after = _rows(profiles[best], ~first)
     pair = after.log_ratios, before.log_ratios
+    compare = paired_miss_difference if by == "miss" else paired_coverage_difference
     return replace(
         choice,
         rule=list(followed)[best - 1],
         decided_by=decided_by,
         adapted=after,
-        difference=paired_coverage_difference(*pair, n, groups=before.groups, confidence=confidence),
+        difference=compare(*pair, n, groups=before.groups, confidence=confidence),
         cross_entropy_difference=paired_kl_difference(*pair, groups=before.groups, confidence=confidence),
     )
 

@@ -129,8 +129,8 @@ def pass_table(passes: dict[str, FloatArray], levels: list[int], name: str) -> T
         columns,
         rows,
         f"{name[0].upper()}{name[1:]}: Pass@k of k chosen from {size} samples to each of {questions} questions, "
-        "expectations over random subsets exact; 95 % intervals over questions of the paired difference. All of the "
-        f"samples together solve {passes[RANDOM][:, -1].mean():.3f}. Lambda is {LAMBDA:g} unless said otherwise.",
+        "expectations over random subsets exact; Student's intervals over questions of the paired difference. All of "
+        f"the samples together solve {passes[RANDOM][:, -1].mean():.3f}. Lambda is {LAMBDA:g} unless said otherwise.",
     )
 
 
@@ -143,8 +143,8 @@ def rival_table(passes: dict[str, FloatArray], levels: list[int], name: str) -> 
     return Table(
         [Column("less that of"), *(Column(f"Pass@{k}") for k in shown)],
         rows,
-        f"{name[0].upper()}{name[1:]}: Pass@k of RepExp less that of what needs no hidden states; 95 % intervals over "
-        "questions of the paired difference.",
+        f"{name[0].upper()}{name[1:]}: Pass@k of RepExp less that of what needs no hidden states; Student's intervals "
+        "over questions of the paired difference.",
     )
 
 

@@ -93,7 +93,7 @@ def horizon_table(args: Any, curves: dict[str, Any]) -> Table:
     columns = ["method", *(f"H = {h}" for h in args.horizons), "slope in H", "step size at the largest H"]
     caption = (
         f"Cov_{metric_key(args.n)} after {args.steps} sequences of the hard instance, each method at its best step "
-        "size for each H; lower is better. Slopes of log Cov_N over log H, with 95 % bootstrap intervals over seeds."
+        "size for each H; lower is better. Slopes of log Cov_N over log H, with bootstrap ranges over seeds."
     )
     return Table(columns, rows, caption)
 
@@ -121,7 +121,7 @@ def slope_table(args: Any, results: dict[str, Any], curves: dict[str, Any]) -> T
     worst = np.array([worst_probability(results[f"bits-{bits}"]) for bits in args.bits])
     rows.append(["best estimator, H bits to learn", slope(args.bits, worst), None, None, "1"])
     columns = ["what", Column("in H"), Column("in T"), Column("in log N"), "theory (H, T, log N)"]
-    return Table(columns, rows, "Slopes of log Cov_N (or log KL), with 95 % bootstrap intervals over seeds.")
+    return Table(columns, rows, "Slopes of log Cov_N (or log KL), with bootstrap ranges over seeds.")
 
 
 def constants_table(args: Any, results: dict[str, Any]) -> Table:
@@ -167,7 +167,7 @@ def remarks(args: Any, results: dict[str, Any], curves: dict[str, Any]) -> list[
     start = results[f"tokens-{args.token_horizons[-1]}"]["adapted start"]
     return [
         f"SGD against normalised SGD at H = {largest}: {name} is {quotient.value:.0f} times as large "
-        f"(95 % interval {quotient.low:.0f} to {quotient.high:.0f}).",
+        f"(bootstrap over seeds: {quotient.low:.0f} to {quotient.high:.0f}).",
         f"On average over the iterates, at the best step size: SGD {average.mean(-1).min():.4f}, normalised SGD "
         f"{normal.mean(-1).min():.4f}.",
         f"The two instances apart, H = {largest}, rare prompt of probability 1/8: the worse of the two is at least "
@@ -245,7 +245,7 @@ def draw_likelihood(args: Any, results: dict[str, Any], path: Path) -> None:
 
 
 def band(ax: Axes, x: Any, values: FloatArray, color: str, style: str, label: str) -> None:
-    """A mean over seeds with its 95 % bootstrap band."""
+    """A mean over seeds with its bootstrap band."""
     low, high = np.quantile(resampled(values), [0.025, 0.975], axis=0)
     ax.plot(x, values.mean(-1), style, color=color, label=label, markersize=4)
     ax.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)

@@ -85,7 +85,8 @@ def results_table(
         columns.append(f"Cov_{key} less that of {BASELINE}")
     caption = (
         f"Learning rates chosen by {chosen_by} on the other half of the held-out rows; cross-entropy in nats a "
-        "response; 95 % intervals. An arrow at a learning rate: the least or the largest one tried."
+        "response, with Student's intervals; 95 % intervals of the rest. An arrow at a learning rate: the least or "
+        "the largest one tried."
     )
     return Table(columns, rows, caption)
 

@@ -79,8 +79,8 @@ def choice_table(checkpoints: Checkpoints) -> Table:
     return Table(
         columns,
         rows,
-        "Chosen and judged on the same questions; 95 % intervals over questions of the difference to cross-entropy's "
-        "choice, which do not count that the choice was made on them.",
+        "Chosen and judged on the same questions; Student's intervals over questions of the difference to "
+        "cross-entropy's choice, which do not count that the choice was made on them.",
     )
 
 

@@ -39,7 +39,8 @@ def draw(
         ),
         Picture(
             folder / "correlations.png",
-            "Rank correlation of each measure with Pass@N over the checkpoints, with 95 % intervals over questions.",
+            "Rank correlation of each measure with Pass@N over the checkpoints, with a bootstrap's range over "
+            "questions.",
         ),
         Picture(folder / "curves.png", "KL and Cov_N over the training steps; dots mark the best checkpoint."),
         Picture(folder / "predictiveness.png", "Pass@N of the checkpoints against Cov_N and KL; hollow: the first."),

@@ -56,7 +56,7 @@ def correlation_table(found: RankCorrelations, heading: str) -> Table:
         [heading, *(Column(outcome, "lower") for outcome in found.outcomes)],
         rows,
         f"Rank correlation over the {found.guide_values.shape[1]} checkpoints of the training: -1 is a perfect guide, "
-        f"a positive one misleads; 95 % intervals over {found.num_prompts} questions.",
+        f"a positive one misleads; in brackets the range of a bootstrap over {found.num_prompts} questions.",
     )
 
 

@@ -123,6 +123,7 @@ def choose(followed: Followed, rules: Mapping[str, TTTConfig], reference: FloatA
         n=telling_n(totals[PLAIN], reference),
         reference_logprobs=reference,
         groups=range(len(totals[PLAIN])),
+        by="coverage",
     )
     if choice.rule is None:
         raise ValueError(f"{choice.sentence} Give a smaller `lr`.")
@@ -136,7 +137,7 @@ def telling_n(logprobs: FloatArray, reference: FloatArray | None = None) -> floa
 
 
 def change_a_token(followed: Followed, name: str, rows: NDArray[np.bool_] | slice = slice(None)) -> Interval:
-    """Cross-entropy of a rule less that of the model as it is, nats a token, with its 95 % interval over texts."""
+    """Cross-entropy of a rule less that of the model as it is, nats a token, with Student's interval over texts."""
     return interval_of((followed[PLAIN][rows] - followed[name][rows]).astype(np.float64).mean(axis=1))
 
 

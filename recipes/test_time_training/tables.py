@@ -58,8 +58,8 @@ def text_table(results: Results, choices: Choices) -> Table:
         rows,
         f"Real text: the step size that half of the texts choose by the bound on Cov_N, judged on the other {half} of "
         "each kind. Cross-entropy of the model as it is and how test-time training changes it, and the same of the "
-        "upper bound on Cov_N; below zero is better, 95 % intervals over texts. Then the shares of texts that become "
-        f"at least {FACTOR} times likelier and at least {FACTOR} times less likely.",
+        "upper bound on Cov_N; below zero is better, Student's intervals over texts. Then the shares of texts that "
+        f"become at least {FACTOR} times likelier and at least {FACTOR} times less likely.",
     )
 
 
@@ -108,7 +108,7 @@ def known_table(results: Results, quantity: str) -> Table:
         rows,
         f"{quantity} to references of known density: samples of the model at a temperature, or with a taste, covered "
         "by the model itself, by what a compression left of it or by it with a short context; and the change that "
-        f"steps of every size make, below zero is better. All {responses} responses, 95 % intervals."
+        f"steps of every size make, below zero is better. All {responses} responses, Student's intervals."
         + ("" if quantity == "KL" else " N is where about half of them are missed, and at least 4."),
     )
 
@@ -148,5 +148,5 @@ def scope_table(results: Results) -> Table:
         rows,
         f"What is trained: {first.num_tokens} tokens of the first {len(first.logprobs)} texts "
         "of a kind, steps on the prompt too. Cross-entropy of the model as it is and its change; below zero is "
-        "better, 95 % intervals over texts.",
+        "better, Student's intervals over texts.",
     )

@@ -230,7 +230,7 @@ def steps_table(args: TheoremArguments, found: dict[str, Any]) -> Table:
         f"Cov_{metric_key(args.headline_n)} after T sequences of H = {args.horizon} tokens; lower is better. Inherent "
         f"variance {found['inherent_variance']:.0f}, B = {found['feature_norm']:.2g}. Slopes of its logarithm over "
         f"log T, and over log log N from N = {metric_key(args.n[0])} to {metric_key(args.n[-1])} at T = "
-        f"{args.steps[len(args.steps) // 2]}, with 95 % bootstrap intervals over {args.seeds} seeds.",
+        f"{args.steps[len(args.steps) // 2]}, with bootstrap ranges over {args.seeds} seeds.",
     )
 
 

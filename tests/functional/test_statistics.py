@@ -64,31 +64,6 @@ def test_copies_of_a_row_in_one_group_do_not_narrow_the_interval():
     assert none[1] > 0.04  # sixty prompts without a hit, not 480 rows
 
 
-def test_intervals_of_independent_rows_cover_the_truth():
-    """Counted over all numbers of hits that are at all likely, each with its probability."""
-    rows, rate = 300, 0.05
-    law, covered = stats.binom(rows, rate), 0.0
-    for hits in range(41):
-        low, high = proportion_interval(np.arange(rows) < hits)
-        covered += law.pmf(hits) * (low <= rate <= high)
-    assert law.cdf(40) > 1 - 1e-6
-    assert 0.95 <= covered <= 0.985
-
-
-@pytest.mark.parametrize(("prompts", "responses", "rate", "correlation"), [(200, 4, 0.3, 0.3), (400, 4, 0.1, 0.5)])
-def test_intervals_cover_the_truth_in_simulated_corpora(prompts, responses, rate, correlation):
-    rng = np.random.default_rng(0)
-    groups = np.repeat(np.arange(prompts), responses).astype(np.uint64)
-    covered, corpora = 0, 400
-    spread = (1 - correlation) / correlation
-    for _ in range(corpora):
-        difficulty = rng.beta(rate * spread, (1 - rate) * spread, size=prompts)
-        hits = rng.random(prompts * responses) < np.repeat(difficulty, responses)
-        low, high = proportion_interval(hits, groups=groups)
-        covered += low <= rate <= high
-    assert 0.93 <= covered / corpora <= 0.985
-
-
 def test_group_codes_are_stable_and_tell_labels_apart():
     labels = ["1", 1, [1, 2], [12], [{"role": "user", "content": "1"}], "1"]
     codes = group_codes(labels)

@@ -380,7 +380,7 @@ def test_pass_at_n_rises_with_its_interval():
 def test_the_interval_is_the_quantile_of_its_random_mean():
     rng = np.random.default_rng(0)
     values, weights = rng.random(30) ** 3, rng.lognormal(size=30)
-    drawn = rng.exponential(size=(100_000, 31)) * np.append(weights, weights.mean())
+    drawn = rng.exponential(size=(100_000, 31)) * np.append(weights, weights @ weights / weights.sum())
     low, high = statistics.bounded_mean_interval(values, weights=weights)
     for end, extra, quantile in ((low, 0.0, 0.025), (high, 1.0, 0.975)):
         means = drawn @ np.append(values, extra) / drawn.sum(1)

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import math
 import warnings
 import weakref
@@ -11,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from hf_coverage.measure import callback as callback_module
 from hf_coverage.measure import corpus_callback
 from hf_coverage.measure.callback import CoverageCallback, CoverageWarning
 from hf_coverage.measure.scoring import Scores
@@ -235,6 +237,26 @@ def test_worsening_is_reported_once_over_an_interruption(tmp_path, monkeypatch):
     with pytest.warns(CoverageWarning, match="From step 4 to step 6") as caught:
         resumed.train(resume_from_checkpoint=True)
     assert len([warning for warning in caught if warning.category is CoverageWarning]) == 1
+
+
+def test_a_corpus_too_small_to_warn_from_is_logged_once_a_run(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="hf_coverage"):
+        trainer = make_trainer(tmp_path, CoverageCallback(reference_corpus(), N))
+        trainer.evaluate()
+        assert "too few to warn from" not in caplog.text  # nothing is watched outside of a training
+        trainer.train()
+    (record,) = [record for record in caplog.records if "too few to warn from" in record.message]
+    assert record.message.startswith(
+        "4 prompts are too few to warn from: that a twentieth of the responses is given up"
+    )
+    assert "in miss_5.7, for which it takes 361 prompts or more" in record.message
+
+
+def test_a_corpus_large_enough_to_warn_from_is_not_spoken_of(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(callback_module, "prompts_to_warn", lambda: 4)
+    with caplog.at_level(logging.WARNING, logger="hf_coverage"):
+        make_trainer(tmp_path, CoverageCallback(reference_corpus(), N)).train()
+    assert "too few to warn from" not in caplog.text
 
 
 def test_best_evaluation_that_was_not_saved_is_said_to_be_so(tmp_path, monkeypatch):

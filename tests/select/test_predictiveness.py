@@ -28,15 +28,16 @@ def test_guides_and_exact_passes_are_what_they_are_by_definition():
     result = predictiveness(make(logprobs, groups=groups, weights=weights), [4, 12], n=[2, 5.7], seed=4)
     guides = {"cross-entropy": -logprobs, "KL": -logprobs}
     guides |= {f"Cov_{n}": -logprobs >= np.log(n) for n in (2, 5.7)}
+    guides |= {f"miss_{n}": (1 - np.exp(logprobs)) ** n for n in (2, 5.7)}
     passes = {f"Pass@{n}": 1 - (1 - np.exp(logprobs)) ** n for n in (4, 12)}
     expected = rank_correlations(guides, passes, groups=groups, weights=weights, seed=4)
     found = result.correlations
-    assert found.guides == ("cross-entropy", "KL", "Cov_2", "Cov_5.7")
+    assert found.guides == ("cross-entropy", "KL", "Cov_2", "Cov_5.7", "miss_2", "miss_5.7")
     assert found.outcomes == ("Pass@4", "Pass@12")
     for name in ("values", "low", "high", "guide_values", "outcome_values"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name)), name
     assert result.names == tuple(f"step-{place}" for place in range(6))
-    assert len(result.rows) == 8
+    assert len(result.rows) == 12
     assert result.rows[3] == {
         "guide": "KL",
         "outcome": "Pass@12",
@@ -49,10 +50,10 @@ def test_guides_and_exact_passes_are_what_they_are_by_definition():
 @pytest.mark.parametrize(
     ("profiles", "guides"),
     [
-        (make(table(), -0.1), ("cross-entropy", "KL", "Cov_2")),
-        (make(table(), None), ("cross-entropy", "upper bound on Cov_2")),
-        (make(table(), -0.1, kind="answer"), ("cross-entropy", "KL", "answer-level Cov_2")),
-        ([CoverageProfile.from_log_ratios(-row) for row in table()], ("KL", "Cov_2")),
+        (make(table(), -0.1), ("cross-entropy", "KL", "Cov_2", "miss_2")),
+        (make(table(), None), ("cross-entropy", "upper bound on Cov_2", "upper bound on miss_2")),
+        (make(table(), -0.1, kind="answer"), ("cross-entropy", "KL", "answer-level Cov_2", "answer-level miss_2")),
+        ([CoverageProfile.from_log_ratios(-row) for row in table()], ("KL", "Cov_2", "miss_2")),
     ],
     ids=["density", "samples", "answer", "ratios"],
 )
@@ -61,7 +62,7 @@ def test_a_profile_gives_the_guides_it_knows(profiles, guides):
     assert result.correlations.guides == guides
     figure = result.plot()
     assert figure.axes[1].get_xlabel().startswith(f"{'KL' if 'KL' in guides else 'cross-entropy'} in nats")
-    assert figure.axes[0].get_xlabel() == guides[-1].replace("Cov_2", "Cov$_{2}$") + " (lower is better)"
+    assert figure.axes[0].get_xlabel() == guides[-2].replace("Cov_2", "Cov$_{2}$") + " (lower is better)"
 
 
 def test_outcomes_of_the_same_prompts_are_drawn_with_them():
@@ -110,13 +111,15 @@ def test_what_is_said(tmp_path):
     assert "KL +1.00 [" in result.sentence
     assert "Cov_1000 none (no order)" in result.sentence
     assert "The same at all checkpoints, which is no order: Cov_1000." in result.sentence
-    assert "what a bootstrap over the 4 prompts allows at 95 %" in result.sentence
-    assert "so that it holds the truth less often than that" in result.sentence
+    assert "miss_32 -" in result.sentence
+    assert "the range of a bootstrap over the 4 prompts" in result.sentence
+    assert "%" not in result.sentence
+    assert "It is no confidence interval" in result.sentence
     data = json.loads(result.to_json(tmp_path / "found.json"))
     assert json.loads((tmp_path / "found.json").read_text()) == data
     assert data["checkpoints"] == ["step-0", "step-1", "step-2"]
     assert data["guides"]["KL"] == pytest.approx(list(-logprobs.mean(1)))
-    last = data["rank_correlations"][-1]
+    last = next(row for row in data["rank_correlations"] if row["guide"] == "Cov_1000")
     assert (last["guide"], last["rank_correlation"], last["low"]) == ("Cov_1000", None, None)
 
 

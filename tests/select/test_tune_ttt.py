@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 import hf_coverage
 from hf_coverage import CoverageProfile, StepRule, score_responses, ttt_generate
-from hf_coverage.functional.paired import paired_coverage_difference, paired_kl_difference
+from hf_coverage.functional.paired import paired_coverage_difference, paired_kl_difference, paired_miss_difference
 from hf_coverage.functional.statistics import group_codes
 from hf_coverage.functional.ttt_config import TTTConfig
 from hf_coverage.select.ttt_settings import check_rules, generation_settings, rule_name, ttt_grid
@@ -50,7 +50,7 @@ def slow_choice(adapted, n, reference, rows):
 def test_the_choice_is_the_slow_loop_s_and_the_judgement_is_on_the_rest(seed, n, known, half):
     plain, adapted, groups, reference = case(seed)
     reference = reference if known else None
-    choice = tune_ttt(plain, adapted, n, reference_logprobs=reference, groups=groups, seed=half)
+    choice = tune_ttt(plain, adapted, n, reference_logprobs=reference, groups=groups, seed=half, by="coverage")
     first = split_groups(groups, half)
     hits, _, rule = slow_choice(adapted, n, reference, np.flatnonzero(first))
     assert choice.rule == rule
@@ -115,7 +115,24 @@ def test_it_says_whether_it_helps(gain, helps, words):
     assert "only bounds were compared" in choice.sentence
     known = tune_ttt(plain, {RULES[0]: plain}, 16, reference_logprobs=np.full(40, -0.5))
     assert "only bounds" not in known.sentence
-    assert "the Cov_16 is" in known.sentence
+    assert "the miss_16 is" in known.sentence
+
+
+def test_miss_n_chooses_where_the_density_is_known():
+    plain, reference = np.tile([-2.0, -4.0, -6.0, -8.0], 20), np.full(80, -0.5)
+    # many responses gain a little, which miss_N counts, or few gain much, which passes the edge of Cov_N
+    adapted = {RULES[0]: plain + 1.0, RULES[2]: np.where(plain == -4.0, -3.2, plain)}
+    known = tune_ttt(plain, adapted, 16, reference_logprobs=reference)
+    assert (known.by, known.decided_by, known.rule, known.label) == ("miss", "miss", RULES[0], "miss_16")
+    pair = known.adapted.log_ratios, known.plain.log_ratios
+    assert known.difference == paired_miss_difference(*pair, 16)
+    assert known.level(known.plain) == known.plain.miss(16)
+    assert json.loads(known.to_json())["by"] == "miss"
+    asked = tune_ttt(plain, adapted, 16, reference_logprobs=reference, by="coverage")
+    assert (asked.by, asked.label) == ("coverage", "Cov_16")
+    assert tune_ttt(plain, adapted, 16).by == "coverage"
+    with pytest.raises(ValueError, match="`by` must be one of miss, coverage, but is 'kl'"):
+        tune_ttt(plain, adapted, 16, by="kl")
 
 
 def test_ties_are_broken_by_cross_entropy_and_then_by_order_and_it_says_so():
@@ -142,7 +159,7 @@ def test_it_says_when_the_grid_ends_at_the_best(best, words):
 def test_the_json_is_strict_and_has_what_was_decided(tmp_path):
     plain, adapted, groups, reference = case(5, gain=1.0)
     plain[0] = -math.inf  # an infinite cross-entropy
-    choice = tune_ttt(plain, adapted, 4, reference_logprobs=reference, groups=groups)
+    choice = tune_ttt(plain, adapted, 4, reference_logprobs=reference, groups=groups, by="coverage")
     text = choice.to_json(tmp_path / "choice.json", seed=0)
     facts = json.loads((tmp_path / "choice.json").read_text(), parse_constant=pytest.fail)
     assert facts == json.loads(text)
@@ -245,7 +262,7 @@ def test_rows_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("lost", [math.nan, -math.inf])
 def test_rules_that_diverge_are_named_and_the_others_chosen_among_as_without_them(lost):
     plain, adapted, groups, reference = case(7)
-    known = {"reference_logprobs": reference, "groups": groups}
+    known = {"reference_logprobs": reference, "groups": groups, "by": "coverage"}
     rest = {rule: adapted[rule] for rule in RULES[:2]}
     # one row is enough, in whichever half it is
     first = {rule: np.where(np.arange(plain.size) == row, lost, 0.0) for rule, row in zip(RULES[2:], (0, 30))}

@@ -23,7 +23,8 @@ Args:
     n: the N of Cov_N, real numbers >= 1.
     groups: the prompt of each row, or any label of it, where prompts repeat. Rows of one prompt are not independent:
         standard errors and intervals then treat the prompt as what was sampled.
-    confidence: two-sided confidence level of the intervals, 0.95 by default.
+    confidence: two-sided confidence level of the intervals, 0.95 by default; of those of kl and
+        sequence_cross_entropy, which are Student's, it is nominal.
 Returns:
     cov_<n>: share of rows with log D - log p >= log n, for each n; lower is better.
     miss_<n>: mean of (1 - min(1, p/D))^n, for each n: no reward makes Best-of-N with n samples lose more; lower is

@@ -24,7 +24,8 @@ Args:
     n: the N of Cov_N, real numbers >= 1.
     groups: the prompt of each row, or any label of it, where prompts repeat. Rows of one prompt are not independent:
         intervals and p-values then treat the prompt as what was sampled.
-    confidence: two-sided confidence level of the intervals, 0.95 by default.
+    confidence: two-sided confidence level of the intervals, 0.95 by default; of that of kl, which is Student's, it is
+        nominal.
 Returns:
     cov_<n>_1, cov_<n>_2: Cov_N of the first and of the second model, for each n; lower is better.
     cov_<n>_difference: the first minus the second; positive means that the first model covers less.
