@@ -1,15 +1,17 @@
 """`hf-coverage choose`: which checkpoint to take for the samples that will be drawn, and how sure that is."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hf_coverage.commands.checkpoint_scores import CheckpointScores
 from hf_coverage.commands.console import is_main_process, print_table, say
 from hf_coverage.commands.inputs import leave_job
 from hf_coverage.commands.options import BatchTokens, CorpusOptions, output_folder, parse_n
-from hf_coverage.commands.score_folder import Measured, check_same_rows, read_measured
-from hf_coverage.commands.tournament import checkpoint_of, score_checkpoints, write_winner
+from hf_coverage.commands.score_folder import Measured, on_same_rows, read_measured
+from hf_coverage.commands.tournament import checkpoint_of, write_winner
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.inference.loading import ModelOptions
 from hf_coverage.report.table import Cell, Column, Interval, Table
@@ -25,6 +27,8 @@ EXAMPLES = """\
 hf-coverage choose RUN/checkpoint-* --data corpus --samples 16 --output-dir choice --link RUN/best
 
 hf-coverage choose scores/step-1000 scores/step-2000 --samples 1,8,64
+
+hf-coverage choose RUN/checkpoint-* --data corpus --adaptive --tolerance 0.005
 
 torchrun --nproc_per_node 2 -m hf_coverage choose RUN/checkpoint-* --data corpus
 """
@@ -48,11 +52,19 @@ def choose(
         ),
     ] = None,
     tolerance: Annotated[float, typer.Option(help="A loss that does not matter, such as 0.01.")] = 0.0,
+    adaptive: Annotated[
+        bool,
+        typer.Option(
+            "--adaptive",
+            help="Score on 64, 128, 256, ... prompts, and drop on the way what is shown not to be the best. Needs "
+            "`reference_logprob`.",
+        ),
+    ] = False,
     output_dir: Annotated[Path, output_folder("Folder for scores, the picture, the page and the JSON.")] = Path(
         "choice"
     ),
     link: Annotated[Path | None, typer.Option(help="Symbolic link to make to the winner's folder.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draws behind the confidences.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws behind the confidences, and of the order of the prompts.")] = 0,
     *,
     reading: CorpusOptions,
     loading: ModelOptions,
@@ -67,7 +79,10 @@ def choose(
     and how many more rows would decide.
 
     Each checkpoint is scored once, one model at a time, and its scores are kept: run the command again to go on after
-    an interruption, or with one more checkpoint. Writes best_checkpoint.json, choice.json, choice.png and report.html.
+    an interruption, or with one more checkpoint. With --adaptive those that are behind are scored on few prompts only;
+    what was scored is as good for every other command, and without --adaptive the rest of it is scored as well.
+
+    Writes best_checkpoint.json, choice.json, choice.png and report.html.
     """
     from hf_coverage.select.checkpoints import distinct_names
 
@@ -77,13 +92,15 @@ def choose(
     sources = [candidate.rstrip("/") for candidate in candidates]
     names = distinct_names(sources)
     scoring = {"batch_tokens": batch_tokens, "shard_rows": shard_rows}
-    folders = score_checkpoints(sources, names, output_dir / "scores", data, reading, loading, **scoring)
+    scores = CheckpointScores(sources, names, output_dir / "scores", data, reading, loading, **scoring)
+    choice = _decide_adaptively(scores, names, levels, tolerance, seed) if adaptive else None
+    folders = scores.folders if adaptive else scores.score_all()
     leave_job()
     if not is_main_process():
         return
-    measured = {name: read_measured(str(folder)) for name, folder in zip(names, folders)}
-    check_same_rows(list(measured.values()))
-    choice = _decide(measured, levels, tolerance, seed)
+    read = [read_measured(str(folder), announce=not adaptive) for folder in folders]
+    measured = dict(zip(names, read if adaptive else on_same_rows(read)))
+    choice = choice or _decide(measured, levels, tolerance, seed)
     tables = [_table(choice), *([_picks_table(choice)] if choice.others else [])]
     for table in tables:
         print_table(table)
@@ -107,20 +124,50 @@ def _decide(measured: dict[str, Measured], samples: tuple[float, ...], tolerance
     )
 
 
+def _decide_adaptively(
+    scores: CheckpointScores, names: list[str], samples: tuple[float, ...], tolerance: float, seed: int
+) -> "Choice":
+    from hf_coverage.select.choose import choose as decide
+
+    reference = scores.reference
+    if reference.logprob is None:
+        raise ValueError(
+            "`--adaptive` needs a corpus with `reference_logprob` (0 for the one right answer): without it checkpoints "
+            "are measured by each other, and dropping one would change what the others lose. Leave it out."
+        )
+    return decide(
+        {name: partial(scores.logprobs, place) for place, name in enumerate(names)},
+        samples,
+        reference_logprobs=reference.logprob,
+        groups=reference.groups,
+        tolerance=tolerance,
+        adaptive=True,
+        seed=seed,
+    )
+
+
 def _table(choice: "Choice") -> Table:
     columns: list[Column | str] = ["checkpoint", Column(choice.loss_name, "lower")]
-    columns += [Column("cross-entropy (nats)", "lower"), "note"]
+    columns += [Column("cross-entropy (nats)", "lower"), *(["rows"] if choice.dropped else []), "note"]
     rows: list[list[Cell]] = []
     for name in choice.ranking:
         loss: Cell = Interval(choice.losses[name], *choice.intervals[name])
         entropy = None if choice.cross_entropies is None else choice.cross_entropies[name]
-        rows.append([name, loss, entropy, _note(choice, name)])
-    return Table(columns, rows, "Best first, with 95 % intervals of each loss by itself; differences are surer.")
+        scored: list[Cell] = [choice.scored_rows[name]] if choice.dropped else []
+        rows.append([name, loss, entropy, *scored, _note(choice, name)])
+    caption = "Best first, with 95 % intervals of each loss by itself; differences are surer."
+    if choice.dropped:
+        caption += (
+            " What was dropped on the way was scored on few rows; its loss is the pick's and the mean difference from "
+            "it on these, rather too much."
+        )
+    return Table(columns, rows, caption)
 
 
 def _note(choice: "Choice", name: str) -> str:
     notes = ["the pick"] if name == choice.winner else []
     notes += ["not told from the best"] if name in choice.ties and name != choice.winner else []
+    notes += ["dropped"] if name in choice.dropped else []
     notes += ["least cross-entropy"] if name == choice.cross_entropy_choice else []
     return ", ".join(notes)
 
