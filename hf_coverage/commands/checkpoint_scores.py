@@ -15,6 +15,7 @@ from hf_coverage.commands.made_of import checkpoint_facts, folder_names, made_ot
 from hf_coverage.commands.options import CorpusOptions
 from hf_coverage.commands.score import load, score_into
 from hf_coverage.commands.score_folder import is_score_folder
+from hf_coverage.inference.files import read_facts
 from hf_coverage.inference.loading import ModelOptions
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from hf_coverage.measure.reference import Reference
 
-__all__ = ["CheckpointScores"]
+__all__ = ["CheckpointScores", "kept_scores"]
 
 _KEPT = "checkpoint.json"
 """Beside a checkpoint's scores: what they were made of."""
@@ -77,13 +78,19 @@ class CheckpointScores:
         """Score those checkpoints whose scores are not there, and give the score folder of each."""
         for place in range(len(self._sources)):
             self._score(place, None)
+        self._loaded = None
         return self.folders
 
-    def logprobs(self, place: int, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Log p(y|x) of some rows under one of the checkpoints, in nats; those are scored that were not.
+    def load(self, place: int) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """One of the checkpoints and its tokenizer, which stay in memory until another one is asked for."""
+        source = self._sources[place]
+        if self._loaded is None or self._loaded[0] != source:
+            self._loaded = None  # before another one takes its place
+            self._loaded = source, load(source, self._loading)
+        return self._loaded[1]
 
-        The checkpoint that was loaded last stays in memory until another one is.
-        """
+    def logprobs(self, place: int, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Log p(y|x) of some rows under one of the checkpoints, in nats; those are scored that were not."""
         from hf_coverage.inference.processes import on_main_process
 
         self._score(place, rows)
@@ -96,9 +103,17 @@ class CheckpointScores:
         made_of = self._facts | checkpoint_facts(source)
         if decided_by_main_process(partial(_is_kept, folder, made_of, rows), self._loading.device):
             return
-        where: dict[str, Any] = {"reading": self._reading, "loading": self._loading}
-        where |= {} if rows is None else {"rows": rows.tolist(), "loaded": self._load(source)}
-        score_into(folder, source, str(self._data), name=self._names[place], **where, **self._scoring)
+        score_into(
+            folder,
+            source,
+            str(self._data),
+            name=self._names[place],
+            reading=self._reading,
+            loading=self._loading,
+            loaded=self.load(place),
+            rows=None if rows is None else rows.tolist(),
+            **self._scoring,
+        )
         if is_main_process():
             write_made_of(folder / _KEPT, made_of)
 
@@ -112,11 +127,19 @@ class CheckpointScores:
         options |= self._reading.key() | self._scoring
         return {"corpus": corpus.hexdigest(), "loading": self._loading.key(), "options": options}
 
-    def _load(self, source: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-        if self._loaded is None or self._loaded[0] != source:
-            self._loaded = None  # before another one takes its place
-            self._loaded = source, load(source, self._loading)
-        return self._loaded[1]
+
+def kept_scores(scores: Path, run: Path) -> dict[str, Path]:
+    """Where finished scores of a run's checkpoints are, by the checkpoint's name; it may itself be gone."""
+    from hf_coverage.measure.score_table import ScoreTable
+
+    found = {}
+    for record in sorted(scores.glob(f"*/{_KEPT}")):
+        model = Path(
+            read_facts(record, "Remove the folder that it is in, and run the same command again.", model=str)["model"]
+        )
+        if model.parent == run.absolute() and ScoreTable.open_sample(record.parent).is_whole:
+            found[model.name] = record.parent
+    return found
 
 
 def _is_kept(folder: Path, made_of: dict[str, Any], rows: NDArray[np.int64] | None) -> bool:
@@ -132,10 +155,4 @@ def _is_kept(folder: Path, made_of: dict[str, Any], rows: NDArray[np.int64] | No
 def _look_up(folder: Path, rows: NDArray[np.int64]) -> NDArray[np.float64]:
     from hf_coverage.measure.score_table import ScoreTable
 
-    known, scores = ScoreTable.open_sample(folder).look_up(rows)
-    if scores is None or not known.all():
-        raise ValueError(
-            f"{folder} has scores of {known.sum():,} of {rows.size:,} rows that are needed: give the checkpoint in its "
-            "place, and the corpus, `--data`, and the others are scored."
-        )
-    return scores.logprob
+    return ScoreTable.open_sample(folder).read_some(rows).logprob

@@ -44,7 +44,8 @@ class Measured:
         places = rows if self.chosen is None else np.searchsorted(self.chosen, rows)
         if places.size == self.reference.rows.size:
             return self
-        some = _measured(self.profile.logprobs[places], whole.take(rows), self.profile.name, self.facts)
+        logprobs = np.asarray(self.profile.logprobs)[places]
+        some = _measured(logprobs, whole.take(rows), self.profile.name, self.facts)
         return replace(some, corpus=whole, chosen=rows)
 
 
@@ -145,12 +146,13 @@ def _read_folder(folder: Path, announce: bool) -> Measured:
     }
     if table.is_whole:
         return _measured(table.logprob, reference, facts["name"], facts)
-    rows, scores = table.read_rows()
-    order = np.argsort(rows)
+    rows = np.sort(table.read_rows()[0])
     if announce:
         say(f"{folder} has scores of {rows.size:,} of {reference.rows.size:,} rows, of prompts drawn at random.")
-    own = _measured(scores.logprob[order], reference.take(rows[order]), facts["name"], facts | {"rows": rows.size})
-    return replace(own, corpus=reference, chosen=rows[order])
+    own = _measured(
+        table.read_some(rows).logprob, reference.take(rows), facts["name"], facts | {"rows": int(rows.size)}
+    )
+    return replace(own, corpus=reference, chosen=rows)
 
 
 def _measured(logprob: Any, reference: "Reference", name: str, facts: dict[str, Any]) -> Measured:

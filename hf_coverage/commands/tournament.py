@@ -11,7 +11,7 @@ from hf_coverage.commands.console import is_main_process, print_table, say
 from hf_coverage.commands.inputs import leave_job
 from hf_coverage.commands.on_policy import Generations, offset_arguments
 from hf_coverage.commands.options import BatchTokens, CorpusOptions, output_folder, parse_n
-from hf_coverage.commands.score_folder import Measured, on_same_rows, read_measured
+from hf_coverage.commands.score_folder import on_same_rows, read_measured
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.inference.loading import ModelOptions
 from hf_coverage.report.table import Cell, Column, Table
@@ -37,6 +37,7 @@ torchrun --nproc_per_node 2 -m hf_coverage tournament RUN/checkpoint-* --data co
 """
 
 _OFFSET = "Offset tournament"
+
 
 class _Contender(NamedTuple):
     """A candidate's log p `(R,)`, the groups of all rows, and, where they can be known, its Cov_N and its model."""
@@ -139,9 +140,7 @@ def tournament(
         folder = output_dir / "on_policy"
         offset = offset_arguments(sources, names, folder, data, asked, reading, loading, **scoring)
         offset["gamma"] = gamma
-    folders = CheckpointScores(
-        sources, names, output_dir / "scores", data, reading, loading, **scoring
-    ).score_all()
+    folders = CheckpointScores(sources, names, output_dir / "scores", data, reading, loading, **scoring).score_all()
     leave_job()
     if not is_main_process():
         return

@@ -34,7 +34,15 @@ from numpy.typing import NDArray
 from hf_coverage.functional.checks import FloatArray, check_confidence
 from hf_coverage.functional.choice import Decision, decide
 
-__all__ = ["Evidence", "LossRace", "comparable_means", "gather_evidence", "prompt_order", "race_by_loss", "shown_within"]
+__all__ = [
+    "Evidence",
+    "LossRace",
+    "comparable_means",
+    "gather_evidence",
+    "prompt_order",
+    "race_by_loss",
+    "shown_within",
+]
 
 _FIRST_LOOK = 64
 """Prompts before the first look; each later one is after twice as many."""
@@ -64,8 +72,8 @@ class Evidence:
     @classmethod
     def none(cls, num_candidates: int) -> "Evidence":
         """Before anything was seen."""
-        zeros = np.zeros(num_candidates)
-        return cls(zeros, zeros, np.zeros((num_candidates, num_candidates)), np.zeros((num_candidates, num_candidates)))
+        zeros, pairs = np.zeros(num_candidates), np.zeros((num_candidates, num_candidates))
+        return cls(zeros, zeros, pairs, pairs)
 
     def against(self, confidence: float) -> NDArray[np.bool_]:
         """`(M,)` who is shown not to be the best; the best is among them with probability `1 - confidence` at most."""
@@ -300,7 +308,7 @@ class _Contest:
 
     def decide(self, losses: Sequence[FloatArray], seed: int) -> Decision:
         """What is decided, from the losses of all candidates on the rows that each was scored on."""
-        table = np.stack([losses[m] for m in self.left])
+        table = np.stack([losses[m] for m in self.left.tolist()])
         groups = np.repeat(np.arange(self._prompt_rows.size, dtype=np.uint64), self._prompt_rows)[: table.shape[1]]
         final = 1 - (self._dropping - self._stopping)
         last = decide(table, groups=groups, tolerance=self._tolerance, confidence=final, seed=seed)
@@ -316,7 +324,9 @@ class _Contest:
             said = said._replace(within=min(last.within, self._tolerance), rows_needed=0.0)
         if stopped and self.is_close:
             means = table.mean(axis=1)
-            said = said._replace(within=self._tolerance, left=tuple(self.left[np.argsort(means, kind="stable")].tolist()))
+            said = said._replace(
+                within=self._tolerance, left=tuple(self.left[np.argsort(means, kind="stable")].tolist())
+            )
         if len(losses) > 1 and (stopped or self.left.size == 1):
             said = said._replace(probability_best=None, probability_within=None)
         return said

@@ -215,6 +215,20 @@ class ScoreTable:
         known = own >= 0
         return known, Scores.concatenate(parts).take(own[known]) if known.any() else None
 
+    def read_some(self, rows: NDArray[np.int64]) -> Scores:
+        """The scores of some rows, in their order.
+
+        Raises:
+            ValueError: If some are not there.
+        """
+        known, scores = self.look_up(rows)
+        if scores is None or not known.all():
+            raise ValueError(
+                f"The score table {self.folder} has scores of {known.sum():,} of {known.size:,} rows that are needed; "
+                "score the checkpoint on the others."
+            )
+        return scores
+
     def finish(self) -> None:
         """Make shards of rows that `write_rows` wrote, as soon as these are all that was missing; else do nothing."""
         if not any(self.folder.glob(_LOOSE)):

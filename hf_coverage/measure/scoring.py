@@ -206,7 +206,8 @@ def score_responses(
             else:
                 scores = _score_rows_into_table(engine, encoded, asked, table, bar)
     kept = corpus.with_format(None)
-    kept = kept if asked is None else kept.select(asked)
+    if asked is not None:
+        kept = Dataset.from_dict(kept[asked.tolist()], features=kept.features)
     return concatenate_datasets([kept, scores.to_dataset()], axis=1)
 
 
@@ -335,8 +336,10 @@ def _score_into_tables(
         held = {place: on_main_process(partial(tables[place].look_up, np.asarray(rows))) for place in todo}
         known = np.logical_and.reduce([known for known, _ in held.values()]) if todo else np.ones(len(rows), bool)
         others = [row for row, is_known in zip(rows, known) if not is_known] if known.any() else rows
-        scored = engine.score_rules(corpus, others, [rules[place] for place in todo], bar.update) if others else []
-        found = {place: _merged(known, held[place], new) for place, new in zip(todo, scored or [None] * len(todo))}
+        scored: Sequence[Scores | None] = [None] * len(todo)
+        if len(others):
+            scored = engine.score_rules(corpus, others, [rules[place] for place in todo], bar.update)
+        found = {place: _merged(known, held[place], new) for place, new in zip(todo, scored)}
         for place in range(len(tables)):
             if place not in found:
                 found[place] = on_main_process(partial(tables[place].read, index))
@@ -365,8 +368,9 @@ def _checked_rows(rows: Sequence[int], size: int) -> NDArray[np.int64]:
     asked = np.asarray(rows, dtype=np.int64)
     if asked.ndim != 1 or not asked.size or np.unique(asked).size < asked.size:
         raise ValueError("`rows` must be the numbers of one row or more, each once.")
-    if asked.min() < 0 or asked.max() >= size:
-        raise ValueError(f"`rows` must lie in [0, {size}), but {asked.min() if asked.min() < 0 else asked.max()} does not.")
+    outside = asked[(asked < 0) | (asked >= size)]
+    if outside.size:
+        raise ValueError(f"`rows` must lie in [0, {size}), but {outside[0]} does not.")
     return asked
 
 
@@ -381,7 +385,7 @@ def _score_rows_into_table(
         if not known.all():
             new = engine.score(corpus, part[~known].tolist(), bar.update)
             on_main_process(partial(table.write_rows, part[~known], new))
-    _, scores = on_main_process(partial(table.look_up, rows))
+    scores = on_main_process(partial(table.read_some, rows))
     on_main_process(table.finish)
     return scores
 

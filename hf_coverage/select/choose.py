@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -221,7 +221,7 @@ class Choice:
         if len(self.names) == 1:
             return []
         parts = [f"With 95 % confidence its loss is within {self.within:.2g} of the best's."]
-        if self.dropped and len(self.left) == 1:
+        if self.row_scorings < self.full_row_scorings and len(self.left) == 1:
             parts = ["With 95 % confidence it is the best."]
         if self.probability_best is not None:
             parts.append(f"The probability that it is the best is {_share(self.probability_best)}.")
@@ -255,7 +255,7 @@ class Choice:
 
 
 def choose(
-    candidates: Mapping[str, Union[Candidate, Scorer]],
+    candidates: Mapping[str, Candidate | Scorer],
     samples: float | Sequence[float] = 16,
     *,
     reference_logprobs: ArrayLike | None = None,
@@ -329,7 +329,9 @@ def _choose_adaptively(
     seed: int,
 ) -> Choice:
     if _are_verdicts(named):
-        sources = [table.__getitem__ for table in _Losses.of_verdicts(named).rows]
+        sources: list[Callable[[NDArray[np.intp]], FloatArray]] = [
+            partial(_taken, table) for table in _Losses.of_verdicts(named).rows
+        ]
         size = len(next(iter(named.values())))
     elif reference is not None:
         sources = _scorers(named, size := np.size(reference))
@@ -374,13 +376,17 @@ def _scorers(named: Mapping[str, Any], size: int) -> list[Callable[[NDArray[np.i
             raise ValueError(f"`candidates[{name!r}]` was asked for {rows.size:,} rows and gave {values.size:,}.")
         return values
 
-    return [read[name].__getitem__ if name in read else partial(ask, name) for name in named]
+    return [partial(_taken, read[name]) if name in read else partial(ask, name) for name in named]
+
+
+def _taken(values: FloatArray, rows: NDArray[np.intp]) -> FloatArray:
+    return values[rows]
 
 
 def _choice(
     names: tuple[str, ...],
     levels: Sequence[float],
-    losses: "_Losses",
+    losses: _Losses,
     decisions: Sequence[Decision],
     codes: NDArray[np.uint64] | None,
     tolerance: float,
@@ -519,7 +525,7 @@ def _curves(
 def _named_intervals(
     names: Sequence[str], rows: Sequence[FloatArray], means: FloatArray, codes: NDArray[np.uint64] | None
 ) -> dict[str, tuple[float, float]]:
-    """Each interval is that of the rows that were scored, as far from its mean as the mean was moved for these rows."""
+    """Each interval is that of the rows that were scored, moved as their mean was."""
     found, longest = {}, max(own.size for own in rows)
     for name, own, mean in zip(names, rows, means):
         low, high = bounded_mean_interval(own, groups=_first(codes, own.size))
