@@ -224,7 +224,9 @@ class Choice:
         if self.row_scorings < self.full_row_scorings and len(self.left) == 1:
             parts = ["With 95 % confidence it is the best."]
         if self.probability_best is not None:
-            parts.append(f"The probability that it is the best is {_share(self.probability_best)}.")
+            enough = self.is_decided or self.probability_best > 0.95
+            but = "" if enough else ": too little to leave the others out, which takes 95 %"
+            parts.append(f"The probability that it is the best is {_share(self.probability_best)}{but}.")
         if not self.is_decided:
             parts.append(
                 "More rows like these would not tell equals apart."
