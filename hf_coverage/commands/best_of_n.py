@@ -328,7 +328,7 @@ def _rl_tables(result: "BestOfNResult", farther: list[int]) -> tuple[Table | Non
             [str(one.group_size), *(Interval(*part) for part in (one.all_wrong, one.mixed, one.all_right))]
             for one in signals
         ]
-        titles = ["group", "all wrong", Column("mixed", "higher"), "all right"]
+        titles: list[Column | str] = ["group", "all wrong", Column("mixed", "higher"), "all right"]
         caption = "Share of prompts by what a group of samples is: RL learns from mixed ones."
         if result.k < sizes[-1]:
             caption += f" Beyond {result.k} samples, the range that they do not reject."

@@ -8,7 +8,7 @@ import typer
 from hf_coverage.commands.console import is_main_process, print_table, say
 from hf_coverage.commands.options import CorpusName, CorpusOptions, Levels, Sources, output_folder, parse_n
 from hf_coverage.commands.profile import collect, plot, result_config
-from hf_coverage.commands.score_folder import Measured, check_same_rows
+from hf_coverage.commands.score_folder import Measured, on_same_rows
 from hf_coverage.inference.loading import ModelOptions
 
 __all__ = ["EXAMPLES", "compare"]
@@ -41,8 +41,7 @@ def compare(
 
     if len(sources) < 2:
         raise typer.BadParameter("needs at least two models: the first is what the others are compared with.")
-    measured = collect(sources, output_dir, corpus, reading, loading)
-    check_same_rows(measured)
+    measured = on_same_rows(collect(sources, output_dir, corpus, reading, loading))
     levels = parse_n(n)
     baseline, *others = profiles = [one.profile for one in measured]
     if not is_main_process():

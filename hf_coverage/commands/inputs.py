@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_coverage.commands.options import CorpusOptions
 from hf_coverage.inference.loading import join_job, require_there
@@ -26,6 +26,8 @@ __all__ = [
 
 ORIGIN = "origin.json"
 """Beside a corpus: the command and settings that made it."""
+
+_T = TypeVar("_T")
 
 _MOST_TOKENS = 10**11  # a month of sampling on a GPU
 
@@ -130,7 +132,7 @@ def check_number_of_responses(prompts: int, k: int, max_new_tokens: int) -> None
         )
 
 
-def decided_by_main_process(question: Callable[[], bool], device: str | None = None) -> bool:
+def decided_by_main_process(question: Callable[[], _T], device: str | None = None) -> _T:
     """The main process's answer, on every process: files may change between two processes' looks at them."""
     from hf_coverage.inference.processes import on_main_process
 

@@ -1,7 +1,7 @@
 """`hf-coverage score`: log p(y|x) of a model on a corpus, kept as a resumable score folder."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +12,10 @@ from hf_coverage.commands.score_folder import check_name
 from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer, model_name
 from hf_coverage.report.provenance import running_command
 
-__all__ = ["EXAMPLES", "score", "score_into"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["EXAMPLES", "load", "score", "score_into"]
 
 EXAMPLES = """\
 [bold]Examples[/]
@@ -62,6 +65,11 @@ def score(
     say(f"Next: hf-coverage profile {output_dir}")
 
 
+def load(model: str, loading: ModelOptions) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A model and its tokenizer."""
+    return load_model(model, loading), load_tokenizer(model, loading)
+
+
 def score_into(
     folder: Path,
     model: str,
@@ -70,6 +78,7 @@ def score_into(
     name: str,
     reading: CorpusOptions,
     loading: ModelOptions,
+    loaded: "tuple[PreTrainedModel, PreTrainedTokenizerBase] | None" = None,
     **options: Any,
 ) -> None:
     """Score a model on a corpus into a score folder; every process of a job calls it.
@@ -81,6 +90,7 @@ def score_into(
         name: What to call the model.
         reading: How the corpus is read.
         loading: How the model is loaded.
+        loaded: The model and its tokenizer, where they have been loaded already.
         options: See `score_responses`.
     """
     from accelerate import PartialState
@@ -91,8 +101,7 @@ def score_into(
     rows, origin = read_corpus(corpus, reading)
     reference = read_reference(rows, reading.group_by)
     scored = score_responses(
-        load_model(model, loading),
-        load_tokenizer(model, loading),
+        *(loaded or load(model, loading)),
         rows,
         append_eos=reading.append_eos,
         output_dir=folder,

@@ -1,29 +1,52 @@
 """Score folders: a score table and, beside it, what it takes to make a profile of it without the corpus."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_coverage.commands.console import say
+
 if TYPE_CHECKING:
     from hf_coverage.measure.profile import CoverageProfile
     from hf_coverage.measure.reference import Reference
 
-__all__ = ["Measured", "check_name", "check_same_rows", "is_score_folder", "read_measured", "require_intervals"]
+__all__ = ["Measured", "check_name", "is_score_folder", "on_same_rows", "read_measured", "require_intervals"]
 
 _LONGEST_NAME = 200  # bytes; file systems take 255, with what is written behind the name
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A model's profile, the rows it is of, and where both came from."""
+    """A model's profile, the rows it is of, and where both came from.
+
+    Attributes:
+        profile: The profile.
+        reference: What is known of its rows.
+        facts: Where they came from.
+        corpus: What is known of all rows of the corpus, where the model was scored on some.
+        chosen: Which rows these are.
+    """
 
     profile: "CoverageProfile"
     reference: "Reference"
     facts: dict[str, Any] = field(default_factory=dict)
+    corpus: "Reference | None" = None
+    chosen: NDArray[np.int64] | None = None
+
+    def on_rows(self, rows: NDArray[np.int64]) -> "Measured":
+        """The same of some rows of the corpus, ascending, all of which were scored."""
+        whole = self.corpus or self.reference
+        places = rows if self.chosen is None else np.searchsorted(self.chosen, rows)
+        if places.size == self.reference.rows.size:
+            return self
+        logprobs = np.asarray(self.profile.logprobs)[places]
+        some = _measured(logprobs, whole.take(rows), self.profile.name, self.facts)
+        return replace(some, corpus=whole, chosen=rows)
 
 
 def check_name(name: str) -> str:
@@ -51,13 +74,14 @@ def is_score_folder(source: str) -> bool:
     return (folder / "metadata.json").is_file() and not (folder / "config.json").is_file()
 
 
-def read_measured(source: str, group_by: str | None = None) -> Measured:
+def read_measured(source: str, group_by: str | None = None, *, announce: bool = True) -> Measured:
     """A model's profile from a score folder, or from a data set with the column `logprob` or `answer_logprob`.
 
     Args:
         source: Folder that `hf-coverage score` wrote, or a file or folder with the rows of `score_responses` or
             `score_answers`.
         group_by: For a data set: the column whose equal values make rows dependent.
+        announce: Whether to say so where only some rows of the corpus were scored.
 
     Raises:
         ValueError: If the table is not complete, a file of it is missing, there are no scores, or `group_by` is given
@@ -69,7 +93,7 @@ def read_measured(source: str, group_by: str | None = None) -> Measured:
                 f"`--group-by` is chosen when a model is scored, and {source} has scores and groups already: leave it "
                 "out, or give it to `hf-coverage score`."
             )
-        return _read_folder(Path(source))
+        return _read_folder(Path(source), announce)
     from hf_coverage.commands.inputs import read_dataset
     from hf_coverage.measure.reference import read_reference
 
@@ -84,18 +108,30 @@ def read_measured(source: str, group_by: str | None = None) -> Measured:
     return _measured(rows[scores][:], read_reference(rows, group_by), Path(source).stem, {"scores": source}, lows)
 
 
-def check_same_rows(measured: Sequence[Measured]) -> None:
-    """Refuse profiles that are not of the same rows in the same order with the same log D(y|x)."""
-    first = measured[0]
+def on_same_rows(measured: Sequence[Measured]) -> list[Measured]:
+    """All models on the rows that all of them were scored on; says so where these are not all.
+
+    Raises:
+        ValueError: If they were scored on different corpora, or with different log D(y|x) of the same rows.
+    """
+    first = measured[0].corpus or measured[0].reference
     for other in measured[1:]:
-        names = f"{first.profile.name} and {other.profile.name}"
-        if not np.array_equal(first.reference.rows, other.reference.rows):
+        names = f"{measured[0].profile.name} and {other.profile.name}"
+        whole = other.corpus or other.reference
+        if not np.array_equal(first.rows, whole.rows):
             raise ValueError(
-                f"{names} were scored on different rows ({first.reference.rows.size:,} and "
-                f"{other.reference.rows.size:,}): score both on the same corpus to compare them."
+                f"{names} were scored on different rows ({first.rows.size:,} and {whole.rows.size:,}): score both on "
+                "the same corpus to compare them."
             )
-        if not np.array_equal(_or_empty(first.reference.logprob), _or_empty(other.reference.logprob)):
+        if not np.array_equal(_or_empty(first.logprob), _or_empty(whole.logprob)):
             raise ValueError(f"{names} were scored with different `reference_logprob` of the same rows; score again.")
+    chosen = [one.chosen for one in measured if one.chosen is not None]
+    if not chosen:
+        return list(measured)
+    common = reduce(np.intersect1d, chosen)
+    if any(one.reference.rows.size > common.size for one in measured):
+        say(f"Compared on the {common.size:,} rows that all of them were scored on.")
+    return [one.on_rows(common) for one in measured]
 
 
 def require_intervals(measured: Sequence[Measured]) -> None:
@@ -114,18 +150,26 @@ def require_intervals(measured: Sequence[Measured]) -> None:
             )
 
 
-def _read_folder(folder: Path) -> Measured:
+def _read_folder(folder: Path, announce: bool) -> Measured:
     from hf_coverage.measure.reference import load_reference
     from hf_coverage.measure.score_table import ScoreTable
 
-    table = ScoreTable.open(folder)
+    table = ScoreTable.open_sample(folder)
     reference, facts = load_reference(folder)
     facts |= {
         "scores": str(folder),
         "fingerprint": table.metadata["corpus"],
         "weights": table.metadata["model"]["weights"],
     }
-    return _measured(table.logprob, reference, facts["name"], facts, table.interval_low)
+    if table.is_whole:
+        return _measured(table.logprob, reference, facts["name"], facts, table.interval_low)
+    rows = np.sort(table.read_rows()[0])
+    if announce:
+        say(f"{folder} has scores of {rows.size:,} of {reference.rows.size:,} rows, of prompts drawn at random.")
+    own = _measured(
+        table.read_some(rows).logprob, reference.take(rows), facts["name"], facts | {"rows": int(rows.size)}
+    )
+    return replace(own, corpus=reference, chosen=rows)
 
 
 def _measured(

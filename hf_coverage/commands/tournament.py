@@ -1,21 +1,17 @@
 """`hf-coverage tournament`: which of several checkpoints covers best."""
 
 import os
-from collections.abc import Sequence
-from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from hf_coverage.commands.checkpoint_scores import CheckpointScores
 from hf_coverage.commands.console import is_main_process, print_table, say
-from hf_coverage.commands.inputs import decided_by_main_process, leave_job, read_dataset
-from hf_coverage.commands.made_of import checkpoint_facts, folder_names, made_otherwise, write_made_of
+from hf_coverage.commands.inputs import leave_job
 from hf_coverage.commands.on_policy import Generations, offset_arguments
 from hf_coverage.commands.options import BatchTokens, CorpusOptions, output_folder, parse_n
-from hf_coverage.commands.score import score_into
-from hf_coverage.commands.score_folder import Measured, check_same_rows, is_score_folder, read_measured
+from hf_coverage.commands.score_folder import on_same_rows, read_measured
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.inference.loading import ModelOptions
 from hf_coverage.report.table import Cell, Column, Table
@@ -24,7 +20,7 @@ if TYPE_CHECKING:
     from hf_coverage.select.choose import Choice
     from hf_coverage.select.result import TournamentResult
 
-__all__ = ["EXAMPLES", "checkpoint_of", "score_checkpoints", "tournament", "write_winner"]
+__all__ = ["EXAMPLES", "checkpoint_of", "tournament", "write_winner"]
 
 EXAMPLES = """\
 [bold]Examples[/]
@@ -41,8 +37,6 @@ torchrun --nproc_per_node 2 -m hf_coverage tournament RUN/checkpoint-* --data co
 """
 
 _OFFSET = "Offset tournament"
-_KEPT = "checkpoint.json"
-"""Beside a checkpoint's scores: what they were made of."""
 
 
 class _Contender(NamedTuple):
@@ -156,7 +150,7 @@ def tournament(
         folder = output_dir / "on_policy"
         offset = offset_arguments(sources, names, folder, data, asked, reading, loading, **scoring)
         offset["gamma"] = gamma
-    folders = score_checkpoints(sources, names, output_dir / "scores", data, reading, loading, **scoring)
+    folders = CheckpointScores(sources, names, output_dir / "scores", data, reading, loading, **scoring).score_all()
     leave_job()
     if not is_main_process():
         return
@@ -169,74 +163,18 @@ def tournament(
     _write(output_dir, result, {name: one.checkpoint for name, one in measured.items() if one.checkpoint}, link)
 
 
-def score_checkpoints(
-    sources: Sequence[str],
-    names: Sequence[str],
-    scores: Path,
-    data: str | None,
-    reading: CorpusOptions,
-    loading: ModelOptions,
-    **scoring: Any,
-) -> list[Path]:
-    """Score those checkpoints whose scores are not there; every process of a job calls it.
-
-    Args:
-        sources: Checkpoint folders, Hub ids or score folders.
-        names: What to call them.
-        scores: Where their scores go.
-        data: The corpus.
-        reading: How it is read.
-        loading: How models are loaded.
-        scoring: How they are scored, see `score_responses`.
-
-    Returns:
-        The score folder of each.
-    """
-    from hf_coverage.measure.reference import read_reference
-
-    done = [is_score_folder(source) for source in sources]
-    own = [scores / folder for folder in folder_names(sources)]
-    folders = [Path(source) if scored else folder for source, scored, folder in zip(sources, done, own)]
-    if all(done):
-        return folders
-    if data is None:
-        raise ValueError(f"{sources[done.index(False)]} is no score folder: give the corpus to score it on, `--data`.")
-    reference = read_reference(read_dataset(data, reading.split), reading.group_by)
-    corpus = blake2b(b"".join(part.tobytes() for part in (reference.rows, reference.groups)), digest_size=16)
-    corpus.update(b"" if reference.logprob is None else reference.logprob.tobytes())
-    options = {"split": reading.split, "tokenizer": loading.tokenizer} | reading.key() | scoring
-    facts = {"corpus": corpus.hexdigest(), "loading": loading.key(), "options": options}
-    for source, name, folder, scored in zip(sources, names, folders, done):
-        made_of = facts | checkpoint_facts(source)
-        if scored or decided_by_main_process(partial(_is_kept, folder, made_of), loading.device):
-            continue
-        score_into(folder, source, data, name=name, reading=reading, loading=loading, **scoring)
-        if is_main_process():
-            write_made_of(folder / _KEPT, made_of)
-    return folders
-
-
-def _is_kept(folder: Path, made_of: dict[str, Any]) -> bool:
-    """Whether a folder holds the finished scores of this very checkpoint on this very corpus."""
-    return bool(made_of["files"]) and made_otherwise(folder / _KEPT, made_of) == []
-
-
 def _read(folders: dict[str, Path], n: float) -> dict[str, _Contender]:
     """The candidates' scores, after checking that they are of the same rows."""
-    contenders = {}
-    first: Measured | None = None
-    for name, folder in folders.items():
-        measured = read_measured(str(folder))
-        first = first or measured
-        check_same_rows([first, measured])
-        profile = measured.profile
-        contenders[name] = _Contender(
-            logprobs=profile.logprobs,
-            groups=first.reference.groups,
-            coverage=None if profile.is_upper_bound else profile.cov(n),
-            checkpoint=checkpoint_of(folder, measured.facts),
+    read = on_same_rows([read_measured(str(folder)) for folder in folders.values()])
+    return {
+        name: _Contender(
+            logprobs=one.profile.logprobs,
+            groups=one.reference.groups,
+            coverage=None if one.profile.is_upper_bound else one.profile.cov(n),
+            checkpoint=checkpoint_of(folder, one.facts),
         )
-    return contenders
+        for (name, folder), one in zip(folders.items(), read)
+    }
 
 
 def checkpoint_of(folder: Path, facts: dict[str, Any]) -> str | None:

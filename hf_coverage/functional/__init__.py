@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_coverage.functional.adaptive_choice import *
     from hf_coverage.functional.arithmetic_codes import *
     from hf_coverage.functional.best_of_n import *
     from hf_coverage.functional.binomial_mixture import *
@@ -43,6 +44,15 @@ if TYPE_CHECKING:
     from hf_coverage.functional.ttt_config import *
 
 _HOMES = {
+    "adaptive_choice": (
+        "Evidence",
+        "LossRace",
+        "comparable_means",
+        "gather_evidence",
+        "prompt_order",
+        "race_by_loss",
+        "shown_within",
+    ),
     "arithmetic_codes": (
         "CodeState",
         "Decoded",

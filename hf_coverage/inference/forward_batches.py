@@ -404,7 +404,7 @@ class BatchPasses:
             self.forwards[0], corpus, vocab_size=self.vocab_size, most_positions=self.positions
         )
 
-    def plan(self, corpus: EncodedCorpus, rows: range, *, share_prefixes: bool) -> list[Batch]:
+    def plan(self, corpus: EncodedCorpus, rows: Sequence[int], *, share_prefixes: bool) -> list[Batch]:
         """Arrange rows into batches, see `plan_batches`."""
         reading = self._reading if share_prefixes else max(self._reading, Reading.PADDED)
         return plan_batches(corpus, rows, self._limits, reading=reading)

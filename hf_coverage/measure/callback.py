@@ -178,7 +178,9 @@ class CoverageCallback(CorpusCallback):
             groups=profile.groups,
         )
         if worsening is not None and state.is_world_process_zero:
-            message = _worsening_message(args, state.global_step, profile, self.watch_n, worsening)
+            folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{worsening.best.step}"
+            where = str(folder) if folder.is_dir() else "not saved as a checkpoint"
+            message = worsening_message(where, state.global_step, profile, self.watch_n, worsening)
             warnings.warn(message, CoverageWarning, stacklevel=2)
 
 
@@ -191,12 +193,9 @@ def _small_message(profile: CoverageProfile, n: float) -> str:
     )
 
 
-def _worsening_message(
-    args: TrainingArguments, step: int, profile: CoverageProfile, n: float, worsening: Worsening
-) -> str:
+def worsening_message(where: str, step: int, profile: CoverageProfile, n: float, worsening: Worsening) -> str:
+    """What the watch has seen at a step, in plain words, and where the best checkpoint is."""
     best = worsening.best
-    folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{best.step}"
-    where = str(folder) if folder.is_dir() else "not saved as a checkpoint"
     what = f"the {profile.miss_label(n)}" if profile.is_upper_bound else profile.miss_label(n)
     return (
         f"Coverage is getting worse while cross-entropy improves. From step {best.step} to step {step}, {what} went "

@@ -105,7 +105,7 @@ class ScoringEngine:
         elif options.ttt is not None:
             self._rows = RowScorer(model, options.ttt, batch_tokens=options.batch_tokens)
 
-    def check(self, corpus: EncodedCorpus, rows: range) -> None:
+    def check(self, corpus: EncodedCorpus, rows: Sequence[int]) -> None:
         """Refuse rows that do not fit a model, without scoring them.
 
         Raises:
@@ -114,8 +114,8 @@ class ScoringEngine:
         for forward in self._passes.forwards:
             _check_rows(corpus, rows, forward, self._passes.vocab_size)
 
-    def score(self, corpus: EncodedCorpus, rows: range, advance: Callable[[int], Any]) -> Scores:
-        """Score consecutive rows: each of them on one process, the result on all.
+    def score(self, corpus: EncodedCorpus, rows: Sequence[int], advance: Callable[[int], Any]) -> Scores:
+        """Score some rows: each of them on one process, the result on all.
 
         Args:
             corpus: Token ids of all rows.
@@ -135,11 +135,11 @@ class ScoringEngine:
     def score_rules(
         self,
         corpus: EncodedCorpus,
-        rows: range,
+        rows: Sequence[int],
         rules: Sequence[TTTConfig | None],
         advance: Callable[[int], Any],
     ) -> list[Scores]:
-        """Score consecutive rows under several rules from one reading of each; see `score`.
+        """Score some rows under several rules from one reading of each; see `score`.
 
         Args:
             corpus: Token ids of all rows.
@@ -179,7 +179,7 @@ class ScoringEngine:
         if self._rows is not None and self._reading < Reading.EQUAL:
             self._left_padding = self._passes.ignores_left_padding(corpus)
 
-    def _plan(self, corpus: EncodedCorpus, rows: range) -> list[Batch]:
+    def _plan(self, corpus: EncodedCorpus, rows: Sequence[int]) -> list[Batch]:
         if self._rows is not None:
             alone = self._reading is Reading.ALONE
             return self._rows.plan(corpus, rows, together=not alone, padding=self._left_padding)
@@ -209,16 +209,17 @@ class ScoringEngine:
 def _assemble(
     parts: list[tuple[tuple[int, ...], dict[str, NDArray]]],
     corpus: EncodedCorpus,
-    rows: range,
+    rows: Sequence[int],
     options: ScoringOptions,
 ) -> Scores:
     """Put the rows of all batches into their order, and sum up each row."""
     tokens: dict[str, list[Any]] = {name: [None] * len(rows) for name in parts[0][1]}
+    places = {row: place for place, row in enumerate(rows)}
     for batch_rows, values in parts:
         ends = list(accumulate(len(corpus.completions[row]) for row in batch_rows))
         for name, column in values.items():
             for row, line in zip(batch_rows, np.split(column, ends[:-1])):
-                tokens[name][row - rows.start] = line
+                tokens[name][places[row]] = line
     statistics = "hidden_norm" in tokens
     return Scores(
         logprob=_reduce(np.sum, tokens["token_logprobs"]),
@@ -238,8 +239,8 @@ def _interval_low(below: list[NDArray], logprobs: list[NDArray]) -> NDArray[np.f
     return np.array([parts @ shares for parts, shares in zip(below, before)])
 
 
-def refuse_nan(scores: Scores, rows: range, ttt: TTTConfig | None) -> None:
-    """Refuse scores of consecutive rows with NaN among them, and say what may have led there.
+def refuse_nan(scores: Scores, rows: Sequence[int], ttt: TTTConfig | None) -> None:
+    """Refuse scores of rows with NaN among them, and say what may have led there.
 
     Raises:
         ValueError: If there is one; names the row.
@@ -256,7 +257,7 @@ def _reduce(function: Callable[..., Any], lines: list[NDArray]) -> NDArray[np.fl
     return np.array([function(line.astype(np.float64)) for line in lines], dtype=np.float64)
 
 
-def _check_rows(corpus: EncodedCorpus, rows: range, forward: HeadForward, vocab_size: int) -> None:
+def _check_rows(corpus: EncodedCorpus, rows: Sequence[int], forward: HeadForward, vocab_size: int) -> None:
     # Recurrent and ALiBi models have no such number, or -1.
     longest = getattr(forward.model.config.get_text_config(), "max_position_embeddings", None)
     for row in rows:

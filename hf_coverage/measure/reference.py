@@ -47,6 +47,11 @@ class Reference:
     logprob: NDArray[np.float64] | None
     kind: ReferenceKind
 
+    def take(self, rows: NDArray[np.int64]) -> "Reference":
+        """What is known of some of the rows."""
+        logprob = None if self.logprob is None else self.logprob[rows]
+        return Reference(self.rows[rows], self.groups[rows], logprob, self.kind)
+
     @property
     def fingerprint(self) -> str:
         """32 hexadecimal digits: equal if and only if all of it is."""

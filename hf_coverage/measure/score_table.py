@@ -2,6 +2,9 @@
 
 A shard holds consecutive rows and says in its header what it belongs to. It appears under its name complete or not at
 all, so whatever a killed run left behind is either right or missing, and the next run fills in what is missing.
+
+Rows that are scored in another order, as those of a random sample, are in files of their own, `rows-<digest>.
+safetensors`, until all of the table is there: then they become its shards.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ _FORMAT_VERSION = 1
 _METADATA = "metadata.json"
 # One header key: safetensors writes several in an order that changes from process to process.
 _HEADER = "hf_coverage"
+_LOOSE = "rows-*.safetensors"
+_ROWS = "rows"
 # A model may have moved since: these say where it was found, its fingerprints say what it is.
 _DESCRIPTIVE = ("model.name", "model.revision", "teacher.name", "teacher.revision")
 
@@ -111,6 +116,17 @@ class ScoreTable:
             )
         return table
 
+    @classmethod
+    def open_sample(cls, folder: str | os.PathLike[str]) -> ScoreTable:
+        """Open a table that may hold some rows only, those of `write_rows`; see `open`."""
+        table = cls(folder, _read_metadata(Path(folder)))
+        return table if not table.is_whole and any(table.folder.glob(_LOOSE)) else cls.open(folder)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all shards are there; they are not looked into."""
+        return all(self.shard_path(index).exists() for index in range(self.num_shards))
+
     @property
     def num_shards(self) -> int:
         """How many shards the complete table has."""
@@ -153,13 +169,78 @@ class ScoreTable:
             raise ValueError(
                 f"`scores` must have {len(self.shard_rows(index))} rows for shard {index}, got {len(scores)}."
             )
-        arrays = {
-            name: np.concatenate(column) if name in PER_TOKEN_COLUMNS else np.ascontiguousarray(column)
-            for name, column in scores.columns().items()
-        }
-        header = self._header(index) | {"checksum": _checksum(arrays)}
-        with begun_with(self.folder / _METADATA, json.dumps(self.metadata, indent=2) + "\n"):
-            write_atomically(self.shard_path(index), save(arrays, {_HEADER: json.dumps(header, sort_keys=True)}))
+        self._save(self.shard_path(index), _arrays(scores), self._header(self.shard_rows(index)))
+
+    def write_rows(self, rows: NDArray[np.int64], scores: Scores) -> None:
+        """Write rows that make no shard, whole or not at all.
+
+        Args:
+            rows: Which rows of the corpus.
+            scores: Their scores.
+        """
+        path = self.folder / f"rows-{_checksum({'rows': rows})[:16]}.safetensors"
+        self._save(path, {_ROWS: rows} | _arrays(scores), self._header(None))
+
+    def read_rows(self) -> tuple[NDArray[np.int64], Scores | None]:
+        """All that `write_rows` wrote and is not yet part of a whole table.
+
+        Returns:
+            The rows, and their scores; None where there are none.
+
+        Raises:
+            ValueError: If a file is damaged or does not belong to this table.
+        """
+        rows, parts = [np.empty(0, np.int64)], []
+        for path in sorted(self.folder.glob(_LOOSE)):
+            arrays = self._load(path, self._header(None))
+            rows.append(arrays.pop(_ROWS))
+            parts.append(_scores(arrays))
+        return np.concatenate(rows), Scores.concatenate(parts) if parts else None
+
+    def look_up(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.bool_], Scores | None]:
+        """What is known of some rows, from shards or files of rows.
+
+        Returns:
+            `(R,)` of which of them something is known, and the scores of these, in their order; None for none.
+        """
+        found, loose = self.read_rows()
+        parts = [] if loose is None else [loose]
+        present = np.unique(np.asarray(rows) // self.metadata["shard_rows"])
+        for index in (index for index in present.tolist() if self.shard_path(index).exists()):
+            found = np.append(found, np.asarray(self.shard_rows(index)))
+            parts.append(self.read(index))
+        places = np.full(self.metadata["rows"], -1)
+        places[found] = np.arange(found.size)
+        own = places[rows]
+        known = own >= 0
+        return known, Scores.concatenate(parts).take(own[known]) if known.any() else None
+
+    def read_some(self, rows: NDArray[np.int64]) -> Scores:
+        """The scores of some rows, in their order.
+
+        Raises:
+            ValueError: If some are not there.
+        """
+        known, scores = self.look_up(rows)
+        if scores is None or not known.all():
+            raise ValueError(
+                f"The score table {self.folder} has scores of {known.sum():,} of {known.size:,} rows that are needed; "
+                "score the checkpoint on the others."
+            )
+        return scores
+
+    def finish(self) -> None:
+        """Make shards of rows that `write_rows` wrote, as soon as these are all that was missing; else do nothing."""
+        if not any(self.folder.glob(_LOOSE)):
+            return
+        every = np.arange(self.metadata["rows"])
+        known, scores = self.look_up(every)
+        if scores is None or not known.all():
+            return
+        for index in self.missing():
+            self.write(index, scores.take(every[self.shard_rows(index).start : self.shard_rows(index).stop]))
+        for path in self.folder.glob(_LOOSE):
+            path.unlink()
 
     def read(self, index: int) -> Scores:
         """Read a shard back.
@@ -173,29 +254,7 @@ class ScoreTable:
         Raises:
             ValueError: If the shard is damaged or does not belong to this table.
         """
-        path = self.shard_path(index)
-        remedy = "Move the file away and run the same scoring again; only its rows will be scored anew."
-        try:
-            with safe_open(path, framework="numpy") as file:
-                header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-                # SIM118: a safetensors file is no mapping and cannot be iterated over itself
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or is no safetensors file ({error}). {remedy}") from error
-        expected = self._header(index)
-        wrong = [name for name in expected if header.get(name) != expected[name]]
-        if wrong:
-            raise ValueError(
-                f"{path} does not belong to this table: its {wrong[0]} is {header.get(wrong[0])!r}, "
-                f"expected {expected[wrong[0]]!r}. {remedy}"
-            )
-        if header.get("checksum") != _checksum(arrays):
-            raise ValueError(f"{path} is damaged: its content does not match its checksum. {remedy}")
-        ends = np.cumsum(arrays["num_tokens"])[:-1]
-        columns: dict[str, Any] = {
-            name: np.split(array, ends) if name in PER_TOKEN_COLUMNS else array for name, array in arrays.items()
-        }
-        return Scores(**columns)
+        return _scores(self._load(self.shard_path(index), self._header(self.shard_rows(index))))
 
     def iter_shards(self) -> Iterator[Scores]:
         """Read shard after shard, in the order of the rows, holding one at a time."""
@@ -218,16 +277,55 @@ class ScoreTable:
         known = [part for part in parts if part is not None]
         return np.concatenate(known) if len(known) == len(parts) else None
 
-    def _header(self, index: int) -> dict[str, Any]:
-        """What a shard has to say of itself, the most telling first."""
+    def _header(self, rows: range | None) -> dict[str, Any]:
+        """What a file has to say of itself, the most telling first; its rows, if they are consecutive."""
         identity = _identity(self.metadata)
-        rows = self.shard_rows(index)
         return {
             "corpus": identity.get("corpus"),
             "weights": identity.get("model.weights"),
-            "rows": [rows.start, rows.stop],
+            "rows": None if rows is None else [rows.start, rows.stop],
             "table": _checksum({"identity": np.frombuffer(json.dumps(identity, sort_keys=True).encode(), np.uint8)}),
         }
+
+    def _save(self, path: Path, arrays: dict[str, NDArray], header: dict[str, Any]) -> None:
+        header = header | {"checksum": _checksum(arrays)}
+        with begun_with(self.folder / _METADATA, json.dumps(self.metadata, indent=2) + "\n"):
+            write_atomically(path, save(arrays, {_HEADER: json.dumps(header, sort_keys=True)}))
+
+    def _load(self, path: Path, expected: dict[str, Any]) -> dict[str, NDArray]:
+        remedy = "Move the file away and run the same scoring again; only its rows will be scored anew."
+        try:
+            with safe_open(path, framework="numpy") as file:
+                header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+                # SIM118: a safetensors file is no mapping and cannot be iterated over itself
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is truncated or is no safetensors file ({error}). {remedy}") from error
+        wrong = [name for name in expected if header.get(name) != expected[name]]
+        if wrong:
+            raise ValueError(
+                f"{path} does not belong to this table: its {wrong[0]} is {header.get(wrong[0])!r}, "
+                f"expected {expected[wrong[0]]!r}. {remedy}"
+            )
+        if header.get("checksum") != _checksum(arrays):
+            raise ValueError(f"{path} is damaged: its content does not match its checksum. {remedy}")
+        return arrays
+
+
+def _arrays(scores: Scores) -> dict[str, NDArray]:
+    """The columns of scores as a file holds them, without the borders of rows in those of tokens."""
+    return {
+        name: np.concatenate(column) if name in PER_TOKEN_COLUMNS else np.ascontiguousarray(column)
+        for name, column in scores.columns().items()
+    }
+
+
+def _scores(arrays: dict[str, NDArray]) -> Scores:
+    ends = np.cumsum(arrays["num_tokens"])[:-1]
+    columns: dict[str, Any] = {
+        name: np.split(array, ends) if name in PER_TOKEN_COLUMNS else array for name, array in arrays.items()
+    }
+    return Scores(**columns)
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:

@@ -70,6 +70,13 @@ class Scores:
         columns = self.columns()
         return Dataset.from_dict(columns, features=Features({name: _FEATURES[name] for name in columns}))
 
+    def take(self, places: NDArray[np.int64]) -> Scores:
+        """The scores of some of the rows, in the order asked for."""
+        taken: dict[str, Any] = {}
+        for name, column in self.columns().items():
+            taken[name] = [column[place] for place in places] if name in PER_TOKEN_COLUMNS else column[places]
+        return Scores(**taken)
+
     @staticmethod
     def concatenate(parts: Sequence[Scores]) -> Scores:
         """Join the scores of consecutive rows."""

@@ -14,11 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub.utils import tqdm
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -112,6 +114,7 @@ def score_responses(
     intervals: bool = False,
     output_dir: str | os.PathLike[str] | None = None,
     shard_rows: int = 1024,
+    rows: Sequence[int] | None = None,
     progress: bool = True,
 ) -> Dataset:
     """Add to each row of a corpus the log-probability that a model gives to its response.
@@ -156,10 +159,13 @@ def score_responses(
             `functional.stratified_pass_probabilities`. Reads all logits twice more.
         output_dir: Folder of a `ScoreTable` to write, or to go on with after an interruption.
         shard_rows: Rows per shard of that table.
+        rows: Which rows to score, each once, if not all. The table then holds these, and is whole as soon as all were
+            asked for: whoever scores all of them later scores the others only.
         progress: Whether to show a progress bar, on the main process.
 
     Returns:
-        The corpus with columns `logprob` (float64, nats), `num_tokens` and what else was asked for; same order.
+        The corpus, or the rows of it that were asked for, with columns `logprob` (float64, nats), `num_tokens` and
+        what else was asked for; same order.
 
     Raises:
         TypeError: If the corpus is no `datasets.Dataset`.
@@ -187,21 +193,28 @@ def score_responses(
     if shard_rows < 1:
         raise ValueError(f"`shard_rows` must be at least 1, got {shard_rows}.")
     encoded = encode_corpus(corpus, tokenizer, append_eos=append_eos)
+    asked = None if rows is None else _checked_rows(rows, len(encoded))
     taken = sorted(set(corpus.column_names) & {field.name for field in fields(Scores)})
     if taken:
         raise ValueError(
             f"`corpus` must not have the column `{taken[0]}` that scoring adds; remove or rename it, for example "
             f"`corpus.remove_columns({taken})`."
         )
-    with _engine(model, teacher, options) as engine, _progress_bar(encoded, progress) as bar:
+    with _engine(model, teacher, options) as engine, _progress_bar(encoded, progress, asked) as bar:
         if output_dir is None:
-            scores = engine.score(encoded, range(len(encoded)), bar.update)
+            scores = engine.score(encoded, range(len(encoded)) if asked is None else asked.tolist(), bar.update)
         else:
             settings = {"shard_rows": shard_rows, "options": _describe_options(options) | {"append_eos": append_eos}}
             metadata = _describe_run(model, teacher, tokenizer, encoded, settings)
             table = on_main_process(lambda: ScoreTable.begin(output_dir, metadata))
-            (scores,) = _score_into_tables(engine, encoded, [config], [table], bar, refused=[config])
-    return concatenate_datasets([corpus.with_format(None), scores.to_dataset()], axis=1)
+            if asked is None:
+                (scores,) = _score_into_tables(engine, encoded, [config], [table], bar, refused=[config])
+            else:
+                scores = _score_rows_into_table(engine, encoded, asked, table, bar)
+    kept = corpus.with_format(None)
+    if asked is not None:
+        kept = Dataset.from_dict(kept[asked.tolist()], features=kept.features)
+    return concatenate_datasets([kept, scores.to_dataset()], axis=1)
 
 
 def score_rules(
@@ -326,8 +339,13 @@ def _score_into_tables(
     for index in range(tables[0].num_shards):
         rows = tables[0].shard_rows(index)
         todo = [place for place, gaps in enumerate(missing) if index in gaps]
-        scored = engine.score_rules(corpus, rows, [rules[place] for place in todo], bar.update) if todo else []
-        found = dict(zip(todo, scored))
+        held = {place: on_main_process(partial(tables[place].look_up, np.asarray(rows))) for place in todo}
+        known = np.logical_and.reduce([known for known, _ in held.values()]) if todo else np.ones(len(rows), bool)
+        others = [row for row, is_known in zip(rows, known) if not is_known] if known.any() else rows
+        scored: Sequence[Scores | None] = [None] * len(todo)
+        if len(others):
+            scored = engine.score_rules(corpus, others, [rules[place] for place in todo], bar.update)
+        found = {place: _merged(known, held[place], new) for place, new in zip(todo, scored)}
         for place in range(len(tables)):
             if place not in found:
                 found[place] = on_main_process(partial(tables[place].read, index))
@@ -336,11 +354,46 @@ def _score_into_tables(
                 refuse_nan(found[place], rows, rule)
         for place in todo:
             on_main_process(partial(tables[place].write, index, found[place]))
-        if not todo:
-            bar.update(sum(tokens_read(corpus, row) for row in rows))
+        bar.update(sum(tokens_read(corpus, row) for row, is_known in zip(rows, known) if is_known))
         for place, part in enumerate(parts):
             part.append(found[place])
+    for table in tables:
+        on_main_process(table.finish)
     return [Scores.concatenate(part) for part in parts]
+
+
+def _merged(known: NDArray[np.bool_], held: tuple[NDArray[np.bool_], Scores | None], new: Scores | None) -> Scores:
+    """A shard: the rows that are known to all tables as this one holds them, the others as they were scored now."""
+    own, scores = held
+    parts = [] if scores is None else [scores.take((np.cumsum(own) - 1)[known])]
+    parts += [] if new is None else [new]
+    return Scores.concatenate(parts).take(np.argsort(np.argsort(~known, kind="stable")))
+
+
+def _checked_rows(rows: Sequence[int], size: int) -> NDArray[np.int64]:
+    asked = np.asarray(rows, dtype=np.int64)
+    if asked.ndim != 1 or not asked.size or np.unique(asked).size < asked.size:
+        raise ValueError("`rows` must be the numbers of one row or more, each once.")
+    outside = asked[(asked < 0) | (asked >= size)]
+    if outside.size:
+        raise ValueError(f"`rows` must lie in [0, {size}), but {outside[0]} does not.")
+    return asked
+
+
+def _score_rows_into_table(
+    engine: ScoringEngine, corpus: EncodedCorpus, rows: NDArray[np.int64], table: ScoreTable, bar: tqdm
+) -> Scores:
+    """Score those of some rows that are not in a table yet, a shard's number at a time."""
+    for start in range(0, rows.size, table.metadata["shard_rows"]):
+        part = rows[start : start + table.metadata["shard_rows"]]
+        known, _ = on_main_process(partial(table.look_up, part))
+        bar.update(sum(tokens_read(corpus, row) for row in part[known]))
+        if not known.all():
+            new = engine.score(corpus, part[~known].tolist(), bar.update)
+            on_main_process(partial(table.write_rows, part[~known], new))
+    scores = on_main_process(partial(table.read_some, rows))
+    on_main_process(table.finish)
+    return scores
 
 
 def _describe_run(
@@ -394,7 +447,7 @@ def _describe_model(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _progress_bar(corpus: EncodedCorpus, progress: bool) -> tqdm:
-    total = sum(tokens_read(corpus, row) for row in range(len(corpus)))
+def _progress_bar(corpus: EncodedCorpus, progress: bool, rows: NDArray[np.int64] | None = None) -> tqdm:
+    total = sum(tokens_read(corpus, row) for row in (range(len(corpus)) if rows is None else rows))
     hidden = not (progress and PartialState().is_main_process)
     return tqdm(total=total, desc="Scoring", unit="tok", unit_scale=True, disable=hidden)

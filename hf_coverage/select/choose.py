@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
+from hf_coverage.functional.adaptive_choice import comparable_means, prompt_order, race_by_loss
 from hf_coverage.functional.arithmetic_codes import check_intervals, stratified_pass_probabilities
 from hf_coverage.functional.best_of_n import pass_at_n
-from hf_coverage.functional.checks import FloatArray, check_n, metric_key
+from hf_coverage.functional.checks import FloatArray, check_logprobs, check_n, metric_key
 from hf_coverage.functional.choice import Decision, decide
 from hf_coverage.functional.coverage_profile import log_ratios
 from hf_coverage.functional.miss_profile import miss_values
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["Choice", "Pick", "choose"]
 
 Rule = Literal["miss", "pass", "stratified pass", "soft tournament"]
+Scorer = Callable[[NDArray[np.intp]], ArrayLike]
+"""Gives log p(y_i|x_i) of the rows it is called with."""
 
 _LOSS = {
     "miss": "miss_{}",
@@ -57,7 +61,8 @@ class Pick(NamedTuple):
         loss: Its loss.
         left: The candidates that are not told from the best, by their loss; the winner is the first.
         within: With 95 % confidence the winner's loss is at most this far above that of the best.
-        probability_best: The probability that the winner is the best; None with too few prompts to say.
+        probability_best: The probability that the winner is the best; None with too few prompts to say, and where
+            scoring stopped as soon as that was decided: then it is not known beyond the confidence of `left`.
         rows_needed: About how many more rows would leave one candidate, or bring `within` down to the tolerance.
     """
 
@@ -79,17 +84,22 @@ class Choice:
         rule: What loses: `"miss"` where log D is known, `"pass"` where verdicts are, `"stratified pass"` where the
             intervals of right answers are, `"soft tournament"` else.
         samples: The number of samples that will be drawn.
-        losses: Mean loss of each candidate.
-        intervals: 95 % interval of each loss.
+        losses: Mean loss of each candidate. Of one that was dropped on the way it is the winner's and the mean
+            difference from it on the rows that both were scored on: rather too much, for it was dropped where it
+            looked worst.
+        intervals: 95 % interval of each loss, by itself.
         pick: What is picked for `samples`.
         others: What would be picked for other numbers of samples.
-        probability_within: The probability that the winner is at most `tolerance` behind the best; None with too few
-            prompts.
+        probability_within: The probability that the winner is at most `tolerance` behind the best; None as
+            `probability_best`.
         tolerance: The loss that does not matter.
         cross_entropies: E[-log p] of each candidate, nats a response; None where verdicts are all there is.
         cross_entropy_cost: Loss of the candidate that cross-entropy would take, minus the winner's; None as before.
-        num_rows: R.
-        num_prompts: Distinct prompts.
+        num_rows: Rows that the winner was scored on.
+        num_prompts: Distinct prompts among them.
+        scored_rows: Rows that each candidate was scored on.
+        row_scorings: Rows scored over all candidates.
+        full_row_scorings: What they would have been with all rows for every candidate.
     """
 
     names: tuple[str, ...]
@@ -105,6 +115,9 @@ class Choice:
     cross_entropy_cost: PairedDifference | None
     num_rows: int
     num_prompts: int
+    scored_rows: dict[str, int]
+    row_scorings: int
+    full_row_scorings: int
     _curves: tuple[ProfileCurve, ...] = field(repr=False)
 
     @property
@@ -136,6 +149,11 @@ class Choice:
     def rows_needed(self) -> float:
         """About how many more rows would leave one candidate, or bring `within` down to the tolerance."""
         return self.pick.rows_needed
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """The candidates that were shown to be behind before they were scored on all rows that the winner was."""
+        return tuple(name for name, rows in self.scored_rows.items() if rows < self.num_rows)
 
     @property
     def ranking(self) -> tuple[str, ...]:
@@ -171,7 +189,7 @@ class Choice:
     @property
     def sentence(self) -> str:
         """What was decided, how sure it is, and what cross-entropy would take, in plain words."""
-        return " ".join([self._decision(), *self._certainty(), *self._against_cross_entropy()])
+        return " ".join([self._decision(), *self._certainty(), *self._against_cross_entropy(), *self._cost()])
 
     def plot(self, path: str | PathLike[str] | None = None, *, title: str | None = None) -> Figure:
         """Draw the candidates' losses over the number of samples, the picks marked.
@@ -211,8 +229,12 @@ class Choice:
         if len(self.names) == 1:
             return []
         parts = [f"With 95 % confidence its loss is within {self.within:.2g} of the best's."]
+        if self.row_scorings < self.full_row_scorings and len(self.left) == 1:
+            parts = ["With 95 % confidence it is the best."]
         if self.probability_best is not None:
-            parts.append(f"The probability that it is the best is {_share(self.probability_best)}.")
+            enough = self.is_decided or self.probability_best > 0.95
+            but = "" if enough else ": too little to leave the others out, which takes 95 %"
+            parts.append(f"The probability that it is the best is {_share(self.probability_best)}{but}.")
         if not self.is_decided:
             parts.append(
                 "More rows like these would not tell equals apart."
@@ -232,15 +254,25 @@ class Choice:
             f"{cost.low:.2g} to {cost.high:.2g})."
         ]
 
+    def _cost(self) -> list[str]:
+        if self.row_scorings == self.full_row_scorings:
+            return []
+        dropped = f"; {_listed(self.dropped)} {_were(self.dropped)} dropped on the way" if self.dropped else ""
+        return [
+            f"It took {self.row_scorings:,} of the {self.full_row_scorings:,} row scorings of the full table "
+            f"({self.row_scorings / self.full_row_scorings:.0%}){dropped}."
+        ]
+
 
 def choose(
-    candidates: Mapping[str, Candidate],
+    candidates: Mapping[str, Candidate | Scorer],
     samples: float | Sequence[float] = 16,
     *,
     reference_logprobs: ArrayLike | None = None,
     groups: Iterable[Any] | None = None,
     interval_lows: Mapping[str, ArrayLike] | None = None,
     tolerance: float = 0.0,
+    adaptive: bool = False,
     seed: int = 0,
 ) -> Choice:
     """Choose the candidate that loses least of Best-of-N with the samples that will be drawn, and say how surely.
@@ -251,22 +283,30 @@ def choose(
     never held where log D is known. Verdicts and miss_N are of independent samples; with the intervals of single right
     answers what loses is 1 - Pass@N of stratified ones, exact, which may be least for another candidate.
 
+    With `adaptive` the candidates are scored on 64 prompts drawn at random, then on 128, 256, ...; those that an
+    anytime-valid test shows not to be the best are dropped, and it ends when one is left, when the first is within the
+    tolerance of all that are left, or with the corpus. What is said then has its confidence with all of that.
+
     Args:
         candidates: By name, log p(y_i|x_i) of the same R rows `(R,)` in nats, or a `ScoreTable`, or its folder; or
-            `(P, k)` booleans, which of k samples to each prompt a verifier accepts.
+            `(P, k)` booleans, which of k samples to each prompt a verifier accepts. With `adaptive` also a function
+            that is called with row numbers and gives log p of these rows alone: it is called for one candidate after
+            the other, in an order that needs no model twice in a row.
         samples: N, the samples that will be drawn; with several, the first decides and the others are picked for too.
         reference_logprobs: `(R,)` log D(y|x), nats; 0 where y is the single right answer; None if it is not known.
         groups: `(R,)` the prompt of each row, if prompts repeat.
         interval_lows: By name, `(R,)` what `score_responses(..., intervals=True)` adds: choose for stratified samples.
         tolerance: A loss that does not matter, in [0, 1).
-        seed: Of the normal draws behind the confidences.
+        adaptive: Whether to score candidates only as long as they may be the best. Needs log D, or verdicts: in a soft
+            tournament candidates are measured by each other, and what one loses changes with who is dropped.
+        seed: Of the normal draws behind the confidences, and of the order of the prompts.
 
     Returns:
         The choice.
 
     Raises:
         ValueError: If candidates are not of the same rows, values are no log-probabilities, N exceeds k, or an
-            argument is out of range; names the candidate.
+            argument is out of range or does not fit the others; names the candidate.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -285,48 +325,129 @@ def choose(
     if not levels:
         raise ValueError("`samples` must be a number of samples, or several, but is empty.")
     named = by_name(candidates, "candidates")
+    codes = None if groups is None else group_codes(groups)
+    if adaptive:
+        if interval_lows is not None:
+            raise ValueError("`adaptive` is of independent samples: leave out `interval_lows`, or `adaptive`.")
+        return _choose_adaptively(named, levels, reference_logprobs, codes, tolerance, seed)
     if interval_lows is not None:
         losses = _Losses.of_intervals(named, by_name(interval_lows, "interval_lows"), reference_logprobs)
     elif _are_verdicts(named):
         losses = _Losses.of_verdicts(named)
     else:
         losses = _Losses.of_logprobs(named, reference_logprobs)
-    codes = None if groups is None else group_codes(groups)
-    names = tuple(named)
-    tables = [losses.at(level) for level in levels]
-    decisions = [decide(table, groups=codes, tolerance=tolerance, seed=seed) for table in tables]
+    decisions = [decide(losses.at(level), groups=codes, tolerance=tolerance, seed=seed) for level in levels]
+    return _choice(tuple(named), levels, losses, decisions, codes, tolerance)
+
+
+def _choose_adaptively(
+    named: Mapping[str, Any],
+    levels: Sequence[float],
+    reference: ArrayLike | None,
+    codes: NDArray[np.uint64] | None,
+    tolerance: float,
+    seed: int,
+) -> Choice:
+    if _are_verdicts(named):
+        sources: list[Callable[[NDArray[np.intp]], FloatArray]] = [
+            partial(_taken, table) for table in _Losses.of_verdicts(named).rows
+        ]
+        size = len(next(iter(named.values())))
+    elif reference is not None:
+        sources = _scorers(named, size := np.size(reference))
+    else:
+        raise ValueError(
+            "`adaptive` needs `reference_logprobs`, or verdicts: without them candidates are measured by each other, "
+            "and dropping one would change what the others lose. Give them, or leave `adaptive` out."
+        )
+    codes = np.arange(size, dtype=np.uint64) if codes is None else codes
+    if codes.size != size:
+        raise ValueError(f"`groups` must have one label a row, {size} in all, but has {codes.size}.")
+    order = prompt_order(codes, seed)
+    known = None if _are_verdicts(named) else np.asarray(reference, dtype=np.float64)[order]
+    seen: list[list[FloatArray]] = [[] for _ in named]
+
+    def score(m: int, start: int, stop: int) -> FloatArray:
+        seen[m].append(sources[m](order[start:stop]))
+        new = _Losses.of_rows(seen[m][-1:], None if known is None else known[start:stop])
+        return np.stack([new.at(level)[0] for level in levels])
+
+    first_rows = np.flatnonzero(np.diff(codes[order], prepend=codes[order[:1]] + np.uint64(1)))
+    prompt_rows = np.diff(np.append(first_rows, size))
+    race = race_by_loss(score, len(named), prompt_rows, tolerance=tolerance, seed=seed)
+    losses = _Losses.of_rows([np.concatenate(parts) for parts in seen], known)
+    return _choice(tuple(named), levels, losses, race.decisions, codes[order], tolerance)
+
+
+def _scorers(named: Mapping[str, Any], size: int) -> list[Callable[[NDArray[np.intp]], FloatArray]]:
+    """What gives each candidate's log-probabilities of some rows."""
+    whole = {name: source for name, source in named.items() if not callable(source)}
+    read = dict(zip(whole, read_candidates(whole)))
+    odd = next((name for name, values in read.items() if values.size != size), None)
+    if odd is not None:
+        raise ValueError(
+            f"`reference_logprobs` must be of the same rows as the candidates, but has {size:,} and {odd!r} "
+            f"{read[odd].size:,}."
+        )
+
+    def ask(name: str, rows: NDArray[np.intp]) -> FloatArray:
+        values = check_logprobs(named[name](rows), name=f"candidates[{name!r}]")
+        if values.size != rows.size:
+            raise ValueError(f"`candidates[{name!r}]` was asked for {rows.size:,} rows and gave {values.size:,}.")
+        return values
+
+    return [partial(_taken, read[name]) if name in read else partial(ask, name) for name in named]
+
+
+def _taken(values: FloatArray, rows: NDArray[np.intp]) -> FloatArray:
+    return values[rows]
+
+
+def _choice(
+    names: tuple[str, ...],
+    levels: Sequence[float],
+    losses: _Losses,
+    decisions: Sequence[Decision],
+    codes: NDArray[np.uint64] | None,
+    tolerance: float,
+) -> Choice:
+    """The choice, from losses that may be of the first rows only; `codes` are of all rows."""
     picks = [_pick(level, names, decision) for level, decision in zip(levels, decisions)]
-    first, table = decisions[0], tables[0]
-    entropies = losses.cross_entropies(names)
+    first, rows = decisions[0], losses.at(levels[0])
+    entropies = losses.cross_entropies(first.pick)
     cost = None
     if entropies is not None:
-        cheapest = min(range(len(names)), key=lambda m: entropies[names[m]])
-        cost = paired_loss_difference(table[cheapest], table[first.pick], groups=codes)
-    grid = losses.grid(levels)
+        cheapest = int(np.argmin(entropies))
+        size = rows[cheapest].size
+        cost = paired_loss_difference(rows[cheapest], rows[first.pick][:size], groups=_first(codes, size))
+    num_rows = rows[first.pick].size
     return Choice(
         names=names,
         rule=losses.rule,
         samples=levels[0],
         losses=_named(names, first.losses),
-        intervals={name: bounded_mean_interval(row, groups=codes) for name, row in zip(names, table)},
+        intervals=_named_intervals(names, rows, first.losses, codes),
         pick=picks[0],
         others=tuple(picks[1:]),
         probability_within=first.probability_within,
         tolerance=tolerance,
-        cross_entropies=entropies,
+        cross_entropies=None if entropies is None else _named(names, entropies),
         cross_entropy_cost=cost,
-        num_rows=table.shape[1],
-        num_prompts=table.shape[1] if codes is None else int(np.unique(codes).size),
-        _curves=_curves(names, losses, grid, {pick.winner for pick in picks}, codes),
+        num_rows=num_rows,
+        num_prompts=num_rows if codes is None else int(np.unique(codes[:num_rows]).size),
+        scored_rows={name: own.size for name, own in zip(names, rows)},
+        row_scorings=sum(own.size for own in rows),
+        full_row_scorings=len(names) * (num_rows if codes is None else codes.size),
+        _curves=_curves(names, losses, losses.grid(levels), {pick.winner for pick in picks}, first.pick, codes),
     )
 
 
 class _Losses:
-    """What each candidate loses on each row, for any number of samples."""
+    """What each candidate loses on each row that it was scored on, for any number of samples."""
 
     def __init__(self, rule: Rule, rows: list[FloatArray], logprobs: list[FloatArray] | None) -> None:
         self.rule: Rule = rule
-        self._rows, self._logprobs = rows, logprobs
+        self.rows, self._logprobs = rows, logprobs
 
     @classmethod
     def of_logprobs(cls, named: Mapping[str, Any], reference: ArrayLike | None) -> _Losses:
@@ -356,36 +477,43 @@ class _Losses:
         begins = [check_intervals(lows[name], values) for name, values in zip(named, logprobs)]
         return cls("stratified pass", begins, logprobs)
 
-    def at(self, samples: float) -> FloatArray:
-        """`(M, R)` losses with so many samples."""
+    @classmethod
+    def of_rows(cls, rows: list[FloatArray], reference: FloatArray | None) -> _Losses:
+        """Of the first rows, of each candidate as many as there are: log p where log D is given, else 1 - Pass@N."""
+        if reference is None:
+            return cls("pass", rows, None)
+        return cls("miss", [log_ratios(reference[: values.size], values) for values in rows], rows)
+
+    def at(self, samples: float) -> list[FloatArray]:
+        """Of each candidate the losses with so many samples."""
         if self.rule == "stratified pass" and self._logprobs is not None:
             if samples != int(samples):
                 raise ValueError(f"`samples` must be a whole number of stratified samples, but is {samples:g}.")
-            pairs = zip(self._rows, self._logprobs)
-            return np.stack([1 - stratified_pass_probabilities(*pair, n=int(samples)) for pair in pairs])
+            pairs = zip(self.rows, self._logprobs)
+            return [1 - stratified_pass_probabilities(*pair, n=int(samples)) for pair in pairs]
         if self.rule == "miss":
-            return np.stack([miss_values(ratios, samples) for ratios in self._rows])
+            return [miss_values(ratios, samples) for ratios in self.rows]
         if self.rule == "soft tournament":
-            return envelope_losses(self._rows, samples)
-        if samples != int(samples) or samples > self._rows[0].shape[1]:
+            return list(envelope_losses(self.rows, samples))
+        if samples != int(samples) or samples > self.rows[0].shape[1]:
             raise ValueError(
-                f"`samples` must be a whole number up to the {self._rows[0].shape[1]} verdicts a prompt, but is "
+                f"`samples` must be a whole number up to the {self.rows[0].shape[1]} verdicts a prompt, but is "
                 f"{samples:g}: beyond them Pass@N is not known."
             )
-        return np.stack([table[:, int(samples) - 1] for table in self._rows])
+        return [table[:, int(samples) - 1] for table in self.rows]
 
     def grid(self, levels: Sequence[float]) -> FloatArray:
         """Numbers of samples to draw losses over."""
         if self.rule == "pass":
-            return np.arange(1.0, self._rows[0].shape[1] + 1)
+            return np.arange(1.0, self.rows[0].shape[1] + 1)
         grid = np.unique(np.append(np.exp2(np.linspace(0, max(6.0, np.log2(max(levels)) + 2), 41)), levels))
         return np.unique(grid.round()) if self.rule == "stratified pass" else grid
 
-    def cross_entropies(self, names: Sequence[str]) -> dict[str, float] | None:
+    def cross_entropies(self, base: int) -> FloatArray | None:
         """E[-log p] of each candidate, nats a response; None where it is not known."""
         if self._logprobs is None:
             return None
-        return {name: float(-np.minimum(values, 0.0).mean()) for name, values in zip(names, self._logprobs)}
+        return comparable_means([-np.minimum(values, 0.0) for values in self._logprobs], base)
 
 
 def _are_verdicts(named: Mapping[str, Any]) -> bool:
@@ -414,17 +542,39 @@ def _pick(samples: float, names: Sequence[str], decision: Decision) -> Pick:
 
 
 def _curves(
-    names: Sequence[str], losses: _Losses, grid: FloatArray, picked: set[str], groups: Any
+    names: Sequence[str],
+    losses: _Losses,
+    grid: FloatArray,
+    picked: set[str],
+    base: int,
+    codes: NDArray[np.uint64] | None,
 ) -> tuple[ProfileCurve, ...]:
     tables = [losses.at(level) for level in grid]
+    values = np.clip([comparable_means(table, base) for table in tables], 0.0, 1.0).T
     curves = []
-    for m, name in enumerate(names):
-        value = np.array([table[m].mean() for table in tables])
+    for m, (name, value) in enumerate(zip(names, values)):
         low = high = value
         if name in picked:
-            low, high = np.array([bounded_mean_interval(table[m], groups=groups) for table in tables]).T
+            own = _first(codes, tables[0][m].size)
+            low, high = np.array([bounded_mean_interval(table[m], groups=own) for table in tables]).T
         curves.append(ProfileCurve(name, grid, value, low, high))
     return tuple(curves)
+
+
+def _named_intervals(
+    names: Sequence[str], rows: Sequence[FloatArray], means: FloatArray, codes: NDArray[np.uint64] | None
+) -> dict[str, tuple[float, float]]:
+    """Each interval is that of the rows that were scored, moved as their mean was."""
+    found, longest = {}, max(own.size for own in rows)
+    for name, own, mean in zip(names, rows, means):
+        low, high = bounded_mean_interval(own, groups=_first(codes, own.size))
+        ease = 0.0 if own.size == longest else mean - own.mean()
+        found[name] = (max(0.0, low + ease), min(1.0, high + ease))
+    return found
+
+
+def _first(codes: NDArray[np.uint64] | None, size: int) -> NDArray[np.uint64] | None:
+    return None if codes is None else codes[:size]
 
 
 def _named(names: Iterable[str], values: Iterable[float]) -> dict[str, float]:
@@ -433,6 +583,10 @@ def _named(names: Iterable[str], values: Iterable[float]) -> dict[str, float]:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:5])} and {len(names) - 5} more"
+
+
+def _were(names: Sequence[str]) -> str:
+    return "was" if len(names) == 1 else "were"
 
 
 def _share(probability: float) -> str:

@@ -298,7 +298,9 @@ class RowScorer:
         self._together = row_network(model, config).shares_passes
         self._positions = batch_tokens if config.cache == "stale" else batch_tokens // _GRAPH
 
-    def plan(self, corpus: EncodedCorpus, rows: range, *, together: bool = True, padding: bool = True) -> list[Batch]:
+    def plan(
+        self, corpus: EncodedCorpus, rows: Sequence[int], *, together: bool = True, padding: bool = True
+    ) -> list[Batch]:
         """Arrange rows into batches, longest first; responses of a prompt that is followed go on from it in waves.
 
         Args:

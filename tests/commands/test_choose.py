@@ -2,6 +2,10 @@
 
 import json
 import shlex
+import shutil
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +15,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from hf_coverage.cli import app
+from hf_coverage.commands.follow import RunFolder
 from hf_coverage.commands.score_folder import read_measured
+from hf_coverage.measure.engine import ScoringEngine
+from hf_coverage.measure.score_table import ScoreTable
 from hf_coverage.select.choose import choose
+from tests.processes import Job
+from tests.processes import run as run_job
 
 OPTIONS = "--data corpus.jsonl --device cpu --tokenizer none --output-dir choice"
 
@@ -82,6 +91,10 @@ def test_scores_are_used_again_and_a_plain_corpus_has_its_own_rule(run):
 def test_flags_out_of_range_are_named(run):
     assert "`--samples" in invoke(f"run/checkpoint-10 {OPTIONS} --samples 0", code=2)
     assert "`--tolerance`" in invoke(f"run/checkpoint-10 {OPTIONS} --tolerance 2", code=2)
+    assert "`--follow` takes the folder of one run" in invoke(f"run {OPTIONS} --follow --adaptive", code=2)
+    assert "`--until` says when `--follow`" in invoke(f"run {OPTIONS} --until 3", code=2)
+    for other in ("--adaptive", "--follow"):
+        assert "`--stratified` is for whole score tables" in invoke(f"run {OPTIONS} --stratified {other}", code=2)
 
 
 def test_stratified_samples_have_a_choice_of_their_own(run):
@@ -115,3 +128,234 @@ def test_what_stratified_cannot_be_of_is_refused(run):
     invoke(f"run/checkpoint-10 {options}")
     output = invoke("plain/scores/run__checkpoint-10 --stratified --output-dir again", code=1)
     assert "was scored without: score it into a new folder" in " ".join(output.split())
+
+
+def checkpoint(folder, seed, spread=0.02):
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        n_layer=1,
+        n_embd=8,
+        n_head=1,
+        vocab_size=11,
+        n_positions=32,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=spread,
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+
+
+@pytest.fixture
+def many(run):
+    """The run with a checkpoint that has lost most responses, and 150 prompts, some of them twice."""
+    checkpoint("run/checkpoint-30", 30, spread=2.0)
+    rng = np.random.default_rng(1)
+    rows = {"prompt": rng.integers(2, 11, (150, 3)).tolist(), "completion": rng.integers(2, 11, (150, 2)).tolist()}
+    rows = {name: [*column, *column[:20]] for name, column in rows.items()}
+    rows["completion"][150:] = rng.integers(2, 11, (20, 2)).tolist()
+    Dataset.from_dict(rows | {"reference_logprob": [-4.0] * 170}).to_json(run / "corpus.jsonl")
+    return run
+
+
+ADAPTIVE = f"run/checkpoint-10 run/checkpoint-20 run/checkpoint-30 {OPTIONS} --adaptive --samples 8 --shard-rows 32"
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() and path.name != "report.html"  # which names the time
+    }
+
+
+def rows_scored(monkeypatch):
+    """How many rows each pass over some rows scores, from now on."""
+    scored, score = [], ScoringEngine.score_rules
+
+    def counting(self, corpus, rows, rules, advance):
+        scored.append(len(rows))
+        return score(self, corpus, rows, rules, advance)
+
+    monkeypatch.setattr(ScoringEngine, "score_rules", counting)
+    return scored
+
+
+def test_adaptively_what_is_behind_is_scored_on_few_rows_and_the_rest_of_it_later(many, monkeypatch):
+    scored = rows_scored(monkeypatch)
+    output = invoke(ADAPTIVE)
+    facts = json.loads(Path("choice/choice.json").read_text())
+    assert facts["scored_rows"]["checkpoint-30"] < 100
+    assert facts["scored_rows"][facts["winner"]] == 170
+    assert sum(scored) == facts["row_scorings"] < facts["full_row_scorings"] == 510
+    assert "row scorings of the full table" in " ".join(output.split())
+    assert "dropped" in output
+    assert "dropped" in Path("choice/report.html").read_text()
+    # again: nothing is scored, or loaded
+    before, done = contents("choice"), len(scored)
+    monkeypatch.setattr("hf_coverage.commands.score.load_model", None)
+    invoke(ADAPTIVE)
+    assert (contents("choice"), len(scored)) == (before, done)
+    # what was scored is of use to the other commands, and the scores are enough for the same choice
+    partly = "choice/scores/run__checkpoint-30"
+    rows = facts["scored_rows"]["checkpoint-30"]
+    assert f"{partly} has scores of {rows} of 170 rows" in " ".join(invoke_command(f"profile {partly} -o p").split())
+    for command in ("compare", "tournament --bootstrap 0", "choose"):
+        said = invoke_command(f"{command} choice/scores/run__checkpoint-10 {partly} -o c")
+        assert f"Compared on the {rows} rows that all of them were scored on." in " ".join(said.split())
+    folders = " ".join(f"choice/scores/run__checkpoint-{step}" for step in (10, 20, 30))
+    invoke(f"{folders} --adaptive --samples 8 -o again")
+    again = json.loads(Path("again/choice.json").read_text())
+    assert list(again["losses"].values()) == list(facts["losses"].values())
+    assert "are needed" in invoke(f"{folders} --adaptive --samples 8 --seed 1 -o other", code=1)
+    # without it the others are completed, and no row is scored twice
+    monkeypatch.undo()
+    monkeypatch.chdir(many)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", many / "cache")
+    monkeypatch.setattr("hf_coverage.commands.score.load_tokenizer", lambda *_: None)
+    scored = rows_scored(monkeypatch)
+    invoke(ADAPTIVE.replace("--adaptive ", ""))
+    assert sum(scored) == 510 - facts["row_scorings"]
+    whole = [ScoreTable.open(folder).logprob for folder in folders.split()]
+    assert [values.size for values in whole] == [170] * 3
+    assert not list(Path("choice").rglob("rows-*"))
+    assert json.loads(Path("choice/choice.json").read_text())["winner"] == facts["winner"]
+    # and adaptively again, there is nothing left to score
+    invoke(ADAPTIVE)
+    assert json.loads(Path("choice/choice.json").read_text())["losses"] == pytest.approx(facts["losses"], abs=1e-4)
+
+
+def invoke_command(arguments):
+    result = CliRunner().invoke(app, shlex.split(arguments))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_adaptively_a_run_that_failed_anywhere_goes_on_and_ends_with_the_same_bytes(many, monkeypatch):
+    invoke(ADAPTIVE)
+    shutil.move("choice", "whole")
+    calls, write = [], ScoreTable.write_rows
+
+    def failing(self, *arguments):
+        calls.append(self)
+        if len(calls) in (2, 6):
+            raise OSError("power cut")
+        write(self, *arguments)
+
+    monkeypatch.setattr(ScoreTable, "write_rows", failing)
+    for code in (1, 1, 0):
+        invoke(ADAPTIVE, code=code)
+    assert contents("choice") == contents("whole")
+
+
+def test_adaptively_a_plain_corpus_is_refused(run):
+    message = invoke(f"run/checkpoint-10 run/checkpoint-20 {OPTIONS} --adaptive".replace("corpus.", "plain."), code=1)
+    assert "`--adaptive` needs a corpus with `reference_logprob`" in " ".join(message.split())
+
+
+SCRIPT = """
+import sys
+from hf_coverage.commands import score
+from hf_coverage.cli import app
+
+score.load_tokenizer = lambda *_: None
+app(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_adaptively_on_two_ranks_and_killed(many):
+    Path("script.py").write_text(SCRIPT)
+    command = ["script.py", "choose", *shlex.split(ADAPTIVE)]
+    run_job(*command)
+    shutil.move("choice", "whole")
+    job = Job(*command, ranks=2)
+    while not list(Path("choice").rglob("rows-*")):
+        assert job.poll() is None, job.wait()
+        time.sleep(0.01)
+    job.kill()
+    run_job(*command, ranks=2)
+    assert contents("choice") == contents("whole")
+
+
+FOLLOW = "run {} --follow --interval 0.05 --samples 8"
+
+
+def test_followed_checkpoints_are_scored_once_as_they_come_and_may_go(run, monkeypatch):
+    scored, failures = rows_scored(monkeypatch), []
+    shutil.move("run", "made")
+    checkpoint("made/checkpoint-30", 30)
+
+    def train():
+        try:
+            for step in (10, 20, 30):
+                folder = Path("run") / f"checkpoint-{step}"
+                folder.mkdir(parents=True)
+                shutil.copy(f"made/checkpoint-{step}/config.json", folder)
+                time.sleep(0.4)  # nothing to load yet
+                weights = Path(f"made/checkpoint-{step}/model.safetensors").read_bytes()
+                (folder / "model.safetensors").write_bytes(weights[:2000])
+                time.sleep(0.4)  # half of it
+                (folder / "model.safetensors").write_bytes(weights)
+                record = Path(f"choice/scores/run__checkpoint-{step}/checkpoint.json")
+                while not record.exists():
+                    time.sleep(0.01)
+                if step == 20:
+                    shutil.rmtree("run/checkpoint-10")
+        except Exception as error:
+            failures.append(error)
+
+    writer = threading.Thread(target=train, daemon=True)
+    writer.start()
+    output = " ".join(invoke(f"{FOLLOW.format(OPTIONS)} --until 30").split())
+    writer.join()
+    assert not failures
+    assert scored == [12, 12, 12]
+    assert "checkpoint-10 cannot be loaded yet" in output
+    assert output.count("checkpoints, the last") == 3
+    facts = json.loads(Path("choice/choice.json").read_text())
+    assert facts["names"] == ["checkpoint-10", "checkpoint-20", "checkpoint-30"]
+    best = json.loads(Path("choice/best_checkpoint.json").read_text())
+    assert not best["best_model_checkpoint"].endswith("checkpoint-10")
+    # again: what is there, gone or not, is scored, and it ends at once
+    invoke(f"{FOLLOW.format(OPTIONS)} --until 30")
+    assert scored == [12, 12, 12]
+    assert json.loads(Path("choice/choice.json").read_text()) == facts
+
+
+def test_following_ends_with_ctrl_c(run, monkeypatch):
+    looks = []
+
+    def look(self, known):
+        looks.append(list(known))
+        if len(looks) == 4:
+            raise KeyboardInterrupt
+        return [
+            path for path in (run / "run" / "checkpoint-10", run / "run" / "checkpoint-20") if path.name not in known
+        ]
+
+    monkeypatch.setattr(RunFolder, "settled", look)
+    output = " ".join(invoke(FOLLOW.format(OPTIONS), code=130).split())
+    assert "Stopped following run after 2 checkpoints. Run the same command again to go on." in output
+    assert json.loads(Path("choice/choice.json").read_text())["names"] == ["checkpoint-10", "checkpoint-20"]
+
+
+def test_it_is_said_once_when_coverage_turns(run, monkeypatch):
+    shutil.rmtree("run")
+    rng = np.random.default_rng(0)
+    rows = {"prompt": rng.integers(2, 11, (500, 3)).tolist(), "completion": rng.integers(2, 11, (500, 2)).tolist()}
+    Dataset.from_dict(rows | {"reference_logprob": [-4.0] * 500}).to_json(run / "corpus.jsonl")
+    for step in (1, 2, 3, 4):
+        checkpoint(f"run/checkpoint-{step}", step)
+    # what most responses get improves to the end, and from step 3 on a few are lost
+    common, lost, score = (-4.6, -4.5, -4.0, -3.9), (20, 0, 30, 31), ScoringEngine.score_rules
+    steps = iter([np.where(np.arange(500) < rows, -9.0, value) for value, rows in zip(common, lost)])
+
+    def known(self, corpus, rows, rules, advance):
+        (scores,) = score(self, corpus, rows, rules, advance)
+        scores.logprob[:] = next(steps)[np.asarray(rows)]
+        return [scores]
+
+    monkeypatch.setattr(ScoringEngine, "score_rules", known)
+    output = " ".join(invoke(f"{FOLLOW.format(OPTIONS)} --until 4").split())
+    assert output.count("Coverage is getting worse while cross-entropy improves. From step 2 to step 3") == 1
+    assert "Coverage is getting worse" in Path("choice/report.html").read_text()

@@ -205,6 +205,63 @@ def test_wrong_sizes_are_named(table):
         score(table, shard_rows=0)
 
 
+def tokens_read(monkeypatch, model):
+    """Lengths of what the model reads from now on, without the check that comes first."""
+    monkeypatch.setattr(forward_batches, "find_reading", lambda *args, fastest, **kwargs: fastest)
+    read = []
+    model.transformer.wte.register_forward_hook(lambda _, args, output: read.append(args[0].shape))
+    return read
+
+
+def test_rows_in_any_order_become_the_shards_of_a_whole_table(tmp_path, table):
+    model, whole = killed_run.build(), ScoreTable.open(table)
+    scored = score(tmp_path / "some", model=model, rows=[7, 2, 5], per_token=True)
+    assert scored["prompt"][:] == killed_run.make_corpus().select([7, 2, 5])["prompt"][:]
+    np.testing.assert_allclose(scored["logprob"][:], whole.logprob[[7, 2, 5]], atol=1e-4)
+    with pytest.raises(ValueError, match="lacks 3 of 3 shards"):
+        ScoreTable.open(tmp_path / "some")
+    sample = ScoreTable.open_sample(tmp_path / "some")
+    rows, scores = sample.read_rows()
+    assert rows.tolist() == [7, 2, 5]
+    known, found = sample.look_up(np.array([0, 5, 7]))
+    assert known.tolist() == [False, True, True]
+    assert found.logprob.tolist() == scores.logprob[[2, 0]].tolist()
+    again = score(tmp_path / "some", model=model, rows=[5, 0, 7, 1, 3, 4, 6, 8, 9], per_token=True)
+    assert again["token_logprobs"][0] == scored["token_logprobs"][2]
+    assert sorted(contents(tmp_path / "some")) == sorted(contents(table))
+    np.testing.assert_allclose(ScoreTable.open(tmp_path / "some").logprob, whole.logprob, atol=1e-4)
+
+
+def test_what_was_scored_in_another_order_is_not_scored_again(tmp_path, monkeypatch):
+    model = killed_run.build()
+    first = score(tmp_path, model=model, rows=[7, 2, 5, 4, 6])
+    read = tokens_read(monkeypatch, model)
+    score(tmp_path, model=model, rows=[2, 4])
+    lengths = [len(row["prompt"]) + len(row["completion"]) - 1 for row in killed_run.make_corpus().select(range(10))]
+    whole = score(tmp_path, model=model)
+    # a probe for the output head each time; rows 4 to 7 are known but for none, and in 0 to 3 row 2 is
+    others = [rows * columns for rows, columns in read if rows * columns > 1]
+    assert sum(others) <= 2 * sum(lengths[row] for row in (0, 1, 3, 8, 9))
+    assert [whole["logprob"][row] for row in (7, 2, 5, 4, 6)] == first["logprob"][:]
+    assert not list(tmp_path.glob("rows-*"))
+
+
+def test_rows_that_are_none_are_named(tmp_path):
+    for rows in ([], [1, 1]):
+        with pytest.raises(ValueError, match="`rows` must be the numbers of one row or more, each once"):
+            score(tmp_path, rows=rows)
+    with pytest.raises(ValueError, match=r"`rows` must lie in \[0, 10\), but 10 does not"):
+        score(tmp_path, rows=[3, 10])
+
+
+def test_damaged_rows_are_refused(tmp_path):
+    score(tmp_path, rows=[7, 2])
+    (path,) = tmp_path.glob("rows-*")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"rows-.* is truncated .*Move the file away"):
+        score(tmp_path)
+
+
 def test_twenty_kills_lose_nothing(tmp_path):
     """SIGKILL at random points of the run; whatever it had reached, the runs after it end with the same bytes."""
     context = server()

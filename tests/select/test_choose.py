@@ -85,6 +85,7 @@ def test_no_winner_where_chance_explains_it():
     assert set(choice.left) == {"a", "b", "c"}
     assert choice.sentence.startswith("No winner: chance explains what 3 of 3 candidates")
     assert "To decide would take about" in choice.sentence
+    assert ": too little to leave the others out, which takes 95 %. To decide" in choice.sentence
     # unless what is left does not matter
     generous = choose(equal, 8, reference_logprobs=REFERENCE, tolerance=0.2)
     assert generous.is_decided
@@ -112,6 +113,85 @@ def test_probability_zero_is_a_loss_of_one():
     choice = choose({"dead": [-math.inf] * 5, "alive": [-1.0] * 5}, 4, reference_logprobs=[-1.0] * 5)
     assert choice.losses == {"dead": 1.0, "alive": 0.0}
     assert choice.cross_entropies["dead"] == math.inf
+
+
+def test_adaptively_candidates_that_are_behind_are_scored_on_few_rows():
+    rng = np.random.default_rng(0)
+    reference, groups = -rng.exponential(3, 600), np.arange(600) // 2
+    own = {"good": 0.5, "close": 0.6, "bad": 3.0}
+    table = {name: np.minimum(reference - shift - 0.2 * rng.random(600), 0) for name, shift in own.items()}
+    asked = {name: [] for name in table}
+
+    def scorer(name):
+        def score(rows):
+            asked[name].extend(rows.tolist())
+            return table[name][rows]
+
+        return score
+
+    arguments = {"samples": 8, "reference_logprobs": reference, "groups": groups, "adaptive": True}
+    choice = choose({name: scorer(name) for name in table}, **arguments)
+    assert choice.winner == "good"
+    assert choice.dropped[-1] == "bad"
+    assert choice.scored_rows == {name: len(rows) for name, rows in asked.items()}
+    assert choice.scored_rows["bad"] == 128  # 64 prompts, of two rows each
+    assert (choice.row_scorings, choice.full_row_scorings) == (sum(map(len, asked.values())), 1800)
+    assert {row ^ 1 for row in asked["bad"]} == set(asked["bad"])  # with a prompt all of its rows
+    # whoever was dropped is compared on the rows that it has
+    rows = asked["bad"]
+    misses = {name: miss_values(reference - table[name], 8) for name in table}
+    behind = (misses["bad"] - misses["good"])[rows].mean()
+    assert choice.losses["bad"] == pytest.approx(misses["good"][asked["good"]].mean() + behind)
+    low, high = choice.intervals["bad"]
+    assert low < choice.losses["bad"] < high
+    entropy = (table["good"] - table["bad"])[rows].mean() - table["good"][asked["good"]].mean()
+    assert choice.cross_entropies["bad"] == pytest.approx(entropy)
+    assert choice.ranking[-1] == "bad"
+    assert f"It took {choice.row_scorings:,} of the 1,800 row scorings of the full table" in choice.sentence
+    assert "dropped on the way" in choice.sentence
+    facts = json.loads(choice.to_json())
+    assert facts["scored_rows"] == choice.scored_rows
+    # arrays are as good as what scores on demand, and the order does not depend on where prompts stand
+    assert choose(table, **arguments).to_json() == choice.to_json()
+    turned = {name: values[::-1] for name, values in table.items()}
+    other = choose(turned, 8, reference_logprobs=reference[::-1], groups=groups[::-1], adaptive=True)
+    assert other.losses == pytest.approx(choice.losses)
+    assert choice.plot() is not None
+
+
+def test_adaptively_with_verdicts_and_with_one_left():
+    rng = np.random.default_rng(0)
+    verdicts = {name: rng.random((600, 4)) < share for name, share in (("weak", 0.05), ("strong", 0.9))}
+    choice = choose(verdicts, 4, adaptive=True)
+    assert (choice.rule, choice.winner, choice.left) == ("pass", "strong", ("strong",))
+    assert choice.scored_rows == {"weak": 64, "strong": 64}
+    assert (choice.within, choice.probability_best, choice.is_decided) == (0.0, None, True)
+    assert "With 95 % confidence it is the best." in choice.sentence
+
+
+def test_a_candidate_without_a_chance_is_dropped():
+    dead = [-math.inf] * 300
+    choice = choose({"dead": dead, "alive": [-1.0] * 300}, 4, reference_logprobs=[-1.0] * 300, adaptive=True)
+    assert choice.scored_rows == {"dead": 64, "alive": 64}
+    assert choice.cross_entropies == {"dead": math.inf, "alive": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"reference_logprobs": None}, "`adaptive` needs `reference_logprobs`, or verdicts"),
+        ({"candidates": {"a": lambda rows: MEAN[:3]}}, r"`candidates\['a'\]` was asked for 64 rows and gave 3"),
+        (
+            {"reference_logprobs": REFERENCE[1:]},
+            "of the same rows as the candidates, but has 399 and 'mean' 400",
+        ),
+        ({"groups": [1]}, "one label a row"),
+        ({"tolerance": -1}, "`tolerance` must be a loss"),
+    ],
+)
+def test_what_is_refused_adaptively(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        choose(**{"candidates": TABLE, "reference_logprobs": REFERENCE, "adaptive": True} | arguments)
 
 
 @pytest.mark.parametrize(
