@@ -80,10 +80,9 @@ class TTTChoice:
         """What was chosen and whether it helps, in plain words."""
         parts = [*self._verdict(), *self._divergence()]
         if self.plain.is_upper_bound and self.rule is not None:
+            itself = "miss_N" if self.by == "miss" else "Cov_N"
             parts.append(
-                "The corpus does not tell D(y|x), so that only bounds were compared, and not {} itself.".format(
-                    "miss_N" if self.by == "miss" else "Cov_N"
-                )
+                f"The corpus does not tell D(y|x), so that only bounds were compared, not {itself} itself."
             )
         return " ".join(parts)
 
