@@ -81,9 +81,7 @@ class TTTChoice:
         parts = [*self._verdict(), *self._divergence()]
         if self.plain.is_upper_bound and self.rule is not None:
             itself = "miss_N" if self.by == "miss" else "Cov_N"
-            parts.append(
-                f"The corpus does not tell D(y|x), so that only bounds were compared, not {itself} itself."
-            )
+            parts.append(f"The corpus does not tell D(y|x), so that only bounds were compared, not {itself} itself.")
         return " ".join(parts)
 
     def to_json(self, path: str | PathLike[str] | None = None, **more: Any) -> str:
