@@ -80,11 +80,8 @@ class TTTChoice:
         """What was chosen and whether it helps, in plain words."""
         parts = [*self._verdict(), *self._divergence()]
         if self.plain.is_upper_bound and self.rule is not None:
-            parts.append(
-                "The corpus does not tell D(y|x), so that only bounds were compared, and not {} itself.".format(
-                    "miss_N" if self.by == "miss" else "Cov_N"
-                )
-            )
+            itself = "miss_N" if self.by == "miss" else "Cov_N"
+            parts.append(f"The corpus does not tell D(y|x), so that only bounds were compared, not {itself} itself.")
         return " ".join(parts)
 
     def to_json(self, path: str | PathLike[str] | None = None, **more: Any) -> str:
