@@ -95,7 +95,7 @@ def fits(found, law, tree, least=0.001):
 def test_the_walk_ends_at_leaves_in_the_right_proportion_and_guidance_does_not(model, tree):
     target = leaf_target(tree)
     deciding = decoder(model)
-    walked = deciding.backtrack(3000, steps=60)
+    walked = deciding.backtrack(2000, steps=60)
     assert total_variation(output_law(tree, 60), target) < 0.005
     assert fits(walked, output_law(tree, 60), tree)
     assert fits(walked, target, tree)
@@ -121,13 +121,13 @@ def test_the_walk_ends_at_leaves_in_the_right_proportion_and_guidance_does_not(m
     ],
 )
 def test_short_walks_have_the_law_of_their_steps(model, tree, settings, law):
-    assert fits(decoder(model).backtrack(3000, seed=1, **settings), law(tree), tree)
+    assert fits(decoder(model).backtrack(2000, seed=1, **settings), law(tree), tree)
     assert total_variation(law(tree), leaf_target(tree)) > 0.02
 
 
 @pytest.mark.parametrize("block_size", [1, 2, LENGTH])
 def test_blocks_have_the_same_law(model, tree, block_size):
-    assert fits(decoder(model).backtrack(2000, steps=60, block_size=block_size, seed=2), leaf_target(tree), tree)
+    assert fits(decoder(model).backtrack(1200, steps=60, block_size=block_size, seed=2), leaf_target(tree), tree)
 
 
 def test_rejection_is_exact_and_refuses_a_bound_that_is_none(model, tree):
@@ -406,8 +406,8 @@ def test_a_real_model_avoids_a_letter(smollm2):
     model, tokenizer = smollm2
     prompt, settings = "My grandmother told me that", {"max_new_tokens": 5, "eos_token_id": [], "progress": False}
     one = ValueGuidedDecoder(model, tokenizer, prompt, few_es, top_k=4, **settings)
-    walked = one.backtrack(12, visits=2)
-    plain = one.guide(12, candidates=1, block_size=5)
+    walked = one.backtrack(8, visits=2)
+    plain = one.guide(8, candidates=1, block_size=5)
     assert walked.finished.all()
     assert walked.values.tolist() == few_es(walked.texts)
     assert walked.texts == tokenizer.batch_decode(walked.responses, skip_special_tokens=True)
@@ -420,6 +420,6 @@ def test_a_real_model_avoids_a_letter(smollm2):
         terms = kept.values.log_softmax(-1)[kept.indices == torch.tensor(response)[:, None]]
         assert logprob == pytest.approx(float(terms.sum()), abs=1e-3)
     whole_vocabulary = ValueGuidedDecoder(model, tokenizer, prompt, few_es, **settings)
-    blocks = whole_vocabulary.backtrack(4, visits=2, block_size=2)
+    blocks = whole_vocabulary.backtrack(2, visits=2, block_size=2)
     assert blocks.values.tolist() == few_es(blocks.texts)
     assert {len(response) for response in blocks.responses} == {5}

@@ -88,9 +88,9 @@ def test_reading_leaves_the_model_and_the_random_numbers_as_they_are(tiny_gpt2):
 def test_a_real_model_says_the_same(smollm2, monkeypatch):
     model, tokenizer = smollm2
     prompts = [tokenizer(text)["input_ids"] for text in ("The capital of France is", "def add(a, b):\n    return")]
-    shared = draw(model, prompts * 4, max_new_tokens=8, eos_token_ids=(2,))
+    shared = draw(model, prompts * 3, max_new_tokens=5, eos_token_ids=(2,))
     monkeypatch.setattr(sampler, "read_prompts", lambda model, prompts: None)
-    alone = draw(model, prompts * 4, max_new_tokens=8, eos_token_ids=(2,))
+    alone = draw(model, prompts * 3, max_new_tokens=5, eos_token_ids=(2,))
     assert [sample.ids for sample in shared] == [sample.ids for sample in alone]
     np.testing.assert_allclose([s.logprob for s in shared], [s.logprob for s in alone], atol=1e-3)
 

@@ -305,7 +305,7 @@ class TestSamples:
     def test_a_real_model(self, smollm2):
         model, tokenizer = smollm2
         prompts = ["The capital of France is", "", "def add(a, b):\n"]
-        corpus = sample_corpus(model, tokenizer, prompts, k=2, max_new_tokens=8, batch_size=4, progress=False)
+        corpus = sample_corpus(model, tokenizer, prompts, k=2, max_new_tokens=5, batch_size=4, progress=False)
         scored = score_responses(model, tokenizer, corpus, progress=False)
         np.testing.assert_allclose(scored["logprob"][:], corpus["reference_logprob"][:], atol=3e-4)
 

@@ -184,10 +184,10 @@ class TestCompare:
         tokenizer.save_pretrained(model)
         settings = {
             "output_dir": output, "run.model": model, "run.top_k": 16,
-            "text.documents": 6, "text.prompt_tokens": 24, "text.response_tokens": 12, "text.lr": "0.001 0.01",
+            "text.documents": 4, "text.prompt_tokens": 24, "text.response_tokens": 12, "text.lr": "0.001 0.01",
             "long.documents": 2, "long.prompt_tokens": 4, "long.response_tokens": 140, "long.lr": 0.001,
-            "safety.documents": 3, "safety.lr": 0.1, "safety.radius": 0.3, "safety.decay": 0.1,
-            "safety.normalised_lr": 0.1, "known.prompts": 3, "known.prompt_tokens": 16, "known.response_tokens": 12,
+            "safety.documents": 2, "safety.lr": 0.1, "safety.radius": 0.3, "safety.decay": 0.1,
+            "safety.normalised_lr": 0.1, "known.prompts": 2, "known.prompt_tokens": 16, "known.response_tokens": 12,
             "known.temperatures": "0.7 1.0", "known.lr": "0.001 0.01", "known.students": "itself pruned-20 context-8",
             "scopes.documents": 2, "scopes.kinds": "code", "scopes.prompt_tokens": 4, "scopes.response_tokens": 4,
             "scopes.rules": ["head 0.01", "lora 0.01 exact", "all 0.01 stale"],

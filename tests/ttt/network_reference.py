@@ -96,7 +96,7 @@ class NetworkRow:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.start = [parameter.detach().clone() for parameter in self.parameters]
         self.cache = DynamicCache(config=model.config)
-        self.kept = None
+        self.kept = self.seen = None
         self.ids = list(prompt[:1]) if on_prompt else list(prompt)
         if stale and len(self.ids) > 1:
             with torch.no_grad():
@@ -105,6 +105,12 @@ class NetworkRow:
             self.step(token)
 
     def logits(self):
+        """Of the next token; read once for parameters and tokens as they are."""
+        if self.seen is None:
+            self.seen = self._read()
+        return self.seen
+
+    def _read(self):
         if not self.stale:
             return self.model(torch.tensor([self.ids]), use_cache=False).logits[0, -1].float()
         cache = copy.deepcopy(self.cache)
@@ -131,8 +137,9 @@ class NetworkRow:
                     away = norm_of([parameter - start for parameter, start in zip(self.parameters, self.start)])
                     for parameter, start in zip(self.parameters, self.start):
                         parameter.copy_(start + min(1.0, self.radius / max(away, 1e-30)) * (parameter - start))
+            self.seen = None
         self.ids.append(int(token))
-        self.cache, self.kept = self.kept, None
+        self.cache, self.kept, self.seen = self.kept, None, None
         return before
 
 
@@ -140,7 +147,22 @@ def norm_of(tensors):
     return float(torch.stack([tensor.norm() for tensor in tensors]).norm())
 
 
+def own_network(model, scope, starts=None):
+    """A copy of the model, to be trained: of its adapters, or of all parameters."""
+    return with_adapters(model, starts) if scope == "lora" else copy.deepcopy(model).requires_grad_(True)
+
+
 def network_row(model, scope, prompt, *, starts=None, **settings):
     """A row of its own, which leaves the model as it is."""
-    own = with_adapters(model, starts) if scope == "lora" else copy.deepcopy(model).requires_grad_(True)
-    return NetworkRow(own, prompt, **settings)
+    return NetworkRow(own_network(model, scope, starts), prompt, **settings)
+
+
+def network_rows(model, scope, prompts, *, starts=None, **settings):
+    """One row after the other in the same copy of the model, which is put back to where it began behind each."""
+    own = own_network(model, scope, starts)
+    for prompt in prompts:
+        row = NetworkRow(own, prompt, **settings)
+        yield row
+        with torch.no_grad():
+            for parameter, start in zip(row.parameters, row.start):
+                parameter.copy_(start)

@@ -18,7 +18,7 @@ from hf_coverage.inference.prefix_cache import CACHE
 from hf_coverage.ttt.generate import ttt_generate
 from hf_coverage.ttt.row_models import RowModels
 from hf_coverage.ttt.row_networks import RowAdapters
-from tests.ttt.network_reference import RANK, network_row, tiny_model
+from tests.ttt.network_reference import RANK, network_row, network_rows, tiny_model
 from tests.ttt.test_generate import FOLDER, MixedLlama, decode, logprobs_of, responses_of
 from tests.ttt.test_generate_contract import EOS, PROMPTS, RIGHT, STEPS, Words, run, stop_rows_early
 
@@ -37,10 +37,12 @@ def settings_of(scope, cache, **settings):
 def loop_logits(model, prompts, responses, *, scope, cache="exact", lr=None, **settings):
     """Logits `(B, T, V)` before each token of given responses, by a plain loop; the model alone without a scope."""
     starts = RowAdapters(model, RANK).start[::2] if scope == "lora" else None
+    plain = {NAMES[name]: value for name, value in settings.items()} | {"stale": cache == "stale"}
     lines = []
-    for prompt, response in zip(prompts, responses):
-        plain = {NAMES[name]: value for name, value in settings.items()} | {"stale": cache == "stale"}
-        row, line = network_row(model, scope, prompt, starts=starts, lr=lr or RATES[scope], **plain), []
+    for row, response in zip(
+        network_rows(model, scope, prompts, starts=starts, lr=lr or RATES[scope], **plain), responses
+    ):
+        line = []
         for token in response:
             line.append(row.logits().detach())
             row.step(token)

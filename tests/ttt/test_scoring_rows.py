@@ -17,7 +17,7 @@ from hf_coverage.ttt.generate import ttt_generate
 from hf_coverage.ttt.row_networks import RowAdapters
 from hf_coverage.ttt.scoring import RowScorer
 from tests.ttt.head_reference import Recorder, tiny_llama
-from tests.ttt.network_reference import RANK, network_row, tiny_model
+from tests.ttt.network_reference import RANK, network_rows, tiny_model
 
 # peft asks a model for a property that transformers 5.23 has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -43,11 +43,9 @@ def loop_scores(model, corpus, config, **settings):
     """Every row's token log-probabilities, from a copy of the model that really changes."""
     if config.scope == "lora":
         settings["starts"] = RowAdapters(model, RANK).start[::2]
-    found = []
-    for row in corpus:
-        own = network_row(model, config.scope, row["prompt"], lr=config.lr, stale=config.cache == "stale", **settings)
-        found.append([own.step(token) for token in row["completion"]])
-    return found
+    settings |= {"lr": config.lr, "stale": config.cache == "stale"}
+    rows = network_rows(model, config.scope, corpus["prompt"], **settings)
+    return [[row.step(token) for token in completion] for row, completion in zip(rows, corpus["completion"])]
 
 
 def assert_equal_rows(scored, expected, atol=3e-4):  # rounding grows along a response
