@@ -1,7 +1,7 @@
 """Fine-tuning of the last layers alone, a few times cheaper: what lies below never changes and is read once a row.
 
-The layers below give each row its hidden states, which are kept; the model then runs from there, on `inputs_embeds`. Its
-modules keep their names, so that a checkpoint's adapter fits the whole model as it came.
+The layers below give each row its hidden states, which are kept; the model then runs from there, on `inputs_embeds`.
+Its modules keep their names, so that a checkpoint's adapter fits the whole model as it came.
 """
 
 import copy
