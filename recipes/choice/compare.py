@@ -36,7 +36,7 @@ class CompareArguments:
     output_dir: str = field(metadata={"help": "Folder of the tables, the figure and what is kept."})
     rows: list[int] = field(default_factory=lambda: [100, 250, 1000, 2000], metadata={"help": "Rows to choose on."})
     splits: int = field(default=100, metadata={"help": "Random splits of each run's rows."})
-    stated_splits: int = field(default=50, metadata={"help": "Of them, those whose confidences are judged."})
+    stated_splits: int = field(default=25, metadata={"help": "Of them, those whose confidences are judged."})
     shown: int = field(default=250, metadata={"help": "Rows to choose on in the table over all runs."})
     seed: int = field(default=0, metadata={"help": "Seed of the splits."})
 

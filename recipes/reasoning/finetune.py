@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_coverage import CoverageCallback, CoverageProfile
@@ -126,26 +126,48 @@ class KeepTopProfiles(TrainerCallback):
     def __init__(self, encoded: EncodedCorpus, corpus: Dataset, collate: AnswerCollator, folder: Path) -> None:
         self.encoded, self.corpus, self.collate, self.folder = encoded, corpus, collate, folder
 
-    def on_save(self, args, state, control, model=None, **kwargs):
-        """Score the held-out questions."""
-        logprobs = answer_logprobs(model, self.encoded, self.collate)
-        write_profile(profile_of(logprobs, self.corpus), self.folder, state.global_step)
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        """Score the held-out questions, before the checkpoint is there: none is ever without a profile."""
+        if control.should_save or state.global_step % state.save_steps == 0:
+            logprobs = answer_logprobs(model, self.encoded, self.collate)
+            write_profile(profile_of(logprobs, self.corpus), self.folder, state.global_step)
+
+
+class Prepared(NamedTuple):
+    """What trainings of one task share, whatever their seeds."""
+
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    train: EncodedCorpus
+    held_out: Dataset
+    encoded: EncodedCorpus
+    collate: AnswerCollator
 
 
 def main() -> None:
     recipe = read_recipe(sys.argv[1:], __doc__)
     refuse_other_settings(recipe.output, kept_settings(recipe))
+    fine_tune(recipe, prepare(recipe))
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Load the model, draw the questions, and read them in the layers that are not trained."""
     use_threads(recipe)
     base, tokenizer = load_base(recipe.model.name), load_tokenizer(recipe.model.name)
     held_out = entry_corpus(recipe.held_out_entries())
     train = encode_corpus(entry_corpus(recipe.train_entries()), tokenizer, append_eos=True)
     encoded = encode_corpus(held_out, tokenizer, append_eos=True)
-
     collate = AnswerCollator(tokenizer.pad_token_id)
     if recipe.model.layers is not None:
         below = LayersBelow(base, recipe.model.layers)
         below.read([*zip(train.prompts, train.completions), *zip(encoded.prompts, encoded.completions)])
         collate = TopCollator(tokenizer.pad_token_id, below)
+    return Prepared(base, tokenizer, train, held_out, encoded, collate)
+
+
+def fine_tune(recipe: Recipe, prepared: Prepared) -> None:
+    """Train an adapter to the end of the run, and leave the model without it."""
+    base, tokenizer, train, held_out, encoded, collate = prepared
     model = add_adapter(
         base,
         rank=recipe.model.rank,
@@ -173,6 +195,7 @@ def main() -> None:
     )
     folder = Path(recipe.finetune.output_dir)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
+    model.unload()
 
 
 def keeping(

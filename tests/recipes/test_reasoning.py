@@ -19,6 +19,8 @@ from hf_coverage import CoverageProfile
 from hf_coverage.decode.best_of_n_result import BestOfNResult
 from hf_coverage.measure.corpus import encode_corpus
 from hf_coverage.measure.scoring import score_encoded
+from recipes.choice import finetune as small_runs
+from recipes.profiles import read_profiles
 from recipes.reasoning import compare, finetune, sample
 from recipes.reasoning.choices import Checkpoints, choice_table, choose, chosen_in_halves, matched_table, split_table
 from recipes.reasoning.collator import AnswerCollator
@@ -204,6 +206,28 @@ def test_an_adapter_on_the_last_layers_fits_the_whole_model(deep, tmp_path, monk
     for name, weight in load_base(str(deep)).named_parameters():
         changed = not torch.equal(weight, model.get_parameter(name))
         assert changed == ("layers.2." in name or "layers.3." in name) * ("norm" not in name), name
+
+
+def test_seeds_of_a_task_share_a_model_and_finished_runs_are_left_alone(deep, tmp_path, monkeypatch):
+    words = ["--config", str(RECIPE.parent / "choice" / "reasoning.yaml"), "--model.name", str(deep)]
+    words += ["--output_dir", str(tmp_path), "--tasks", "gcd", "--model.layers", "2", "--data.train_rows", "32"]
+    words += ["--data.rows", "8", "--finetune.num_train_epochs", "2", "--finetune.save_steps", "2"]
+
+    def profiles():
+        monkeypatch.setattr(sys, "argv", ["finetune", *words, "--seeds", "0", "1"])
+        small_runs.main()
+        folders = [tmp_path / f"gcd-seed{seed}" / "profiles" for seed in (0, 1)]
+        return np.array([[profile.logprobs for profile in read_profiles(folder).values()] for folder in folders])
+
+    together = profiles()
+    assert together.shape == (2, 3, 8)
+    np.testing.assert_array_equal(*together[:, 0])  # as it came
+    assert (together[0, 1:] != together[1, 1:]).all()
+
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "gcd-seed0").rglob("*") if file.is_file()}
+    shutil.rmtree(tmp_path / "gcd-seed1")
+    np.testing.assert_allclose(profiles(), together, atol=1e-6)
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
 
 
 def test_steps_without_a_checkpoint_are_refused(finished, tiny, monkeypatch):
