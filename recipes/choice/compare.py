@@ -60,8 +60,14 @@ def main() -> None:
     refuse_other_settings(output, {"splits": {"all": args.splits, "stated": args.stated_splits, "seed": args.seed}})
     pieces: Pieces = {}
     for experiment, pattern in settings["runs"].items():
-        for folder in sorted(map(Path, glob.glob(pattern))):
-            pieces.setdefault(experiment, []).extend(judge_run(experiment, folder, args))
+        runs = {folder: read_run(folder) for folder in sorted(map(Path, glob.glob(pattern)))}
+        if len({run.steps for run in runs.values()}) > 1:
+            steps = {str(folder): run.steps for folder, run in runs.items()}
+            raise ValueError(
+                f"The runs of {experiment} must have the same steps, but have {steps}: finish them first."
+            )
+        for folder, run in runs.items():
+            pieces.setdefault(experiment, []).extend(judge_run([experiment, folder.name], run, args))
     if not pieces:
         raise ValueError(f"None of the runs {list(settings['runs'].values())} is there: train one first.")
     tables = [
@@ -76,9 +82,8 @@ def main() -> None:
     show(tables, [f"Written: {output / 'tables.md'}, {output / 'losses.png'} and {output / 'results.json'}"])
 
 
-def judge_run(experiment: str, folder: Path, args: CompareArguments) -> list[Piece]:
+def judge_run(names: Sequence[str], run: Run, args: CompareArguments) -> list[Piece]:
     """Choose and judge on the splits of one run, for each number of rows that leaves half of them to judge on."""
-    run = read_run(folder)
     mark = hashlib.blake2b(run.logprobs.tobytes(), digest_size=6)
     for generations in run.on_policy or []:
         mark.update(np.array(generations.logprobs).tobytes())
@@ -91,7 +96,7 @@ def judge_run(experiment: str, folder: Path, args: CompareArguments) -> list[Pie
         def experiment_of(splits=splits):
             return [judge(run, splits), stated(run, splits[: args.stated_splits])]
 
-        key = [experiment, folder.name, mark.hexdigest(), size]
+        key = [*names, mark.hexdigest(), size]
         found.append(Piece(size, *remember(Path(args.output_dir) / "pieces", key, experiment_of)))
     return found
 

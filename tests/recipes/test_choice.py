@@ -186,6 +186,14 @@ def test_responses_are_read_in_the_order_of_the_steps(runs):
         compare.read_on_policy(folder / "second-0" / "offset" / "on_policy", [0, 5])
 
 
+def test_runs_that_are_not_finished_are_refused(runs, monkeypatch):
+    folder, _ = runs
+    (folder / "first-1" / "profiles" / "step-15.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["compare", "--config", str(folder / "compare.yaml")])
+    with pytest.raises(ValueError, match=r"runs of first must have the same steps.*\(0, 5, 10\).*finish them first"):
+        compare.main()
+
+
 def test_without_runs_there_is_nothing_to_compare(runs, monkeypatch):
     folder, _ = runs
     words = ["--config", str(folder / "compare.yaml"), "--output_dir", str(folder / "none")]
