@@ -171,8 +171,8 @@ def experiment_table(pieces: Pieces, size: int) -> Table:
         if judged:
             steps = np.median(pooled(judged, "best_steps"), axis=0)
             passes = pooled(judged, "best").mean(axis=0)
-            best = [f"Pass@N {value:.3f}" for value in passes]
-            rows.append([experiment, "best in hindsight", " / ".join(f"{step:g}" for step in steps), *best])
+            best = "(Pass@N of the best in hindsight)"
+            rows.append([experiment, best, " / ".join(f"{step:g}" for step in steps), *_floats(*passes)])
     levels = " / ".join(map(str, SAMPLES))
     return Table(
         ["experiment", "chosen by", f"median step for N = {levels}", *(f"Pass@{n}" for n in SAMPLES)],
@@ -268,13 +268,14 @@ def draw(pieces: Pieces, size: int, path: Path) -> None:
             values = [losses[:, k].mean() for _, losses in found]
             ax.plot([places[name] for name, _ in found], values, "o", color=color, markersize=5, alpha=0.8, label=rule)
     for n, ax in zip(SAMPLES, axes):
-        ax.set_yscale("symlog", linthresh=0.01)
+        ax.set_yscale("symlog", linthresh=0.001)
         ax.set_ylim(bottom=0)
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.set_xticks(range(len(pieces)), list(pieces), rotation=90)
         ax.set_title(f"N = {n}", fontsize=10)
     axes[0].set_ylabel("Pass@N lost (lower is better)")
-    axes[-1].legend(frameon=False, fontsize=7)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(RULES), frameon=False, fontsize=9)
     figure.suptitle(f"Against the best checkpoint in hindsight, choosing on {size} rows and judging on others")
     save_figure(figure, path)
 
