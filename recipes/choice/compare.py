@@ -262,11 +262,14 @@ def draw(pieces: Pieces, size: int, path: Path) -> None:
     """The loss of each rule in each experiment, a panel for each number of samples."""
     figure, axes = new_axes(len(SAMPLES), width=3.2, height=4.2)
     places = {experiment: place for place, experiment in enumerate(pieces)}
-    for rule, color in zip(RULES, COLORS):
+    for index, (rule, color) in enumerate(zip(RULES, COLORS)):
         found = _by_experiment(pieces, size, rule)
+        if not found:
+            continue
         for k, ax in enumerate(axes):
             values = [losses[:, k].mean() for _, losses in found]
-            ax.plot([places[name] for name, _ in found], values, "o", color=color, markersize=5, alpha=0.8, label=rule)
+            where = [places[name] + 0.08 * (index - 3) for name, _ in found]  # equal losses side by side
+            ax.plot(where, values, "o", color=color, markersize=5, alpha=0.8, label=rule)
     for n, ax in zip(SAMPLES, axes):
         ax.set_yscale("symlog", linthresh=0.001)
         ax.set_ylim(bottom=0)
