@@ -18,16 +18,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_coverage import CoverageCallback, CoverageProfile
+from hf_coverage.functional.checks import FloatArray
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.measure.corpus import encode_corpus
 from hf_coverage.measure.scoring import score_encoded
 from recipes.profiles import write_profile
+from recipes.reasoning.collator import AnswerCollator
 from recipes.reasoning.model import add_adapter, load_base
 from recipes.reasoning.task import Entry, draw_entries, entry_corpus
+from recipes.reasoning.top_layers import LayersBelow, TopCollator, answer_logprobs
 from recipes.settings import Settings, parse_section, read_settings, refuse_other_settings
 from recipes.smollm2 import SMOLLM2, load_tokenizer
 
@@ -45,6 +48,7 @@ class ModelArguments:
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
+    layers: int | None = field(default=None, metadata={"help": "Adapt the last so many layers alone; None: all."})
 
 
 @dataclass
@@ -116,64 +120,93 @@ class KeepProfiles(TrainerCallback):
             write_profile(profile, self.folder, step)
 
 
-class AnswerCollator:
-    """Batches in which all answers end together, so that logits are computed for the answers alone."""
+class KeepTopProfiles(TrainerCallback):
+    """Write the profile of every checkpoint, from the hidden states that the layers below gave once."""
 
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
+    def __init__(self, encoded: EncodedCorpus, corpus: Dataset, collate: AnswerCollator, folder: Path) -> None:
+        self.encoded, self.corpus, self.collate, self.folder = encoded, corpus, collate, folder
 
-    def __call__(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
-        """Pad prompts and answers to one batch."""
-        length = max(len(prompt) + len(answer) for prompt, answer in rows)
-        answers = 1 + max(len(answer) for _, answer in rows)  # the model shifts labels by one
-        ids = torch.full((len(rows), length), self.pad_token_id)
-        mask, labels = torch.zeros_like(ids), torch.full((len(rows), answers), -100)
-        for row, (prompt, answer) in enumerate(rows):
-            ids[row, length - len(prompt) - len(answer) :] = torch.tensor(prompt + answer)
-            mask[row, length - len(prompt) - len(answer) :] = 1
-            labels[row, answers - len(answer) :] = torch.tensor(answer)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "position_ids": positions,
-            "labels": labels,
-            "logits_to_keep": answers,
-        }
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        """Score the held-out questions, before the checkpoint is there: none is ever without a profile."""
+        if control.should_save or state.global_step % state.save_steps == 0:
+            logprobs = answer_logprobs(model, self.encoded, self.collate)
+            write_profile(profile_of(logprobs, self.corpus), self.folder, state.global_step)
+
+
+class Prepared(NamedTuple):
+    """What trainings of one task share, whatever their seeds."""
+
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    train: EncodedCorpus
+    held_out: Dataset
+    encoded: EncodedCorpus
+    collate: AnswerCollator
 
 
 def main() -> None:
     recipe = read_recipe(sys.argv[1:], __doc__)
     refuse_other_settings(recipe.output, kept_settings(recipe))
+    fine_tune(recipe, prepare(recipe))
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Load the model, draw the questions, and read them in the layers that are not trained."""
     use_threads(recipe)
     base, tokenizer = load_base(recipe.model.name), load_tokenizer(recipe.model.name)
     held_out = entry_corpus(recipe.held_out_entries())
     train = encode_corpus(entry_corpus(recipe.train_entries()), tokenizer, append_eos=True)
+    encoded = encode_corpus(held_out, tokenizer, append_eos=True)
+    collate = AnswerCollator(tokenizer.pad_token_id)
+    if recipe.model.layers is not None:
+        below = LayersBelow(base, recipe.model.layers)
+        below.read([*zip(train.prompts, train.completions), *zip(encoded.prompts, encoded.completions)])
+        collate = TopCollator(tokenizer.pad_token_id, below)
+    return Prepared(base, tokenizer, train, held_out, encoded, collate)
 
+
+def fine_tune(recipe: Recipe, prepared: Prepared) -> None:
+    """Train an adapter to the end of the run, and leave the model without it."""
+    base, tokenizer, train, held_out, encoded, collate = prepared
     model = add_adapter(
         base,
         rank=recipe.model.rank,
         alpha=recipe.model.alpha,
         dropout=recipe.model.dropout,
         seed=recipe.run.seed,
+        layers=recipe.model.layers,
     )
     profiles = recipe.output / "profiles"
     if not profiles.exists():
-        encoded = encode_corpus(held_out, tokenizer, append_eos=True)
-        write_profile(profile_of(model, encoded, held_out), profiles, step=0)
+        first = (
+            score_encoded(model, encoded, progress=True).logprob
+            if recipe.model.layers is None
+            else answer_logprobs(model, encoded, collate)
+        )
+        write_profile(profile_of(first, held_out), profiles, step=0)
 
-    every = int(recipe.finetune.save_steps)
-    coverage = CoverageCallback(held_out, n=recipe.measure.n, append_eos=True, every_n_steps=every)
     trainer = Trainer(
         model=model,
         args=recipe.finetune,
-        data_collator=AnswerCollator(tokenizer.pad_token_id),
+        data_collator=collate,
         train_dataset=list(zip(train.prompts, train.completions)),
         processing_class=tokenizer,
-        callbacks=[coverage, KeepProfiles(coverage, profiles)],
+        callbacks=keeping(recipe, encoded, held_out, collate, profiles),
     )
     folder = Path(recipe.finetune.output_dir)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
+    model.unload()
+
+
+def keeping(
+    recipe: Recipe, encoded: EncodedCorpus, corpus: Dataset, collate: AnswerCollator, folder: Path
+) -> list[TrainerCallback]:
+    """What measures each checkpoint and keeps its profile."""
+    if recipe.model.layers is not None:
+        return [KeepTopProfiles(encoded, corpus, collate, folder)]
+    every = int(recipe.finetune.save_steps)
+    coverage = CoverageCallback(corpus, n=recipe.measure.n, append_eos=True, every_n_steps=every)
+    return [coverage, KeepProfiles(coverage, folder)]
 
 
 def read_recipe(arguments: list[str], description: str | None) -> Recipe:
@@ -198,10 +231,9 @@ def use_threads(recipe: Recipe) -> None:
         torch.set_num_threads(recipe.run.threads)
 
 
-def profile_of(model: torch.nn.Module, encoded: EncodedCorpus, corpus: Dataset) -> CoverageProfile:
-    """Score a model on the held-out questions."""
-    logprobs = score_encoded(model, encoded, progress=True).logprob
-    return CoverageProfile.from_logprobs(logprobs, np.zeros(len(encoded)), groups=corpus["prompt"][:])
+def profile_of(logprobs: FloatArray, corpus: Dataset) -> CoverageProfile:
+    """The profile of one right answer a question."""
+    return CoverageProfile.from_logprobs(logprobs, np.zeros(len(logprobs)), groups=corpus["prompt"][:])
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -30,12 +32,26 @@ def load_base(name: str) -> PreTrainedModel:
     return model
 
 
-def add_adapter(model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, seed: int) -> PeftModel:
-    """Put a new adapter on all linear layers but the head; it changes nothing until it is trained."""
+def add_adapter(
+    model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, seed: int, layers: int | None = None
+) -> PeftModel:
+    """Put a new adapter on all linear layers but the head; it changes nothing until it is trained.
+
+    Args:
+        model: Whose weights stay as they are.
+        rank: Of the adapter.
+        alpha: Its scale, times the rank.
+        dropout: On what it reads.
+        seed: Of its weights.
+        layers: Adapt the last so many layers alone; None: all.
+    """
     torch.manual_seed(seed)
-    lora = LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear"
-    )
+    where: dict[str, Any] = {"target_modules": "all-linear"}
+    if layers is not None:
+        body = model.model.layers
+        linear = {name.rpartition(".")[2] for name, part in body[-1].named_modules() if isinstance(part, nn.Linear)}
+        where = {"target_modules": sorted(linear), "layers_to_transform": list(range(len(body)))[-layers:]}
+    lora = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, **where)
     return get_peft_model(model, lora)
 
 

@@ -19,11 +19,15 @@ from hf_coverage import CoverageProfile
 from hf_coverage.decode.best_of_n_result import BestOfNResult
 from hf_coverage.measure.corpus import encode_corpus
 from hf_coverage.measure.scoring import score_encoded
+from recipes.choice import finetune as small_runs
+from recipes.profiles import read_profiles
 from recipes.reasoning import compare, finetune, sample
 from recipes.reasoning.choices import Checkpoints, choice_table, choose, chosen_in_halves, matched_table, split_table
+from recipes.reasoning.collator import AnswerCollator
 from recipes.reasoning.model import load_base, load_checkpoint
 from recipes.reasoning.reasons import area_table, concern_table, guess_table, resolution_table
 from recipes.reasoning.task import draw_entries, entry_corpus
+from recipes.reasoning.top_layers import LayersBelow, TopCollator, answer_logprobs
 from recipes.smollm2 import SMOLLM2, load_tokenizer
 
 RECIPE = Path(finetune.__file__).parent
@@ -148,13 +152,82 @@ def test_a_stopped_run_goes_on_where_it_was(finished, tiny, tmp_path, monkeypatc
 def test_the_loss_counts_answers_alone(tiny):
     model, tokenizer = load_base(str(tiny)), load_tokenizer(str(tiny))
     encoded = encode_corpus(entry_corpus(draw_entries(TASK, 6, seed=3)), tokenizer, append_eos=True)
-    batch = finetune.AnswerCollator(tokenizer.pad_token_id)(list(zip(encoded.prompts, encoded.completions)))
+    batch = AnswerCollator(tokenizer.pad_token_id)(list(zip(encoded.prompts, encoded.completions)))
     assert len({len(prompt) + len(answer) for prompt, answer in zip(encoded.prompts, encoded.completions)}) > 1
     with torch.no_grad():
         loss = model(**batch).loss.item()
     assert loss * encoded.num_completion_tokens == pytest.approx(
         -score_encoded(model, encoded).logprob.sum(), rel=1e-5
     )
+
+
+@pytest.fixture(scope="module")
+def deep(tiny, tmp_path_factory):
+    """The folder of a random Llama with four layers."""
+    folder = tmp_path_factory.mktemp("deep")
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(tiny, num_hidden_layers=4)).save_pretrained(folder)
+    load_tokenizer(str(tiny)).save_pretrained(folder)
+    return folder
+
+
+def test_layers_below_are_left_as_they_are_and_read_once(deep):
+    tokenizer = load_tokenizer(str(deep))
+    encoded = encode_corpus(entry_corpus(draw_entries(TASK, 40, seed=3)), tokenizer, append_eos=True)
+    whole, top = load_base(str(deep)), load_base(str(deep))
+    expected = score_encoded(whole, encoded).logprob
+    below = LayersBelow(top, 2)
+    rows, collate = list(zip(encoded.prompts, encoded.completions)), TopCollator(tokenizer.pad_token_id, below)
+    below.read(rows)
+    kept = [below.hidden(row) for row in rows]
+    np.testing.assert_allclose(answer_logprobs(top, encoded, collate), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        answer_logprobs(whole, encoded, AnswerCollator(tokenizer.pad_token_id)), expected, atol=1e-5
+    )
+    below.read(rows)
+    assert all(below.hidden(row) is states for row, states in zip(rows, kept))
+    with pytest.raises(ValueError, match="`layers` must be from 1 to 3, but is 4"):
+        LayersBelow(load_base(str(deep)), 4)
+
+
+def test_an_adapter_on_the_last_layers_fits_the_whole_model(deep, tmp_path, monkeypatch):
+    run(monkeypatch, finetune.main, deep, tmp_path / "run", "--model.layers", "2")
+    base, tokenizer = load_base(str(deep)), load_tokenizer(str(deep))
+    recipe = finetune.read_recipe(["--config", str(RECIPE / "chain_sum.yaml")], None)
+    encoded = encode_corpus(
+        entry_corpus(draw_entries(recipe.task, 12, seed=recipe.data.seed)), tokenizer, append_eos=True
+    )
+    first = CoverageProfile.from_json(tmp_path / "run" / "profiles" / "step-0.json")
+    np.testing.assert_allclose(score_encoded(base, encoded).logprob, first.logprobs, atol=1e-5)
+    model = load_checkpoint(base, tmp_path / "run" / "finetune" / "checkpoint-4")
+    last = CoverageProfile.from_json(tmp_path / "run" / "profiles" / "step-4.json")
+    np.testing.assert_allclose(score_encoded(model, encoded).logprob, last.logprobs, atol=1e-4)
+    assert last.kl < first.kl
+    for name, weight in load_base(str(deep)).named_parameters():
+        changed = not torch.equal(weight, model.get_parameter(name))
+        assert changed == ("layers.2." in name or "layers.3." in name) * ("norm" not in name), name
+
+
+def test_seeds_of_a_task_share_a_model_and_finished_runs_are_left_alone(deep, tmp_path, monkeypatch):
+    words = ["--config", str(RECIPE.parent / "choice" / "reasoning.yaml"), "--model.name", str(deep)]
+    words += ["--output_dir", str(tmp_path), "--tasks", "gcd", "--model.layers", "2", "--data.train_rows", "32"]
+    words += ["--data.rows", "8", "--finetune.num_train_epochs", "2", "--finetune.save_steps", "2"]
+
+    def profiles():
+        monkeypatch.setattr(sys, "argv", ["finetune", *words, "--seeds", "0", "1"])
+        small_runs.main()
+        folders = [tmp_path / f"gcd-seed{seed}" / "profiles" for seed in (0, 1)]
+        return np.array([[profile.logprobs for profile in read_profiles(folder).values()] for folder in folders])
+
+    together = profiles()
+    assert together.shape == (2, 3, 8)
+    np.testing.assert_array_equal(*together[:, 0])  # as it came
+    assert (together[0, 1:] != together[1, 1:]).all()
+
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "gcd-seed0").rglob("*") if file.is_file()}
+    shutil.rmtree(tmp_path / "gcd-seed1")
+    np.testing.assert_allclose(profiles(), together, atol=1e-6)
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
 
 
 def test_steps_without_a_checkpoint_are_refused(finished, tiny, monkeypatch):
