@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
+from functools import cache
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -369,11 +370,24 @@ def _gaffke_end(means: FloatArray, weight: FloatArray, beyond: float) -> float:
     if least == 1:
         return 1.0
 
+    @cache
     def excess(end: float) -> float:
+        """In standard deviations of a normal law, for which it would be a straight line."""
         terms = np.append(weight * (means - end), extra * (1 - end))
-        return _exponential_sum_is_positive(terms) - beyond
+        return float(special.ndtri(np.clip(_exponential_sum_is_positive(terms), 1e-300, 1 - 1e-16))) - goal
 
-    return float(optimize.brentq(excess, least, 1.0, xtol=1e-12, rtol=1e-10))
+    goal = float(special.ndtri(beyond))
+    shares = np.append(weight, extra) / (weight.sum() + extra)
+    values = np.append(means, 1.0)
+    center = float(shares @ values)
+    deviation = math.sqrt(float((shares * (values - center)) @ (shares * (values - center))))
+    # brackets the root from where a normal law has it, along that law's line and somewhat further
+    low = high = min(max(center - goal * deviation, least), 1.0)
+    while excess(low) < 0:
+        high, low = low, max(least, low + 1.1 * excess(low) * deviation - 1e-9)
+    while excess(high) > 0:
+        low, high = high, min(1.0, high + 1.1 * excess(high) * deviation + 1e-9)
+    return float(optimize.brentq(excess, low, high, xtol=1e-12, rtol=1e-10))
 
 
 def _exponential_sum_is_positive(terms: FloatArray) -> float:
@@ -398,10 +412,10 @@ def _exponential_sum_is_positive(terms: FloatArray) -> float:
     saddle = float(optimize.brentq(slope, 1 / (2 * total + 2), 1 - 1 / (2 * total + 4), xtol=1e-300, rtol=1e-3))
     width = 1 / math.sqrt(float(times @ (sizes / (1 - sizes * saddle)) ** 2) + 1 / saddle**2)
     # The line through the saddle does not oscillate, and falls at least as the third power: the trapezium rule in
-    # asinh has errors below 1e-9, twenty points at a time.
+    # asinh has errors below 1e-9, ten points at a time.
     area = peak = 0.0
-    for start in count(step=20):
-        place = _STEP * np.arange(start, start + 20)
+    for start in count(step=10):
+        place = _STEP * np.arange(start, start + 10)
         line = saddle + 1j * width * np.sinh(place)
         heights = np.exp(-(times @ np.log1p(-sizes[:, None] * line))) / line * np.cosh(place) * width
         peak = peak or float(heights.real[0])  # it falls from the saddle on

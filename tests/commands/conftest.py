@@ -3,9 +3,12 @@
 import pytest
 import torch
 from datasets import Dataset
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from hf_coverage import BestOfNResult, Choice, CoverageProfile, TournamentResult
+from hf_coverage.plots import save_figure
 from tests.commands.shell import PROMPTS, invoke
 
 WORDS = ["<s>", "the", "a", "cat", "dog", "sat", "ran", "on", "mat", "and", ".", "red", "blue"]
@@ -53,3 +56,14 @@ def work(measured_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are written as ever, but show nothing: for what happens around them, many times over."""
+
+    def plot(_, path=None, **options):
+        return save_figure(Figure(figsize=(0.1, 0.1)), path)
+
+    for result in (BestOfNResult, Choice, CoverageProfile, TournamentResult):
+        monkeypatch.setattr(result, "plot", plot)

@@ -45,6 +45,7 @@ def fill_disk(patch, number):
     return written
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_retry_after_any_write_that_failed(work, monkeypatch, name):
     (work / "right.jsonl").write_text('{"prompt": "the cat", "answer": "sat"}\n{"prompt": "a dog", "answer": "ran"}\n')
