@@ -11,6 +11,7 @@ from hf_coverage.commands.inputs import leave_job
 from hf_coverage.commands.options import CorpusName, CorpusOptions, Levels, Regret, Sources, output_folder, parse_n
 from hf_coverage.commands.score import score_into
 from hf_coverage.commands.score_folder import Measured, is_score_folder, read_measured
+from hf_coverage.functional.checks import check_regret
 from hf_coverage.inference.loading import ModelOptions, model_name
 from hf_coverage.report.provenance import running_command
 
@@ -52,6 +53,7 @@ def profile(
     from hf_coverage.report.results import coverage_results, write_results, write_samples
     from hf_coverage.report.summary import profile_table, summarize_profiles
 
+    check_regret(regret)
     measured = collect(sources, output_dir, corpus, reading, loading)
     levels = parse_n(n)
     profiles = [one.profile for one in measured]

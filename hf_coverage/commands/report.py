@@ -11,6 +11,7 @@ from hf_coverage.commands.console import is_main_process, say
 from hf_coverage.commands.options import CorpusName, CorpusOptions, Levels, Regret, Sources, output_folder, parse_n
 from hf_coverage.commands.profile import collect, draw, result_config
 from hf_coverage.commands.score_folder import Measured
+from hf_coverage.functional.checks import check_regret
 from hf_coverage.inference.loading import ModelOptions
 
 __all__ = ["EXAMPLES", "origin", "report"]
@@ -48,6 +49,7 @@ def report(
     """
     from hf_coverage.report.results import coverage_results, write_results
 
+    check_regret(regret)
     measured = collect(sources, output_dir, corpus, reading, loading)
     if not is_main_process():
         return

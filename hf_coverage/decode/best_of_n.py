@@ -18,7 +18,7 @@ from hf_coverage.decode.sample_verdicts import Judging
 from hf_coverage.inference.fingerprint import digest
 from hf_coverage.inference.forward import unwrap
 from hf_coverage.inference.kept_samples import SAMPLE, Rows, damaged, kept_samples, sampling_facts
-from hf_coverage.inference.processes import on_main_process
+from hf_coverage.inference.processes import on_main_process, writing_to
 from hf_coverage.inference.sampler import Sampler, Sampling, end_token_ids
 from hf_coverage.inference.shards import JsonShards, read_metadata
 
@@ -114,11 +114,12 @@ def evaluate_best_of_n(
     facts = sampling_facts(sampler, prompts, tokenizer, k=k, shard_rows=shard_rows)
     facts |= {"corpus": digest(table.codes.tolist())}
     facts |= {"about": {"model": name or _name(model)}}
-    shards = None
-    if output_dir is not None:
-        shards = on_main_process(partial(JsonShards, output_dir, "samples", facts))
-    samples = kept_samples(sampler, prompts, tokenizer, shards, k=k, rows_per_shard=facts["rows_per_shard"])
-    return _collect(samples, table, facts, judging, output_dir, threshold=threshold, progress=progress)
+    with writing_to(output_dir):
+        shards = None
+        if output_dir is not None:
+            shards = on_main_process(partial(JsonShards, output_dir, "samples", facts))
+        samples = kept_samples(sampler, prompts, tokenizer, shards, k=k, rows_per_shard=facts["rows_per_shard"])
+        return _collect(samples, table, facts, judging, output_dir, threshold=threshold, progress=progress)
 
 
 def judge_best_of_n(
@@ -160,9 +161,10 @@ def judge_best_of_n(
     if facts["corpus"] != digest(table.codes.tolist()):
         raise ValueError(f"{output_dir} holds samples for other prompts than those of `corpus`.")
     judging = Judging.prepare(verifier, table, timeout, batch_size)
-    shards = on_main_process(partial(JsonShards, output_dir, "samples", facts))
-    samples = _kept(shards, facts, table)
-    return _collect(samples, table, facts, judging, output_dir, threshold=threshold, progress=progress)
+    with writing_to(output_dir):
+        shards = on_main_process(partial(JsonShards, output_dir, "samples", facts))
+        samples = _kept(shards, facts, table)
+        return _collect(samples, table, facts, judging, output_dir, threshold=threshold, progress=progress)
 
 
 def _collect(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +38,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from hf_coverage.functional.checks import check_count
 from hf_coverage.functional.logprobs import token_logprobs
 from hf_coverage.inference.forward import inference, input_device, is_sharded, refuse_zero3, unwrap
 from hf_coverage.inference.prefix_cache import CACHE, is_repeatable
@@ -58,6 +60,9 @@ _NOT_CAUSAL = (
     "in its configuration), and merge an adapter that looks at a whole sequence or draws random numbers, or leave it "
     "out."
 )
+
+_HOTTEST = 1e6
+"""The highest temperature, and one over the lowest: logits divided by more say nothing in float32, or overflow."""
 
 Stop = Callable[[list[int]], bool]
 """Tells from the tokens of a response so far whether it ends here."""
@@ -85,14 +90,18 @@ class Sampling:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}.")
+        check_count(self.max_new_tokens, "max_new_tokens")
         if not self.temperature > 0:
             raise ValueError(
                 f"`temperature` must be positive, got {self.temperature}; greedy decoding has one response of density "
                 "1: give that to `single_answer_corpus`."
             )
-        if self.top_k is not None and self.top_k < 1:
+        if not 1 / _HOTTEST <= self.temperature <= _HOTTEST:
+            raise ValueError(
+                f"`temperature` must be from {1 / _HOTTEST:g} to {_HOTTEST:g}, as far as float32 can divide logits by "
+                f"it, got {self.temperature}."
+            )
+        if self.top_k is not None and (not isinstance(self.top_k, Integral) or self.top_k < 1):
             raise ValueError(f"`top_k` must be at least 1, or None to keep all tokens, got {self.top_k}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` must be in (0, 1], or None to keep all tokens, got {self.top_p}.")
@@ -168,8 +177,8 @@ class Sampler:
     """
 
     def __init__(self, model: PreTrainedModel, sampling: Sampling, *, batch_size: int, seed: int) -> None:
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        check_count(batch_size, "batch_size")
+        check_count(seed, "seed", least=0)
         refuse_zero3()
         self.model: PreTrainedModel = unwrap(model)
         if isinstance(self.model, FullyShardedDataParallel):

@@ -25,9 +25,11 @@ from hf_coverage.select.tournament import Candidate, by_name, read_candidates
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Choice", "Pick", "choose"]
+__all__ = ["Choice", "Pick", "check_samples", "choose"]
 
 Rule = Literal["miss", "pass", "soft tournament"]
+
+_MOST_SAMPLES = 10**15
 
 _LOSS = {"miss": "miss_{}", "pass": "1 - Pass@{}", "soft tournament": "score at N = {}"}
 _METRIC = {"miss": "miss", "pass": "fail", "soft tournament": "soft_tournament"}
@@ -225,6 +227,18 @@ class Choice:
         ]
 
 
+def check_samples(samples: float | Iterable[float]) -> list[float]:
+    """Return numbers of samples as floats; ValueError unless there is one, and all can be drawn."""
+    levels = [check_n(value) for value in (samples if isinstance(samples, Iterable) else [samples])]
+    if not levels:
+        raise ValueError("`samples` must be a number of samples, or several, but is empty.")
+    if max(levels) > _MOST_SAMPLES:
+        raise ValueError(
+            f"`samples` must be numbers that can be drawn, at most {_MOST_SAMPLES:g}, got {max(levels):g}."
+        )
+    return levels
+
+
 def choose(
     candidates: Mapping[str, Candidate],
     samples: float | Sequence[float] = 16,
@@ -270,9 +284,7 @@ def choose(
     """
     if not isinstance(candidates, Mapping) or not candidates:
         raise ValueError("`candidates` must map at least one name to log-probabilities, a score table or verdicts.")
-    levels = [check_n(value) for value in (samples if isinstance(samples, Iterable) else [samples])]
-    if not levels:
-        raise ValueError("`samples` must be a number of samples, or several, but is empty.")
+    levels = check_samples(samples)
     named = by_name(candidates, "candidates")
     losses = _Losses.of_verdicts(named) if _are_verdicts(named) else _Losses.of_logprobs(named, reference_logprobs)
     codes = None if groups is None else group_codes(groups)

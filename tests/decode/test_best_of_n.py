@@ -356,8 +356,8 @@ def test_the_plot_shows_the_curve_and_the_prediction(one_answer, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 0}, "`k` and `shard_rows` must be at least 1"),
-        ({"shard_rows": 0}, "`k` and `shard_rows` must be at least 1"),
+        ({"k": 0}, "`k` must be at least 1"),
+        ({"shard_rows": 0}, "`shard_rows` must be at least 1"),
         ({"temperature": 0.0}, "`temperature` must be positive"),
         ({"timeout": -1.0}, "`timeout` must be positive"),
     ],
