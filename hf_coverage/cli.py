@@ -68,7 +68,7 @@ class _Commands(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for before, word in pairwise(["", *args]):
-            if not word or word.startswith("--") and word.endswith("="):  # as an unset variable of a shell leaves it
+            if not word or (word.startswith("--") and word.endswith("=")):  # as an unset variable of a shell leaves it
                 flag = next((text.rstrip("=") for text in (word, before) if text.startswith("-")), None)
                 what = "an argument is empty" if flag is None else f"`{flag}` is given nothing"
                 raise typer.BadParameter(f"{what}: leave it out, or give it a value.")

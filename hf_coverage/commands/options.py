@@ -218,6 +218,11 @@ def _locked(folders: Sequence[Path], device: str | None) -> Iterator[None]:
         def lock() -> None:
             for folder in dict.fromkeys(map(os.path.realpath, folders)):
                 stack.enter_context(folder_lock(folder, running_command()))
+            if folders and not os.access(folders[-1], os.W_OK):  # before hours of work for it
+                text = (
+                    f"{folders[-1]} may not be written to: choose another `--output-dir`, or change its permissions."
+                )
+                raise PermissionError(text)
 
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             lock()

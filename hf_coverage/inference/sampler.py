@@ -40,7 +40,7 @@ from transformers import (
 
 from hf_coverage.functional.checks import check_count
 from hf_coverage.functional.logprobs import token_logprobs
-from hf_coverage.inference.forward import inference, input_device, is_sharded, refuse_zero3, unwrap
+from hf_coverage.inference.forward import inference, input_device, is_out_of_memory, is_sharded, refuse_zero3, unwrap
 from hf_coverage.inference.prefix_cache import CACHE, is_repeatable
 from hf_coverage.inference.processes import map_over_processes
 from hf_coverage.inference.self_check import Reading, Readout, agree, rounding
@@ -316,9 +316,9 @@ class Sampler:
                     again = self._read(prompts[rows[place]], drawn[place].sample.ids)
                     if not agree(Readout(drawn[place].plain, again.epsilon), again):
                         gaps.append(float((drawn[place].plain - again.logprobs).abs().sum()))
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # a layout that the model cannot run is done without, as one that changes numbers
+            if is_out_of_memory(error):
+                raise
             if last:
                 raise RuntimeError(
                     f"`model` {type(self.model).__name__} cannot answer a prompt by itself: {str(error).rstrip('.')}. "

@@ -3,7 +3,6 @@
 import functools
 import shlex
 from enum import Enum
-from pathlib import Path
 from typing import Literal, get_origin
 
 import pytest
@@ -115,7 +114,7 @@ def decided(command):
     """The options of a command that hold numbers, or one of some words, and all that take several values."""
     for option in command.params:
         kind = option.type_descriptor.annotation
-        choice = isinstance(kind, type) and issubclass(kind, Enum) or get_origin(kind) is Literal
+        choice = (isinstance(kind, type) and issubclass(kind, Enum)) or get_origin(kind) is Literal
         if option.param_type_name == "option" and (kind in (int, float) or choice or option.multiple):
             yield option
 
