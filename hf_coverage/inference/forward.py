@@ -155,7 +155,8 @@ class HeadForward:
             raise RuntimeError(
                 f"Expected {type(self.model).__name__} to call its output head {type(self.head.module).__name__} once "
                 f"and to return its logits for the {expected} chosen positions, got {len(seen)} calls and logits of "
-                f"shape {tuple(outputs.logits.shape)}; this architecture cannot be scored."
+                f"shape {tuple(outputs.logits.shape)}; this architecture cannot be scored. If an adapter makes a pass "
+                "of its own before each, as X-LoRA does, load the base model with one of its adapters instead."
             )
         return HeadOutput(seen[0], outputs.get(CACHE), outputs.logits[0], self.head)
 

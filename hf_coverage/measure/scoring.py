@@ -335,7 +335,8 @@ def _score_into_tables(
             bar.update(sum(tokens_read(corpus, row) for row in rows))
         for place, part in enumerate(parts):
             part.append(found[place])
-    on_main_process(lambda: [table.require_there() for table in tables])
+    for table in tables:
+        on_main_process(table.require_there)
     return [Scores.concatenate(part) for part in parts]
 
 
