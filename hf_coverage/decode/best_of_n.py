@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from os import PathLike
@@ -106,6 +107,7 @@ def evaluate_best_of_n(
     References:
         arXiv 2510.15020, Section 2; arXiv 2107.03374, Section 2.1, for the unbiased estimate.
     """
+    _check_threshold(threshold)
     table = PromptTable.from_corpus(corpus)
     judging = Judging.prepare(verifier, table, timeout, batch_size)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, end_token_ids(eos_token_id, model, tokenizer))
@@ -147,6 +149,7 @@ def judge_best_of_n(
         FileNotFoundError: If there are no samples.
         ValueError: If they are not complete, or of another corpus.
     """
+    _check_threshold(threshold)
     types = {
         "k": int,
         "rows_per_shard": int,
@@ -165,6 +168,11 @@ def judge_best_of_n(
         shards = on_main_process(partial(JsonShards, output_dir, "samples", facts))
         samples = _kept(shards, facts, table)
         return _collect(samples, table, facts, judging, output_dir, threshold=threshold, progress=progress)
+
+
+def _check_threshold(threshold: float | None) -> None:
+    if threshold is not None and not math.isfinite(threshold):
+        raise ValueError(f"`threshold` must be finite, or None where no reward solves a prompt, got {threshold}.")
 
 
 def _collect(

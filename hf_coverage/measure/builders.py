@@ -185,6 +185,7 @@ def sample_corpus(
         arXiv 2510.15020, eq. (4).
     """
     check_count(k, "k")
+    check_count(shard_rows, "shard_rows")
     ids = encode_prompts(prompts, tokenizer, chat_template_kwargs=chat_template_kwargs)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, end_token_ids(eos_token_id, teacher, tokenizer))
     sampler = Sampler(teacher, sampling, batch_size=batch_size, seed=seed)
