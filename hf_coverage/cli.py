@@ -1,6 +1,7 @@
 """The command line, `hf-coverage`: also `python -m hf_coverage`, and `hf coverage` where it is installed in `hf`."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
@@ -64,6 +65,14 @@ _FRAMEWORK = (typer.Exit, typer.Abort, TyperException)
 
 class _Commands(TyperGroup):
     """Commands whose errors are one line on the standard error and exit code 1, or 130 after an interruption."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for before, word in pairwise(["", *args]):
+            if not word or (word.startswith("--") and word.endswith("=")):  # as an unset variable of a shell leaves it
+                flag = next((text.rstrip("=") for text in (word, before) if text.startswith("-")), None)
+                what = "an argument is empty" if flag is None else f"`{flag}` is given nothing"
+                raise typer.BadParameter(f"{what}: leave it out, or give it a value.")
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:

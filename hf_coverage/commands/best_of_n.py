@@ -13,6 +13,7 @@ from hf_coverage.commands.console import is_main_process, print_table, say
 from hf_coverage.commands.inputs import check_number_of_responses, leave_job, read_dataset
 from hf_coverage.commands.options import BatchSize, Seed, Split, TopK, TopP, output_folder, parse_n
 from hf_coverage.commands.score_folder import read_measured
+from hf_coverage.functional.checks import metric_key
 from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer, model_name
 from hf_coverage.report.provenance import running_command
 from hf_coverage.report.table import Cell, Column, Interval, Table
@@ -61,13 +62,13 @@ def best_of_n(
         Path | None,
         output_folder("Folder for samples, judgements, plot and JSON.", show_default="best_of_n"),
     ] = None,
-    k: Annotated[int, typer.Option("--k", "-k", help="Responses for each prompt: the largest N.")] = 16,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Responses for each prompt: the largest N.")] = 16,
     n: Annotated[
         list[str] | None,
         # torchrun takes `--n` for a prefix of its own options and stops; `-n` passes
         typer.Option("--n", "-n", help="N to show, comma-separated; by default the powers of 2 up to k."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a response.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a response.")] = 256,
     how: Annotated[
         HowDrawn,
         typer.Option(
@@ -108,8 +109,10 @@ def best_of_n(
         str | None,
         typer.Option(help="Score folder of the same model and prompts: show beside it what coverage predicts."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Use that many rows of the data, from its start.")] = None,
-    shard_rows: Annotated[int, typer.Option(help="Responses between two writes: what an interruption costs.")] = 256,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use that many rows of the data, from its start.")] = None,
+    shard_rows: Annotated[
+        int, typer.Option(min=1, help="Responses between two writes: what an interruption costs.")
+    ] = 256,
     split: Split = None,
     *,
     loading: ModelOptions,
@@ -132,8 +135,12 @@ def best_of_n(
     Writes best_of_n-VERIFIER.json, best_of_n-VERIFIER.png and the results as JSON; another verifier of the same name
     gets -2 behind it. If no response could be judged, nothing of these is written and the exit code is 1.
     """
+    from hf_coverage.decode.verifier_runner import check_timeout
     from hf_coverage.decode.verifiers import named_verifier
+    from hf_coverage.inference.sampler import Sampling
 
+    check_timeout(timeout)
+    Sampling(max_new_tokens, temperature, top_k, top_p)  # what cannot be is said before a model is loaded
     *_, folder = written_folders(model, output_dir)
     rows = read_dataset(data, split, limit=limit)
     column = answer_column or ("answer" if "answer" in rows.column_names else "completion")
@@ -201,7 +208,7 @@ def _evaluate(model: Any, tokenizer: Any, rows: Any, verifier: Any, options: dic
 def _levels(n: list[str], k: int, *, stratified: bool) -> list[int]:
     levels = parse_n(n)
     if any(level != int(level) or level > k for level in levels):
-        raise ValueError(f"`n` must be whole numbers from 1 to k = {k}, but are {', '.join(map(str, levels))}.")
+        raise ValueError(f"`n` must be whole numbers from 1 to k = {k}, but are {', '.join(map(metric_key, levels))}.")
     if stratified and any(level != k and int(level) & (int(level) - 1) for level in levels):
         raise ValueError(
             f"`n` must be powers of 2 or k = {k}, as stratified samples count in aligned blocks, but are "

@@ -98,13 +98,15 @@ def choose(
     ),
     link: Annotated[Path | None, typer.Option(help="Symbolic link to make to the winner's folder.")] = None,
     seed: Annotated[
-        int, typer.Option(help="Seed of the draws behind the confidences, and of the order of the prompts.")
+        int, typer.Option(min=0, help="Seed of the draws behind the confidences, and of the order of the prompts.")
     ] = 0,
     *,
     reading: CorpusOptions,
     loading: ModelOptions,
     batch_tokens: BatchTokens = 4096,
-    shard_rows: Annotated[int, typer.Option(help="Rows per file of the scores: what an interruption costs.")] = 1024,
+    shard_rows: Annotated[
+        int, typer.Option(min=1, help="Rows per file of the scores: what an interruption costs.")
+    ] = 1024,
 ) -> None:
     """Choose the checkpoint that loses least of Best-of-N with the samples that will be drawn.
 
@@ -124,8 +126,10 @@ def choose(
     Writes best_checkpoint.json, choice.json, choice.png and report.html.
     """
     from hf_coverage.select.checkpoints import distinct_names
+    from hf_coverage.select.choose import check_samples
 
     levels = parse_n(samples or ["16"], "--samples")
+    check_samples(levels)
     if not 0 <= tolerance < 1:
         raise typer.BadParameter(f"`--tolerance` must be a loss in [0, 1), but is {tolerance}.")
     if follow and (adaptive or len(candidates) > 1 or data is None):

@@ -155,4 +155,6 @@ def leave_job() -> None:
 def _existing(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty: give a file with rows.")
     return str(path)

@@ -1,6 +1,7 @@
 """What the offset tournament needs besides the data: responses that each checkpoint writes, scored under all."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -91,7 +92,7 @@ def offset_arguments(
     asked = generations.facts() | {"max_new_tokens": length}
     asked["prompts"] = blake2b(json.dumps(prompts).encode(), digest_size=16).hexdigest()
     for source, key, model in zip(sources, keys, models):
-        _generate(source, folder / key, model | asked, prompts, tokenizer, loading)
+        _generate(source, folder / key, model | asked, prompts, tokenizer, loading, scoring["shard_rows"])
     for source, key, model in zip(sources, keys, models):
         others = [folder / other for other in keys if other != key]
         _score(source, others, key, model | asked, tokenizer, loading, **scoring)
@@ -147,15 +148,17 @@ def _generate(
     prompts: list[list[int]],
     tokenizer: "PreTrainedTokenizerBase | None",
     loading: ModelOptions,
+    shard_rows: int,
 ) -> None:
-    """Write one response to each prompt into a folder, unless they are there."""
+    """Write one response to each prompt into a folder, unless they are there; what an interruption left goes on."""
     from accelerate import PartialState
 
-    from hf_coverage.inference.files import written_whole
+    from hf_coverage.inference.files import made_folder, written_whole
     from hf_coverage.measure.builders import sample_corpus
 
     if decided_by_main_process(partial(_is_kept, folder, made_of), loading.device):
         return
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
     responses = sample_corpus(
         load_model(source, loading),
         tokenizer,
@@ -165,12 +168,16 @@ def _generate(
         batch_size=made_of["batch_size"],
         seed=made_of["seed"],
         stratified=made_of.get("stratified", False),
+        output_dir=unfinished,
+        shard_rows=shard_rows,
         progress=is_main_process(),
     )
     if is_main_process():
-        with written_whole(folder) as part:  # what a killed run leaves behind does not pass for generations
+        # what a killed run leaves behind does not pass for generations
+        with made_folder(folder.parent), written_whole(folder) as part:
             responses.save_to_disk(part)
             write_made_of(part / _KEPT, made_of)
+        shutil.rmtree(unfinished)
     PartialState().wait_for_everyone()
     say(f"{source}: {len(responses):,} responses of its own in {folder}.")
 

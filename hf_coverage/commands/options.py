@@ -1,6 +1,7 @@
 """Options that several commands share, how dataclasses become options, and `--config`, which gives any from a file."""
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -42,6 +43,9 @@ __all__ = [
 DEFAULT_N = "2,4,8,16"
 """The N that are reported unless others are asked for."""
 
+_MOST = 10**9
+"""The largest size that is taken for meant."""
+
 _PANELS = {ModelOptions: "Loading the model"}
 
 
@@ -62,6 +66,8 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         if name not in parameters:
             known = ", ".join(sorted(str(known).replace("_", "-") for known in parameters if known != "help"))
             raise typer.BadParameter(f"{path} has an unknown key `{key}`; `{context.info_name}` knows {known}.")
+        if value == "":
+            raise typer.BadParameter(f"{path} has nothing for `{key}`: leave the line out, or give it a value.")
         parameter = parameters[name]
         many = getattr(parameter, "multiple", False) or parameter.nargs == -1
         defaults[name] = [value] if many and not isinstance(value, list) else value
@@ -126,7 +132,7 @@ AppendEos = Annotated[
     bool,
     typer.Option("--append-eos", help="End every text response with the EOS token; the same for corpus and models."),
 ]
-BatchTokens = Annotated[int, typer.Option(help="Tokens computed in one forward pass.")]
+BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens computed in one forward pass.")]
 Stratified = Annotated[
     bool,
     typer.Option(
@@ -135,10 +141,10 @@ Stratified = Annotated[
         "longer.",
     ),
 ]
-BatchSize = Annotated[int, typer.Option(help="Responses sampled at once.")]
-TopK = Annotated[int | None, typer.Option(help="Keep the likeliest tokens, renormalised.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Responses sampled at once.")]
+TopK = Annotated[int | None, typer.Option(min=1, help="Keep the likeliest tokens, renormalised.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this mass, renormalised.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 
 
 @dataclass(frozen=True)
@@ -172,7 +178,8 @@ def command_line(
 ) -> Callable[..., None]:
     """A command as typer takes it: each dataclass that it takes becomes an option for every field; and `--config`.
 
-    While it runs, no other process may run a command that writes to the same folder.
+    Numbers are finite, and none but a seed larger than any size that is meant. While the command runs, no other
+    process may run one that writes to the same folder.
 
     Args:
         command: A function of options and arguments in typer's annotations, and of dataclasses. A field's annotation
@@ -186,6 +193,8 @@ def command_line(
     groups: dict[str, Any] = {name: p.annotation for name, p in parameters.items() if is_dataclass(p.annotation)}
 
     def run(*, config: ConfigFile = None, **values: Any) -> None:
+        for one in flat:
+            _check_number(one, values.get(one.name))
         with _locked(folders(**values), values.get("device")):
             for name, group in groups.items():
                 values[name] = group(**{one.name: values.pop(one.name) for one in fields(group)})
@@ -200,6 +209,16 @@ def command_line(
     return spread
 
 
+def _check_number(parameter: inspect.Parameter, value: Any) -> None:
+    """Refuse what typer's own types let pass: NaN and infinities, and sizes that are typing errors."""
+    flag = f"--{parameter.name.replace('_', '-')}"
+    if isinstance(value, float) and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number: give one, or leave it out.", param_hint=flag)
+    if type(value) is int and value > _MOST and parameter.name != "seed":
+        text = f"{value:,} is taken for a typing error: give at most {_MOST:,}."
+        raise typer.BadParameter(text, param_hint=flag)
+
+
 @contextmanager
 def _locked(folders: Sequence[Path], device: str | None) -> Iterator[None]:
     """Hold folders for a job: its main process does, and what it raises is raised on all processes."""
@@ -208,6 +227,11 @@ def _locked(folders: Sequence[Path], device: str | None) -> Iterator[None]:
         def lock() -> None:
             for folder in dict.fromkeys(map(os.path.realpath, folders)):
                 stack.enter_context(folder_lock(folder, running_command()))
+            if folders and not os.access(folders[-1], os.W_OK):  # before hours of work for it
+                text = (
+                    f"{folders[-1]} may not be written to: choose another `--output-dir`, or change its permissions."
+                )
+                raise PermissionError(text)
 
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             lock()

@@ -20,6 +20,7 @@ from hf_coverage.commands.options import (
 )
 from hf_coverage.commands.score import score_into
 from hf_coverage.commands.score_folder import Measured, is_score_folder, read_measured, require_intervals
+from hf_coverage.functional.checks import check_regret
 from hf_coverage.inference.loading import ModelOptions, model_name
 from hf_coverage.report.provenance import running_command
 
@@ -63,6 +64,7 @@ def profile(
     from hf_coverage.report.results import coverage_results, write_results, write_samples
     from hf_coverage.report.summary import pass_table, profile_table, summarize_profiles
 
+    check_regret(regret)
     measured = collect(sources, output_dir, corpus, reading, loading, intervals=stratified)
     levels = parse_n(n)
     profiles = [one.profile for one in measured]

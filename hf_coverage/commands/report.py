@@ -20,6 +20,7 @@ from hf_coverage.commands.options import (
 )
 from hf_coverage.commands.profile import collect, draw, result_config
 from hf_coverage.commands.score_folder import Measured
+from hf_coverage.functional.checks import check_regret
 from hf_coverage.inference.loading import ModelOptions
 
 __all__ = ["EXAMPLES", "origin", "report"]
@@ -58,6 +59,7 @@ def report(
     """
     from hf_coverage.report.results import coverage_results, write_results
 
+    check_regret(regret)
     measured = collect(sources, output_dir, corpus, reading, loading, intervals=stratified)
     if not is_main_process():
         return

@@ -1,5 +1,6 @@
 """`hf-coverage sample`: a reference corpus from a teacher, or from plain text."""
 
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,9 +62,9 @@ def sample(
     column: Annotated[
         str | None, typer.Option(help="Column of prompts or texts; by default `prompt`, or else `text`.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Use that many rows of the source, from its start.")] = None,
-    k: Annotated[int, typer.Option("--k", help="Responses for each prompt.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a response.")] = 64,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use that many rows of the source, from its start.")] = None,
+    k: Annotated[int, typer.Option("--k", min=1, help="Responses for each prompt.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a response.")] = 64,
     stratified: Annotated[
         bool,
         typer.Option(
@@ -75,13 +76,17 @@ def sample(
     temperature: Annotated[float, typer.Option(help="Temperature; 1 is the teacher itself.")] = 1.0,
     top_k: TopK = None,
     top_p: TopP = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a window's prompt.")] = 192,
-    response_tokens: Annotated[int, typer.Option(help="Tokens of a window's response.")] = 32,
-    stride: Annotated[int | None, typer.Option(help="Tokens between windows; by default the response's.")] = None,
-    max_windows: Annotated[int | None, typer.Option(help="Keep that many windows, chosen at random.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a window's prompt.")] = 192,
+    response_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a window's response.")] = 32,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens between windows; by default the response's.")
+    ] = None,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Keep that many windows, chosen at random.")] = None,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
-    shard_rows: Annotated[int, typer.Option(help="Responses between two writes: what an interruption costs.")] = 256,
+    shard_rows: Annotated[
+        int, typer.Option(min=1, help="Responses between two writes: what an interruption costs.")
+    ] = 256,
     split: Split = None,
     *,
     loading: ModelOptions,
@@ -95,6 +100,9 @@ def sample(
     Run the same command again to go on after an interruption: what was sampled or scored is kept, and the corpus is
     the same to the byte.
     """
+    from hf_coverage.inference.sampler import Sampling
+
+    Sampling(max_new_tokens, temperature, top_k, top_p)  # what cannot be is said before a model is loaded
     _check_choice(kind, teacher, loading.tokenizer, output_dir)
     if stratified and kind is not Source.prompts:
         raise typer.BadParameter(
@@ -104,7 +112,10 @@ def sample(
     if kind is Source.prompts:
         check_number_of_responses(len(rows), k, max_new_tokens)
     words = load_tokenizer(str(teacher), loading)
-    model = None if teacher is None else load_model(teacher, loading)
+
+    def load() -> Any:
+        return None if teacher is None else load_model(teacher, loading)
+
     settings: dict[str, Any] = {"seed": seed}
     if kind is Source.prompts:
         settings |= {"k": k, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
@@ -116,7 +127,7 @@ def sample(
     else:
         settings = {"append_eos": append_eos}
     unfinished = output_dir / _UNFINISHED
-    corpus = _build(kind, rows, column, words, model, settings, {"output_dir": unfinished, "shard_rows": shard_rows})
+    corpus = _build(kind, rows, column, words, load, settings, {"output_dir": unfinished, "shard_rows": shard_rows})
     if is_main_process():
         asked = {"command": running_command(), "source": source, "from": kind.value, "teacher": teacher}
         # windows and samples are token ids, which contain their end already: nothing is appended when they are scored
@@ -140,7 +151,7 @@ def _build(
     rows: "Dataset",
     column: str | None,
     tokenizer: Any,
-    model: Any,
+    load: Callable[[], Any],
     settings: dict[str, Any],
     keeping: dict[str, Any],
 ) -> "Dataset":
@@ -150,13 +161,14 @@ def _build(
     progress = is_main_process()
     if kind is Source.pairs:
         folder = keeping["output_dir"]
-        return teacher_scored_corpus(rows, model, tokenizer, output_dir=folder, progress=progress, **settings)
+        return teacher_scored_corpus(rows, load(), tokenizer, output_dir=folder, progress=progress, **settings)
     values = _column(rows, column)
     if kind is Source.prompts:
         own = template_kwargs(rows)
         settings = settings | keeping
-        return sample_corpus(model, tokenizer, values, chat_template_kwargs=own, progress=progress, **settings)
+        return sample_corpus(load(), tokenizer, values, chat_template_kwargs=own, progress=progress, **settings)
     corpus = windows_corpus(values, tokenizer, **settings)
+    model = load()
     if model is None:
         _require_nothing_kept(keeping["output_dir"])
         return corpus
@@ -164,7 +176,7 @@ def _build(
 
 
 def _require_nothing_kept(folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(path.name not in LOCK_FILES for path in folder.iterdir()):
         raise FileExistsError(
             f"`output_dir` {folder.parent} holds an unfinished corpus of something else: choose another folder, or "
             "remove this one."

@@ -39,7 +39,7 @@ def score(
     batch_tokens: BatchTokens = 4096,
     share_prefixes: Annotated[bool, typer.Option(help="Run the prompt of several responses once.")] = True,
     shard_rows: Annotated[
-        int, typer.Option(help="Rows per file of the score folder: what an interruption costs.")
+        int, typer.Option(min=1, help="Rows per file of the score folder: what an interruption costs.")
     ] = 1024,
     per_token: Annotated[bool, typer.Option("--per-token", help="Keep every token's log-probability.")] = False,
     stratified: Stratified = False,

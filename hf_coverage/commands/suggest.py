@@ -38,10 +38,10 @@ def suggest(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
     data: Annotated[str, typer.Option("--data", "--corpus", help="Prompts and responses: folder, file or Hub id.")],
     n: Annotated[float, typer.Option("--n", "-n", help="The N of Cov_N to train for, a real number above 1.")],
-    steps: Annotated[int, typer.Option(help="T: how many steps the training will make.")],
+    steps: Annotated[int, typer.Option(min=1, help="T: how many steps the training will make.")],
     eps: Annotated[float, typer.Option(help="The Cov_N that is wanted; it sets the minibatch K.")] = 0.1,
     batch_size: Annotated[
-        int | None, typer.Option(help="K: sequences in a minibatch; by default as many as `--eps` needs.")
+        int | None, typer.Option(min=1, help="K: sequences in a minibatch; by default as many as `--eps` needs.")
     ] = None,
     radius: Annotated[
         float | None,
@@ -56,7 +56,7 @@ def suggest(
             min=0, max=10_000, help="Measure the gradient's norm on that many minibatches, to put beside lambda."
         ),
     ] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of those minibatches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of those minibatches.")] = 0,
     output_dir: Annotated[
         Path,
         output_folder("Folder for the JSON, and for what an interrupted run goes on with."),
@@ -75,8 +75,10 @@ def suggest(
     Writes suggestion.json.
     """
     plan = TrainingPlan(n, steps, eps, batch_size)
-    if radius is not None and not radius > 0:
-        raise typer.BadParameter(f"`--radius` must be positive, but is {radius}: leave it out for the head's norm.")
+    if radius is not None and not 1e-30 <= radius <= 1e30:
+        raise typer.BadParameter(
+            f"`--radius` must be from 1e-30 to 1e30, but is {radius}: leave it out for the head's norm."
+        )
     rows, _ = read_corpus(data, reading)
     suggestion = measure(
         load_model(model, loading),

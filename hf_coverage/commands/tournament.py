@@ -12,7 +12,7 @@ from hf_coverage.commands.inputs import leave_job
 from hf_coverage.commands.on_policy import Generations, offset_arguments
 from hf_coverage.commands.options import BatchTokens, CorpusOptions, output_folder, parse_n
 from hf_coverage.commands.score_folder import on_same_rows, read_measured
-from hf_coverage.functional.checks import metric_key
+from hf_coverage.functional.checks import check_n, metric_key
 from hf_coverage.inference.loading import ModelOptions
 from hf_coverage.report.table import Cell, Column, Table
 
@@ -74,7 +74,7 @@ def tournament(
     bootstrap: Annotated[
         int, typer.Option(min=0, max=1_000_000, help="How often to draw the prompts anew for win rates.")
     ] = 1000,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
     race: Annotated[
         float | None,
         typer.Option(help="Drop hopeless candidates early, with this confidence, such as 0.99; for hundreds of them."),
@@ -119,7 +119,9 @@ def tournament(
     reading: CorpusOptions,
     loading: ModelOptions,
     batch_tokens: BatchTokens = 4096,
-    shard_rows: Annotated[int, typer.Option(help="Rows per file of the scores: what an interruption costs.")] = 1024,
+    shard_rows: Annotated[
+        int, typer.Option(min=1, help="Rows per file of the scores: what an interruption costs.")
+    ] = 1024,
 ) -> None:
     """Choose the checkpoint with the best coverage, by a tournament that needs no density of the data.
 
@@ -141,6 +143,10 @@ def tournament(
         raise typer.BadParameter("`--stratified` is of what `--on-policy` lets be written: give both, or neither.")
     if not gamma > 0:
         raise typer.BadParameter(f"`--gamma` must be positive, but is {gamma}.")
+    check_n(n)
+    if race is not None and not 0 < race < 1:
+        raise typer.BadParameter(f"`--race` must lie strictly between 0 and 1, for example 0.99, but is {race}.")
+    more = parse_n(sweep, "--sweep") if sweep else ()
     sources = [candidate.rstrip("/") for candidate in candidates]
     names = distinct_names(sources)
     scoring = {"batch_tokens": batch_tokens, "shard_rows": shard_rows}
@@ -155,7 +161,7 @@ def tournament(
     if not is_main_process():
         return
     measured = _read(dict(zip(names, folders)), n)
-    result = _hold(measured, n, sweep, bootstrap=bootstrap, seed=seed, race_confidence=race, **offset)
+    result = _hold(measured, n, more, bootstrap=bootstrap, seed=seed, race_confidence=race, **offset)
     print_table(_table(result, measured))
     if result.sweep:
         print_table(_sweep_table(result))
@@ -185,12 +191,12 @@ def checkpoint_of(folder: Path, facts: dict[str, Any]) -> str | None:
     return str(path) if path.is_dir() else None
 
 
-def _hold(measured: dict[str, _Contender], n: float, sweep: list[str] | None, **options: Any) -> "TournamentResult":
+def _hold(measured: dict[str, _Contender], n: float, sweep: tuple[float, ...], **options: Any) -> "TournamentResult":
     from hf_coverage.select.tournament import tournament as hold
 
     groups = next(iter(measured.values())).groups
     logprobs = {name: one.logprobs for name, one in measured.items()}
-    return hold(logprobs, n, groups=groups, sweep=parse_n(sweep) if sweep else (), **options)
+    return hold(logprobs, n, groups=groups, sweep=sweep, **options)
 
 
 def _table(result: "TournamentResult", measured: dict[str, _Contender]) -> Table:

@@ -104,11 +104,12 @@ def tune_ttt(
     top_k: Annotated[
         int | None,
         typer.Option(
-            help="Cut the head's step to that many likeliest tokens; by default exact.", rich_help_panel=_RULE
+            min=1, help="Cut the head's step to that many likeliest tokens; by default exact.", rich_help_panel=_RULE
         ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Rank of the adapters.", show_default="8", rich_help_panel=_RULE)
+        int | None,
+        typer.Option(min=1, max=65_536, help="Rank of the adapters.", show_default="8", rich_help_panel=_RULE),
     ] = None,
     cache: Annotated[
         CacheName | None,
@@ -118,8 +119,8 @@ def tune_ttt(
             rich_help_panel=_RULE,
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps on each token.", rich_help_panel=_RULE)] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the two halves.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, max=10_000, help="Steps on each token.", rich_help_panel=_RULE)] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the two halves.")] = 0,
     output_dir: Annotated[Path, output_folder("Folder for the scores of every setting, and the JSON.")] = Path(
         "tune_ttt"
     ),
@@ -130,7 +131,7 @@ def tune_ttt(
     shard_rows: Annotated[
         int | None,
         typer.Option(
-            help="Rows per file of the scores: what an interruption costs.", show_default="1024; 16 where slow"
+            min=1, help="Rows per file of the scores: what an interruption costs.", show_default="1024; 16 where slow"
         ),
     ] = None,
 ) -> None:

@@ -20,7 +20,7 @@ from hf_coverage.decode.sample_verdicts import Judging
 from hf_coverage.inference.fingerprint import digest
 from hf_coverage.inference.forward import unwrap
 from hf_coverage.inference.kept_samples import SAMPLE, Rows, damaged, kept_samples, sampling_facts, shard_sizes
-from hf_coverage.inference.processes import on_main_process
+from hf_coverage.inference.processes import on_main_process, writing_to
 from hf_coverage.inference.sampler import Sampler, Sampling, end_token_ids
 from hf_coverage.inference.shards import JsonShards, read_metadata
 
@@ -117,6 +117,7 @@ def evaluate_best_of_n(
     """
     if sampling not in ("independent", "stratified"):
         raise ValueError(f'`sampling` must be "independent" or "stratified", got {sampling!r}.')
+    _check_threshold(threshold)
     table = PromptTable.from_corpus(corpus)
     judging = Judging.prepare(verifier, table, timeout, batch_size)
     law = Sampling(max_new_tokens, temperature, top_k, top_p, end_token_ids(eos_token_id, model, tokenizer))
@@ -126,12 +127,13 @@ def evaluate_best_of_n(
     facts |= {"corpus": digest(table.codes.tolist())}
     facts |= {"about": {"model": name or _name(model)}}
     facts |= {"rounds": [k]} if sampler.stratified else {}
-    shards = None
-    if output_dir is not None:
-        facts, shards = on_main_process(partial(_open, output_dir, facts))
-    size = facts["rows_per_shard"]
-    samples = kept_samples(sampler, prompts, tokenizer, shards, rounds=_rounds(facts), rows_per_shard=size)
-    return _collect(samples, table, facts, judging, output_dir, threshold=threshold, progress=progress)
+    with writing_to(output_dir):
+        shards = None
+        if output_dir is not None:
+            facts, shards = on_main_process(partial(_open, output_dir, facts))
+        size = facts["rows_per_shard"]
+        samples = kept_samples(sampler, prompts, tokenizer, shards, rounds=_rounds(facts), rows_per_shard=size)
+        return _collect(samples, table, facts, judging, output_dir, threshold=threshold, progress=progress)
 
 
 def judge_best_of_n(
@@ -159,6 +161,7 @@ def judge_best_of_n(
         FileNotFoundError: If there are no samples.
         ValueError: If they are not complete, or of another corpus.
     """
+    _check_threshold(threshold)
     types = {
         "k": int,
         "rows_per_shard": int,
@@ -173,9 +176,15 @@ def judge_best_of_n(
     if facts["corpus"] != digest(table.codes.tolist()):
         raise ValueError(f"{output_dir} holds samples for other prompts than those of `corpus`.")
     judging = Judging.prepare(verifier, table, timeout, batch_size)
-    shards = on_main_process(partial(JsonShards, output_dir, "samples", facts))
-    samples = _kept(shards, facts, table)
-    return _collect(samples, table, facts, judging, output_dir, threshold=threshold, progress=progress)
+    with writing_to(output_dir):
+        shards = on_main_process(partial(JsonShards, output_dir, "samples", facts))
+        samples = _kept(shards, facts, table)
+        return _collect(samples, table, facts, judging, output_dir, threshold=threshold, progress=progress)
+
+
+def _check_threshold(threshold: float | None) -> None:
+    if threshold is not None and not math.isfinite(threshold):
+        raise ValueError(f"`threshold` must be finite, or None where no reward solves a prompt, got {threshold}.")
 
 
 def _collect(

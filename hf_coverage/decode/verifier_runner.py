@@ -20,7 +20,7 @@ from typing import Any
 from hf_coverage.decode.verifier_calls import Verdict, judge
 from hf_coverage.decode.verifiers import Verifier
 
-__all__ = ["JudgeRows", "needed_arguments", "open_judge", "runs_in_worker"]
+__all__ = ["JudgeRows", "check_timeout", "needed_arguments", "open_judge", "runs_in_worker"]
 
 JudgeRows = Callable[[Sequence[dict[str, Any]]], list[Verdict]]
 """Judges responses, each given as its arguments by name."""
@@ -87,9 +87,17 @@ def runs_in_worker(verifier: Callable[..., Any], timeout: float | None) -> bool:
     Raises:
         ValueError: If the time limit is not positive.
     """
-    if timeout is not None and not timeout > 0:
-        raise ValueError(f"`timeout` must be positive seconds, or None for no limit, got {timeout}.")
+    check_timeout(timeout)
     return timeout is not None and not (isinstance(verifier, Verifier) and verifier.runs_here)
+
+
+def check_timeout(timeout: float | None) -> None:
+    """Raise ValueError unless `timeout` is seconds that a process can wait, or None."""
+    if timeout is not None and not 0 < timeout <= threading.TIMEOUT_MAX:
+        raise ValueError(
+            f"`timeout` must be positive seconds, at most {threading.TIMEOUT_MAX:.3g}, or None for no limit, got "
+            f"{timeout}."
+        )
 
 
 @contextmanager

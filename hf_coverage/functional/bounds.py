@@ -10,7 +10,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_coverage.functional.checks import TIE_TOLERANCE, FloatArray, check_log_ratios, check_logprobs, check_n
+from hf_coverage.functional.checks import (
+    TIE_TOLERANCE,
+    FloatArray,
+    check_log_ratios,
+    check_logprobs,
+    check_n,
+    check_regret,
+)
 from hf_coverage.functional.coverage_profile import coverage, smallest_n
 from hf_coverage.functional.statistics import row_weights
 
@@ -264,8 +271,7 @@ def best_of_n_budget(log_ratios: ArrayLike, regret: float, *, weights: ArrayLike
     References:
         arXiv 2510.15020, Propositions D.6 and D.7.
     """
-    if not 0 < regret < 1:
-        raise ValueError(f"`regret` must lie strictly between 0 and 1 (rewards are in [0, 1]), but is {regret}.")
+    check_regret(regret)
     ratios = check_log_ratios(log_ratios)
     necessary = max(1.0, smallest_n(ratios, min(1.0, 2 * regret), weights=weights) / 2)
     # Cov_M only falls just above a ratio, so no other M can be the best one

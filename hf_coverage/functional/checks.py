@@ -1,6 +1,7 @@
 """What counts as a log-probability, a log ratio and an N, and how N is written in a metric's name."""
 
 import math
+from numbers import Integral
 from typing import Literal
 
 import numpy as np
@@ -13,9 +14,11 @@ __all__ = [
     "IntArray",
     "ReferenceKind",
     "check_confidence",
+    "check_count",
     "check_log_ratios",
     "check_logprobs",
     "check_n",
+    "check_regret",
     "coverage_key",
     "metric_key",
     "miss_key",
@@ -90,6 +93,26 @@ def check_confidence(confidence: float) -> None:
     """Raise ValueError unless `confidence` lies strictly between 0 and 1."""
     if not 0 < confidence < 1:
         raise ValueError(f"`confidence` must lie strictly between 0 and 1, for example 0.95, but is {confidence}.")
+
+
+def check_regret(regret: float) -> None:
+    """Raise ValueError unless `regret` lies strictly between 0 and 1."""
+    if not 0 < regret < 1:
+        raise ValueError(f"`regret` must lie strictly between 0 and 1 (rewards are in [0, 1]), but is {regret}.")
+
+
+def check_count(value: object, name: str, *, least: int = 1) -> None:
+    """Raise ValueError unless a value is a whole number and at least `least`.
+
+    Example:
+        >>> check_count(float("nan"), "k")
+        Traceback (most recent call last):
+        ValueError: `k` must be a whole number, at least 1, got nan.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError(f"`{name}` must be a whole number, at least {least}, got {value!r}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
 
 
 def metric_key(n: float) -> str:

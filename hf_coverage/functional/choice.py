@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_coverage.functional.checks import FloatArray, check_confidence
+from hf_coverage.functional.checks import FloatArray, check_confidence, check_count
 from hf_coverage.functional.statistics import group_codes
 
 __all__ = ["Decision", "check_losses", "decide"]
@@ -122,6 +122,7 @@ def decide(
         "Stein's estimation rule and its competitors".
     """
     check_confidence(confidence)
+    check_count(seed, "seed", least=0)
     if not 0 <= tolerance < 1:
         raise ValueError(f"`tolerance` must be a loss in [0, 1), but is {tolerance}.")
     table = check_losses(losses)

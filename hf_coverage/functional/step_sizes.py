@@ -33,6 +33,9 @@ __all__ = [
 VARIANCE, FEATURES, MINIBATCH = "inherent variance", "feature norm", "minibatch"
 """Names of the terms of a promise."""
 
+_LARGEST = 1e30
+"""Of what is squared and divided by here; one over it is the least."""
+
 
 @dataclass(frozen=True)
 class LinearProblem:
@@ -107,14 +110,14 @@ class TrainingPlan:
     def __post_init__(self) -> None:
         if check_n(self.n) == 1:
             raise ValueError("`n` must be above 1: the step sizes have log N in them, which is 0 here; take 2, say.")
-        if not 1 <= self.steps < math.inf:
+        if not 1 <= self.steps <= _LARGEST:
             raise ValueError(f"`steps` must be at least 1, the number T of steps to train for, but is {self.steps}.")
-        if not 0 < self.eps < 1:
+        if not 1 / _LARGEST <= self.eps < 1:
             raise ValueError(
                 "`eps` must lie strictly between 0 and 1, the Cov_N that is wanted, for example 0.1, but is "
                 f"{self.eps}."
             )
-        if self.batch_size is not None and self.batch_size < 1:
+        if self.batch_size is not None and not 1 <= self.batch_size <= _LARGEST:
             raise ValueError(
                 f"`batch_size` must be at least 1 sequence, or None for what `eps` needs, but is {self.batch_size}."
             )
@@ -318,5 +321,7 @@ def _power(numerator: float, variance: float, exponent: float) -> float:
 
 
 def _check_positive(name: str, value: float, meaning: str) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"`{name}` must be positive and finite, {meaning}, but is {value}.")
+    if not 1 / _LARGEST <= value <= _LARGEST:
+        raise ValueError(
+            f"`{name}` must be positive and finite, from {1 / _LARGEST:g} to {_LARGEST:g}, {meaning}, but is {value}."
+        )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hf_coverage.functional.checks import FloatArray, check_logprobs, check_n
+from hf_coverage.functional.checks import FloatArray, check_count, check_logprobs, check_n
 from hf_coverage.functional.tournament_challenges import RowLayout, count_challenges, row_layout
 from hf_coverage.functional.tournament_racing import race
 from hf_coverage.functional.tournament_standing import Rates, Standing, Tally, stand
@@ -117,8 +117,12 @@ def hold_tournament(
         raise ValueError(
             f"`on_policy` must hold generations of each of the {len(table)} candidates, but holds {len(on_policy)}."
         )
-    if not gamma > 0:
-        raise ValueError(f"`gamma` must be > 0, but is {gamma}; without `on_policy` there is no offset to weigh.")
+    check_count(replicates, "replicates", least=0)
+    check_count(seed, "seed", least=0)
+    if not 0 < gamma < math.inf:
+        raise ValueError(
+            f"`gamma` must be finite and > 0, but is {gamma}; without `on_policy` there is no offset to weigh."
+        )
     rng = np.random.default_rng(seed)
     layout = row_layout(table[0].size, groups=groups, seed=seed, max_blocks=_BLOCKS if replicates else 1)
     if layout.num_groups < 2:

@@ -1,6 +1,7 @@
 """What the theory promises of a tournament's pick, with the tournament's own numbers in it."""
 
 import math
+import sys
 
 from hf_coverage.functional.checks import check_n
 
@@ -38,7 +39,7 @@ def simple_guarantee(n: float, num_candidates: int, num_prompts: int, *, a: floa
         raise ValueError(f"`a` must lie in [0, 1], but is {a}.")
     return (
         f"Theorem 6.3 with a = {a:g}: with probability {_percent(delta)}, and up to constants that it does not state, "
-        f"Cov_{check_n(n) ** (1 + a):.4g} of the pick is at most the least Cov_{n**a:.4g} of the {num_candidates} "
+        f"Cov_{_power(n, 1 + a):.4g} of the pick is at most the least Cov_{n**a:.4g} of the {num_candidates} "
         f"candidates + {n ** (a - 1):.3g} (N^-(1-a)) + {_sampling(num_candidates, num_prompts, delta):.3g} "
         "(log(M/delta)/n)."
     )
@@ -70,7 +71,7 @@ def offset_guarantee(n: float, num_candidates: int, num_prompts: int, *, gamma: 
     References:
         arXiv 2510.15020, Theorem 6.4.
     """
-    meets = gamma >= 1 and check_n(n) >= 8 * gamma**2
+    meets = gamma >= 1 and check_n(n) >= 8 * gamma * gamma
     asked = f"Theorem 6.4 asks for g >= 1 and N >= 8 g^2: g = {gamma:g} and N = {n:g} "
     sampling = _sampling(num_candidates, num_prompts, delta)
     if not meets:
@@ -107,10 +108,15 @@ def soft_guarantee(n: float, num_candidates: int, num_prompts: int, *, a: float 
     sampling = 2 * math.sqrt(math.log(2 * num_candidates / delta) / (2 * num_prompts))
     slack = num_candidates * check_n(n) ** (a - 1) / math.e
     return (
-        f"With probability {_percent(delta)}, miss_{n ** (1 + a):.4g} of the pick is at most twice the least "
+        f"With probability {_percent(delta)}, miss_{_power(n, 1 + a):.4g} of the pick is at most twice the least "
         f"Cov_{n**a:.4g} of the {num_candidates} candidates + {slack:.3g} (M N^-(1-a) / e) + {sampling:.3g} (of "
         f"sampling), with a = {a:g}."
     )
+
+
+def _power(n: float, exponent: float) -> float:
+    """`N^exponent`, infinite where floats end."""
+    return n**exponent if exponent * math.log(check_n(n)) < math.log(sys.float_info.max) else math.inf
 
 
 def _percent(delta: float) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hf_coverage.functional.checks import FloatArray, check_confidence
+from hf_coverage.functional.checks import FloatArray, check_confidence, check_count
 from hf_coverage.functional.tournament_challenges import count_challenges, row_layout
 
 __all__ = ["Race", "race"]
@@ -57,6 +57,7 @@ def race(logprobs: Sequence[FloatArray], n: float, *, confidence: float = 0.99, 
         ((0, 1), [20000, 20000, 1024])
     """
     check_confidence(confidence)
+    check_count(seed, "seed", least=0)
     num_candidates = len(logprobs)
     layout = row_layout(logprobs[0].size, seed=seed, shuffle=True, max_blocks=1)
     ends = _rounds(layout.widths.size)

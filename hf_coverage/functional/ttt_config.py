@@ -52,11 +52,11 @@ class StepRule:
     num_steps: int = 1
 
     def __post_init__(self) -> None:
-        smallest = float(self.lr.min()) if isinstance(self.lr, Tensor) else self.lr
-        if not 0 <= smallest < math.inf:
-            raise ValueError(f"`lr` must be finite and at least 0, got {smallest}.")
-        if self.radius is not None and not self.radius > 0:
-            raise ValueError(f"`radius` must be positive, or None for no ball, got {self.radius}.")
+        for size in (self.lr.min().item(), self.lr.max().item()) if isinstance(self.lr, Tensor) else (self.lr,):
+            if not 0 <= size < math.inf:
+                raise ValueError(f"`lr` must be finite and at least 0, got {size}.")
+        if self.radius is not None and not 0 < self.radius < math.inf:
+            raise ValueError(f"`radius` must be positive and finite, or None for no ball, got {self.radius}.")
         if self.center not in ("zero", "start"):
             raise ValueError(f'`center` must be "zero" or "start", got {self.center!r}.')
         if not 0 <= self.decay <= 1:

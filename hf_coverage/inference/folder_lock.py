@@ -4,7 +4,10 @@ import errno
 import json
 import logging
 import os
+import shlex
 import socket
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
@@ -25,16 +28,22 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 logger = logging.getLogger(__name__)
 
 
+_blocks: Counter[Path] = Counter()
+_locks: dict[Path, ExitStack] = {}
+"""Of the folders that this process holds: for how many blocks, and what lets go of them."""
+
+
 @contextmanager
-def folder_lock(folder: str | os.PathLike[str], purpose: str) -> Iterator[None]:
+def folder_lock(folder: str | os.PathLike[str], purpose: str | None = None) -> Iterator[None]:
     """Keep other processes out of a folder for as long as a block runs.
 
     The operating system holds the lock, and lets go of it when the process ends, however it ends. A folder that is not
-    there is made, and taken away again if the block leaves nothing in it.
+    there is made, and taken away again if the block leaves nothing in it. The process itself may hold a folder several
+    times over, as a command does and the functions that it calls; it lets go when the last block ends.
 
     Args:
         folder: The folder; one that may not be written to needs no lock.
-        purpose: What this process does there, for those that are kept out.
+        purpose: What this process does there, for those that are kept out; None: its command line.
 
     Raises:
         BlockingIOError: If another process holds it, saying which.
@@ -55,6 +64,22 @@ def folder_lock(folder: str | os.PathLike[str], purpose: str) -> Iterator[None]:
     if folder.is_dir() and not os.access(folder, os.W_OK):
         yield
         return
+    if not _blocks[folder]:
+        lock = ExitStack()
+        lock.enter_context(_alone(folder, purpose or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])))
+        _locks[folder] = lock
+    _blocks[folder] += 1
+    try:
+        yield
+    finally:
+        _blocks[folder] -= 1
+        if not _blocks[folder]:
+            _locks.pop(folder).close()
+
+
+@contextmanager
+def _alone(folder: Path, purpose: str) -> Iterator[None]:
+    """The lock itself, for the first of this process's blocks."""
     lock = FileLock(folder / _LOCK)
     with ExitStack() as made:
         try:

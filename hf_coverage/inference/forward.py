@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -35,6 +36,7 @@ __all__ = [
     "Probe",
     "inference",
     "input_device",
+    "is_out_of_memory",
     "is_sharded",
     "refuse_zero3",
     "select_before",
@@ -153,7 +155,8 @@ class HeadForward:
             raise RuntimeError(
                 f"Expected {type(self.model).__name__} to call its output head {type(self.head.module).__name__} once "
                 f"and to return its logits for the {expected} chosen positions, got {len(seen)} calls and logits of "
-                f"shape {tuple(outputs.logits.shape)}; this architecture cannot be scored."
+                f"shape {tuple(outputs.logits.shape)}; this architecture cannot be scored. If an adapter makes a pass "
+                "of its own before each, as X-LoRA does, load the base model with one of its adapters instead."
             )
         return HeadOutput(seen[0], outputs.get(CACHE), outputs.logits[0], self.head)
 
@@ -165,9 +168,9 @@ class HeadForward:
         """
         try:
             return self._probe(keep_cache=True)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # a model that cannot keep what it has read is read without
+            if is_out_of_memory(error):
+                raise
             logger.debug("The model keeps no cache: %s: %s", type(error).__name__, error)
         try:
             return self._probe(keep_cache=False)
@@ -281,6 +284,16 @@ def select_before(
         yield seen
     finally:
         handle.remove()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error says that memory does not suffice, a device's or the machine's.
+
+    Example:
+        >>> is_out_of_memory(MemoryError()), is_out_of_memory(ValueError("out of range"))
+        (True, False)
+    """
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or should_reduce_batch_size(error)
 
 
 def input_device(model: nn.Module) -> torch.device:

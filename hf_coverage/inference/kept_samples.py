@@ -9,6 +9,7 @@ from functools import partial
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
+from hf_coverage.functional.checks import check_count
 from hf_coverage.inference.fingerprint import config_fingerprint, digest, tokenizer_fingerprint, weight_fingerprint
 from hf_coverage.inference.processes import on_main_process
 from hf_coverage.inference.shards import JsonShards
@@ -40,8 +41,8 @@ def sampling_facts(
     Raises:
         ValueError: If `k` or `shard_rows` is below 1.
     """
-    if k < 1 or shard_rows < 1:
-        raise ValueError(f"`k` and `shard_rows` must be at least 1, got {k} and {shard_rows}.")
+    check_count(k, "k")
+    check_count(shard_rows, "shard_rows")
     facts = {
         "k": k,
         "batch_size": sampler.batch_size,

@@ -1,12 +1,16 @@
 """What the processes of a job do together."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from os import PathLike
 from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-__all__ = ["map_over_processes", "on_main_process", "split_over_processes"]
+from hf_coverage.inference.folder_lock import folder_lock
+
+__all__ = ["map_over_processes", "on_main_process", "split_over_processes", "writing_to"]
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -30,6 +34,25 @@ def on_main_process(function: Callable[[], _T]) -> _T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+@contextmanager
+def writing_to(*folders: str | PathLike[str] | None) -> Iterator[None]:
+    """Keep other jobs out of folders for as long as a block runs on the processes of this one, see `folder_lock`.
+
+    Args:
+        folders: The folders that the main process writes to; None is none.
+    """
+    with ExitStack() as stack:
+
+        def lock() -> None:
+            for folder in folders:
+                if folder is not None:
+                    stack.enter_context(folder_lock(folder))
+
+        if any(folder is not None for folder in folders):
+            on_main_process(lock)
+        yield
 
 
 def split_over_processes(function: Callable[[Sequence[_T]], Iterable[_R]], items: Sequence[_T]) -> list[_R]:

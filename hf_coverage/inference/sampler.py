@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -38,9 +39,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from hf_coverage.functional.checks import check_count
 from hf_coverage.functional.logprobs import token_logprobs
 from hf_coverage.inference.code_choice import CodeChoice, code_device, placed_codes
-from hf_coverage.inference.forward import inference, input_device, is_sharded, refuse_zero3, unwrap
+from hf_coverage.inference.forward import inference, input_device, is_out_of_memory, is_sharded, refuse_zero3, unwrap
 from hf_coverage.inference.prefix_cache import CACHE, is_repeatable
 from hf_coverage.inference.processes import map_over_processes
 from hf_coverage.inference.self_check import Reading, Readout, agree, rounding
@@ -60,6 +62,9 @@ _NOT_CAUSAL = (
     "in its configuration), and merge an adapter that looks at a whole sequence or draws random numbers, or leave it "
     "out."
 )
+
+_HOTTEST = 1e6
+"""The highest temperature, and one over the lowest: logits divided by more say nothing in float32, or overflow."""
 
 Stop = Callable[[list[int]], bool]
 """Tells from the tokens of a response so far whether it ends here."""
@@ -87,14 +92,18 @@ class Sampling:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}.")
+        check_count(self.max_new_tokens, "max_new_tokens")
         if not self.temperature > 0:
             raise ValueError(
                 f"`temperature` must be positive, got {self.temperature}; greedy decoding has one response of density "
                 "1: give that to `single_answer_corpus`."
             )
-        if self.top_k is not None and self.top_k < 1:
+        if not 1 / _HOTTEST <= self.temperature <= _HOTTEST:
+            raise ValueError(
+                f"`temperature` must be from {1 / _HOTTEST:g} to {_HOTTEST:g}, as far as float32 can divide logits by "
+                f"it, got {self.temperature}."
+            )
+        if self.top_k is not None and (not isinstance(self.top_k, Integral) or self.top_k < 1):
             raise ValueError(f"`top_k` must be at least 1, or None to keep all tokens, got {self.top_k}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` must be in (0, 1], or None to keep all tokens, got {self.top_p}.")
@@ -182,8 +191,8 @@ class Sampler:
     def __init__(
         self, model: PreTrainedModel, sampling: Sampling, *, batch_size: int, seed: int, stratified: bool = False
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        check_count(batch_size, "batch_size")
+        check_count(seed, "seed", least=0)
         refuse_zero3()
         self.model: PreTrainedModel = unwrap(model)
         if isinstance(self.model, FullyShardedDataParallel):
@@ -346,9 +355,9 @@ class Sampler:
                     again = self._read(asked[rows[place]].ids, drawn[place].sample.ids)
                     if not agree(Readout(drawn[place].plain, again.epsilon), again):
                         gaps.append(float((drawn[place].plain - again.logprobs).abs().sum()))
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # a layout that the model cannot run is done without, as one that changes numbers
+            if is_out_of_memory(error):
+                raise
             if last:
                 raise RuntimeError(
                     f"`model` {type(self.model).__name__} cannot answer a prompt by itself: {str(error).rstrip('.')}. "

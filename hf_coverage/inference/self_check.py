@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from hf_coverage.functional.checks import IntArray
 from hf_coverage.functional.logprobs import token_logprobs
 from hf_coverage.inference.encoded_rows import EncodedCorpus
-from hf_coverage.inference.forward import HeadForward
+from hf_coverage.inference.forward import HeadForward, is_out_of_memory
 from hf_coverage.inference.prefix_cache import continue_lines, is_repeatable
 
 __all__ = ["Reading", "Readout", "agree", "find_reading", "ignores_left_padding", "rounding"]
@@ -230,9 +230,9 @@ class _Check:
                 return False
             cache = continue_lines(begun.cache, np.zeros(2, dtype=np.int64), last=True)
             output = self._forward(np.array([self._response[:-1]] * 2), places + count, cache=cache)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # a model that cannot go on from a cache is read without
+            if is_out_of_memory(error):
+                raise
             logger.debug("The model cannot go on from a cache: %s: %s", type(error).__name__, error)
             return False
         return agree(alone, self._readout(output.take_logits(slice(None)), labels))

@@ -14,9 +14,10 @@ from accelerate import PartialState
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from huggingface_hub.utils import tqdm
 
+from hf_coverage.functional.checks import check_count
 from hf_coverage.inference.fingerprint import TOKENIZER_COLUMN, vocabulary_fingerprint
 from hf_coverage.inference.kept_samples import code_books, kept_samples, sampling_facts
-from hf_coverage.inference.processes import on_main_process
+from hf_coverage.inference.processes import on_main_process, writing_to
 from hf_coverage.inference.sampler import Sample, Sampler, Sampling, end_token_ids
 from hf_coverage.inference.shards import JsonShards
 from hf_coverage.measure.corpus import encode_prompts, validate_corpus
@@ -84,8 +85,8 @@ def windows_corpus(
     stride = response_tokens if stride is None else stride
     sizes = {"prompt_tokens": prompt_tokens, "response_tokens": response_tokens, "stride": stride}
     for name, count in (sizes | ({} if max_windows is None else {"max_windows": max_windows})).items():
-        if count < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {count}.")
+        check_count(count, name)
+    check_count(seed, "seed", least=0)
     documents = _tokenize_documents(texts, tokenizer, append_eos)
     bounds = np.array(list(accumulate(map(len, documents), initial=0)))
     spans = [(0, bounds[-1])] if cross_documents else list(pairwise(bounds))
@@ -189,8 +190,8 @@ def sample_corpus(
     References:
         arXiv 2510.15020, eq. (4).
     """
-    if k < 1:
-        raise ValueError(f"`k` must be at least 1, got {k}.")
+    check_count(k, "k")
+    check_count(shard_rows, "shard_rows")
     ids = encode_prompts(prompts, tokenizer, chat_template_kwargs=chat_template_kwargs)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, end_token_ids(eos_token_id, teacher, tokenizer))
     sampler = Sampler(teacher, sampling, batch_size=batch_size, seed=seed, stratified=stratified)
@@ -335,12 +336,12 @@ def _kept(
 ) -> list[Sample]:
     """The samples of a folder, drawn where they are not there yet, in the order of the prompts."""
     facts = sampling_facts(sampler, prompts, tokenizer, k=k, shard_rows=shard_rows)
-    shards = on_main_process(partial(JsonShards, folder, "samples", facts))
     size, books = facts["rows_per_shard"], code_books(prompts, k)
-    parts = kept_samples(sampler, prompts, tokenizer, shards, rounds=[k], rows_per_shard=size, books=books)
     hidden = not (progress and PartialState().is_main_process)
     found: dict[tuple[int, int], Sample] = {}
-    with tqdm(total=len(prompts) * k, desc="Sampling", unit="response", disable=hidden) as bar:
+    with writing_to(folder), tqdm(total=len(prompts) * k, desc="Sampling", unit="response", disable=hidden) as bar:
+        shards = on_main_process(partial(JsonShards, folder, "samples", facts))
+        parts = kept_samples(sampler, prompts, tokenizer, shards, rounds=[k], rows_per_shard=size, books=books)
         for rows in parts:
             for row in rows:
                 found[row["prompt"], row["sample"]] = Sample(row["ids"], row["logprob"], row["finished"])

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hf_coverage.functional.arithmetic_codes import token_parts
+from hf_coverage.functional.checks import check_count
 from hf_coverage.functional.logprobs import collision_probability, logsumexp, token_kl
 from hf_coverage.functional.ttt_config import TTTConfig
 from hf_coverage.inference.encoded_rows import EncodedCorpus
@@ -65,8 +66,7 @@ class ScoringOptions:
 
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "logits_memory"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+            check_count(getattr(self, name), name)
         if self.ttt is not None and self.head_statistics:
             raise ValueError("`head_statistics` are those of a head that stays what it is: leave out it or `ttt`.")
         if self.ttt is not None and self.intervals:

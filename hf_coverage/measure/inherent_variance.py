@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from hf_coverage.functional.checks import check_count
 from hf_coverage.functional.gradients import global_norm
 from hf_coverage.functional.logprobs import token_logprobs
 from hf_coverage.functional.statistics import MeanEstimate, clustered_mean, mean_interval, row_weights
@@ -244,8 +245,8 @@ def gradient_norms(
         arXiv 2510.15020, Equations (14), (17).
     """
     for name, value in (("batch_size", batch_size), ("num_batches", num_batches), ("batch_tokens", batch_tokens)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, but is {value}.")
+        check_count(value, name)
+    check_count(seed, "seed", least=0)
     if batch_size > len(encoded):
         raise ValueError(
             f"`batch_size` must be at most the {len(encoded)} rows of the corpus, but is {batch_size}: give more "

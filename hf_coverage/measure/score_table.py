@@ -155,6 +155,14 @@ class ScoreTable:
             self.read(index)
         return sorted(set(range(self.num_shards)) - set(present))
 
+    def require_there(self) -> None:
+        """Raise FileNotFoundError, naming the shard, if one that was written or read is not there any more."""
+        gone = next((path for path in map(self.shard_path, range(self.num_shards)) if not path.exists()), None)
+        if gone is not None:
+            raise FileNotFoundError(
+                f"{gone} was removed while the others were written: run the same scoring again to finish it."
+            )
+
     def write(self, index: int, scores: Scores) -> None:
         """Write a shard, whole or not at all.
 

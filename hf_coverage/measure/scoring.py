@@ -25,12 +25,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_coverage import __version__
+from hf_coverage.functional.checks import check_count
 from hf_coverage.functional.ttt_config import StepRule, TTTConfig
 from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.fingerprint import config_fingerprint, tokenizer_fingerprint, weight_fingerprint
 from hf_coverage.inference.forward import inference, unwrap
 from hf_coverage.inference.forward_batches import tokens_read
-from hf_coverage.inference.processes import on_main_process
+from hf_coverage.inference.processes import on_main_process, writing_to
 from hf_coverage.measure.corpus import encode_corpus
 from hf_coverage.measure.engine import ScoringEngine, ScoringOptions, refuse_nan
 from hf_coverage.measure.score_table import ScoreTable
@@ -190,8 +191,7 @@ def score_responses(
     options = ScoringOptions(
         batch_tokens, logits_memory, share_prefixes, per_token, head_statistics, config, batch_invariant, intervals
     )
-    if shard_rows < 1:
-        raise ValueError(f"`shard_rows` must be at least 1, got {shard_rows}.")
+    check_count(shard_rows, "shard_rows")
     encoded = encode_corpus(corpus, tokenizer, append_eos=append_eos)
     asked = None if rows is None else _checked_rows(rows, len(encoded))
     taken = sorted(set(corpus.column_names) & {field.name for field in fields(Scores)})
@@ -200,7 +200,8 @@ def score_responses(
             f"`corpus` must not have the column `{taken[0]}` that scoring adds; remove or rename it, for example "
             f"`corpus.remove_columns({taken})`."
         )
-    with _engine(model, teacher, options) as engine, _progress_bar(encoded, progress, asked) as bar:
+    opened = writing_to(output_dir)
+    with opened, _engine(model, teacher, options) as engine, _progress_bar(encoded, progress, asked) as bar:
         if output_dir is None:
             scores = engine.score(encoded, range(len(encoded)) if asked is None else asked.tolist(), bar.update)
         else:
@@ -283,8 +284,8 @@ def score_rules(
     """
     if PLAIN in rules:
         raise ValueError(f"`rules` must not have the name {PLAIN!r}, which is that of the model as it is.")
-    if shard_rows is not None and shard_rows < 1:
-        raise ValueError(f"`shard_rows` must be at least 1, got {shard_rows}.")
+    if shard_rows is not None:
+        check_count(shard_rows, "shard_rows")
     configs = {name: TTTConfig.of(rule) for name, rule in rules.items()}
     plain = ScoringOptions(batch_tokens, logits_memory, share_prefixes, per_token, batch_invariant=batch_invariant)
     options = {PLAIN: plain} | {name: replace(plain, ttt=config) for name, config in configs.items()}
@@ -292,7 +293,8 @@ def score_rules(
     readings += [[name] for name, config in configs.items() if config.scope != "head"]
     encoded = encode_corpus(corpus, tokenizer, append_eos=append_eos)
     found: dict[str, Scores] = {}
-    with inference(model):
+    folders = {} if output_dir is None else {name: Path(output_dir) / name for name in options}
+    with writing_to(*folders.values()), inference(model):
         # All of them first: a model that cannot make a step is refused before anything is scored.
         engines = [ScoringEngine(model, None, options[names[-1]]) for names in readings]
         tables: dict[str, ScoreTable] = {}
@@ -304,7 +306,7 @@ def score_rules(
                     "shard_rows": shard_rows or (16 if slow else 1024),
                     "options": _describe_options(own) | {"append_eos": append_eos},
                 }
-                tables[name] = on_main_process(partial(ScoreTable.begin, Path(output_dir) / name, metadata))
+                tables[name] = on_main_process(partial(ScoreTable.begin, folders[name], metadata))
         for engine, names in zip(engines, readings):
             asked = [options[name].ttt for name in names]
             with _progress_bar(encoded, progress) as bar:
@@ -359,6 +361,7 @@ def _score_into_tables(
             part.append(found[place])
     for table in tables:
         on_main_process(table.finish)
+        on_main_process(table.require_there)
     return [Scores.concatenate(part) for part in parts]
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from os import PathLike, fspath
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers.trainer_utils import SaveStrategy
 from hf_coverage import __version__
 from hf_coverage.functional.checks import FloatArray, check_n, metric_key
 from hf_coverage.inference.call_stack import callers
-from hf_coverage.inference.processes import on_main_process
+from hf_coverage.inference.processes import on_main_process, writing_to
 from hf_coverage.measure.corpus_callback import CorpusCallback
 from hf_coverage.measure.engine import ScoringOptions
 from hf_coverage.measure.evaluation_callback import CoverageWarning
@@ -72,7 +73,8 @@ class TournamentCallback(CorpusCallback):
 
     Training is not changed, and a run that is killed and resumed ends with the same rows, log and winner. Resumed from
     an older checkpoint it drops the rows of later steps; a training that begins anew drops all. After a training,
-    `trainer.evaluate()` scores against all rows and keeps none.
+    `trainer.evaluate()` scores against all rows and keeps none. While it trains, no other process may train into the
+    same folder.
 
     Args:
         corpus: Held-out prompts and responses, no density needed: a reference corpus (see `validate_corpus`), or the
@@ -156,6 +158,7 @@ class TournamentCallback(CorpusCallback):
         self._steps: list[int] = []
         self._saved: list[int] = []
         self._rows: _RunRows | None = None  # on the main process alone
+        self._lock = ExitStack()  # keeps other processes out of the folder while it trains
 
     def metric_names(self) -> list[str]:
         """The names of the scores, without prefix; beside them `tournament_winner_step` is reported."""
@@ -195,9 +198,13 @@ class TournamentCallback(CorpusCallback):
         """Begin anew, or take up the rows that the checkpoint knows which is being resumed from."""
         self._refuse(args, state)
         corpus = self.tokens(args, processing_class)
-        on_main_process(lambda: self._check_rows(args, corpus))
-        super().on_train_begin(args, state, control, model, processing_class, **kwargs)
-        self._steps, self.result = on_main_process(lambda: self._take_up(args, corpus))
+        self._lock.close()  # of a training that failed
+        with ExitStack() as stack:
+            stack.enter_context(writing_to(self.folder(args)))
+            on_main_process(lambda: self._check_rows(args, corpus))
+            super().on_train_begin(args, state, control, model, processing_class, **kwargs)
+            self._steps, self.result = on_main_process(lambda: self._take_up(args, corpus))
+            self._lock = stack.pop_all()
         if state.global_step:
             self._saved = sorted({*self._saved, state.global_step})
             self._tell_trainer(args, state)
@@ -240,6 +247,7 @@ class TournamentCallback(CorpusCallback):
         if best is not None and self.load_winner_at_end:
             trainers = (t for t in callers(Trainer) if any(c is self for c in t.callback_handler.callbacks))
             load_weights(next(trainers), checkpoint_folder(args, best))
+        self._lock.close()
 
     @property
     def progress(self) -> dict[str, Any]:

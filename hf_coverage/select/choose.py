@@ -28,11 +28,13 @@ from hf_coverage.select.tournament import Candidate, by_name, read_candidates
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Choice", "Pick", "choose"]
+__all__ = ["Choice", "Pick", "check_samples", "choose"]
 
 Rule = Literal["miss", "pass", "stratified pass", "soft tournament"]
 Scorer = Callable[[NDArray[np.intp]], ArrayLike]
 """Gives log p(y_i|x_i) of the rows it is called with."""
+
+_MOST_SAMPLES = 10**15
 
 _LOSS = {
     "miss": "miss_{}",
@@ -264,6 +266,18 @@ class Choice:
         ]
 
 
+def check_samples(samples: float | Iterable[float]) -> list[float]:
+    """Return numbers of samples as floats; ValueError unless there is one, and all can be drawn."""
+    levels = [check_n(value) for value in (samples if isinstance(samples, Iterable) else [samples])]
+    if not levels:
+        raise ValueError("`samples` must be a number of samples, or several, but is empty.")
+    if max(levels) > _MOST_SAMPLES:
+        raise ValueError(
+            f"`samples` must be numbers that can be drawn, at most {_MOST_SAMPLES:g}, got {max(levels):g}."
+        )
+    return levels
+
+
 def choose(
     candidates: Mapping[str, Candidate | Scorer],
     samples: float | Sequence[float] = 16,
@@ -321,9 +335,7 @@ def choose(
     """
     if not isinstance(candidates, Mapping) or not candidates:
         raise ValueError("`candidates` must map at least one name to log-probabilities, a score table or verdicts.")
-    levels = [check_n(value) for value in (samples if isinstance(samples, Iterable) else [samples])]
-    if not levels:
-        raise ValueError("`samples` must be a number of samples, or several, but is empty.")
+    levels = check_samples(samples)
     named = by_name(candidates, "candidates")
     codes = None if groups is None else group_codes(groups)
     if adaptive:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hf_coverage.functional.checks import metric_key
+from hf_coverage.functional.checks import check_count, metric_key
 from hf_coverage.functional.coverage_profile import smallest_n
 from hf_coverage.functional.paired import paired_coverage_difference, paired_kl_difference, paired_miss_difference
 from hf_coverage.functional.statistics import group_codes
@@ -128,8 +128,7 @@ def split_groups(groups: Iterable[Any], seed: int = 0) -> NDArray[np.bool_]:
         >>> split_groups(["a", "a", "b", "c", "d", "d"]).tolist()
         [False, False, True, False, True, True]
     """
-    if seed < 0:
-        raise ValueError(f"`seed` must be at least 0, got {seed}.")
+    check_count(seed, "seed", least=0)
     labels, inverse = np.unique(group_codes(groups), return_inverse=True)
     if labels.size < 4:
         raise ValueError(

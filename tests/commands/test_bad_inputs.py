@@ -22,7 +22,6 @@ def outcome(command, monkeypatch):
     return result.exit_code, result.output
 
 
-NUMBERS = ["0", "-1", "1e300", "inf", "nan", "1000000000000", "many", ""]
 NAMES = [
     "",
     "missing",
@@ -35,20 +34,6 @@ NAMES = [
     "..",
     "a" * 300,
 ]
-COMMANDS = {
-    "profile": (
-        ["profile", "scores/student", "-o", "new"],
-        ["--n", "--regret"],
-        ["--corpus", "--group-by", "--config"],
-    ),
-    "compare": (["compare", "scores/student", "scores/other", "-o", "new"], ["--n"], ["--corpus", "--config"]),
-    "report": (["report", "scores/student", "-o", "new"], ["--n", "--regret"], ["--corpus", "--config"]),
-    "tournament": (
-        ["tournament", "scores/student", "scores/other", "-o", "new"],
-        ["--n", "--sweep", "--bootstrap", "--seed", "--race"],
-        ["--config", "--split"],
-    ),
-}
 SOURCES = {
     "profile": ["profile", "{}"],
     "compare": ["compare", "{}", "{}"],
@@ -72,14 +57,6 @@ def odd(work):
     (work / "broken.jsonl").write_text('{"prompt": "the"\n[')
     (work / "README").write_text("no data")
     return work
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_options_of_any_value(odd, monkeypatch, name):
-    command, numbers, names = COMMANDS[name]
-    for option, values in [*((one, NUMBERS) for one in numbers), *((one, NAMES) for one in names)]:
-        for value in values:
-            outcome([*command, option, value], monkeypatch)
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -129,16 +106,19 @@ def survive(folder, command, monkeypatch):
             assert "fault of hf-coverage" not in last, (what, last)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_score_folders_with_one_damaged_file(work, monkeypatch):
     shutil.copytree(work / "scores" / "student", work / "copy")
     survive(Path("copy"), ["profile", "copy", "-o", "new"], monkeypatch)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_tournament_folders_with_one_damaged_file(work, monkeypatch):
     shutil.copytree(work / "scores", work / "copies")
     survive(Path("copies"), ["tournament", "copies/student", "copies/other", "-o", "new"], monkeypatch)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_best_of_n_folders_with_one_damaged_file(work, monkeypatch):
     (work / "right.jsonl").write_text('{"prompt": "the cat", "answer": "sat"}\n{"prompt": "a dog", "answer": "ran"}\n')
     made = "best-of-n student right.jsonl --k 4 --max-new-tokens 2 --shard-rows 4 --batch-size 2 --output-dir made"
@@ -149,6 +129,7 @@ def test_best_of_n_folders_with_one_damaged_file(work, monkeypatch):
     survive(Path("made"), ["best-of-n", "made", "right.jsonl", "-o", "new"], monkeypatch)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_corpus_folders_with_one_damaged_file(work, monkeypatch):
     shutil.copytree(work / "corpus", work / "copy")
     for what in damages(Path("copy")):

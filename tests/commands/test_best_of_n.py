@@ -131,7 +131,6 @@ def test_an_interrupted_command_goes_on_with_what_is_there(problems, work):
         ("--verifier math-verify --answer-column solution", "`verifier` needs `solution`, which is no column"),
         ("--verifier absent.py:f", "there is no file absent.py"),
         ("--k 4 --n 8", "`n` must be whole numbers from 1 to k = 4"),
-        ("--k 0 --max-new-tokens 1", "`k` and `shard_rows` must be at least 1"),
         ("--profile scores/student --k 2 --max-new-tokens 1", "`profile` must be of the same prompts"),
     ],
 )

@@ -1,15 +1,28 @@
 """Two processes on one folder: the second is told who holds it, touches nothing, and may go on once it is free."""
 
 import inspect
+import json
+import multiprocessing
+import os
+import signal
 import socket
 import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
+from filelock import FileLock, Timeout
 
+import hf_coverage
 from hf_coverage.cli import app
+from hf_coverage.decode.best_of_n import evaluate_best_of_n
+from hf_coverage.functional.ttt_config import StepRule
 from hf_coverage.inference.folder_lock import LOCK_FILES, folder_lock
-from tests.commands.shell import error_line, invoke
+from hf_coverage.measure.builders import sample_corpus, teacher_scored_corpus
+from hf_coverage.measure.inherent_variance import measure_inherent_variance
+from hf_coverage.measure.scoring import score_responses, score_rules
+from tests.commands.shell import error_line, invoke, load
 from tests.processes import Job
 
 SCORE = ["score", "student", "corpus", "-o", "out"]
@@ -38,6 +51,90 @@ COMMANDS = {
     "suggest": "suggest student --data corpus --n 4 --steps 10",
     "tune-ttt": "tune-ttt student --data corpus --n 4",
 }
+
+
+WORDS = {"prompt": ["the cat", "a dog", "red mat", "blue cat"], "completion": [" sat on", " ran", " sat", " on"]}
+FUNCTIONS = {
+    "score_responses": lambda *model: score_responses(*model, Dataset.from_dict(WORDS), output_dir="out"),
+    "score_rules": lambda *model: score_rules(
+        *model, Dataset.from_dict(WORDS), {"out": StepRule(0.1)}, output_dir="."
+    ),
+    "sample_corpus": lambda *model: sample_corpus(*model, ["the"], k=1, max_new_tokens=2, output_dir="out"),
+    "teacher_scored_corpus": lambda *model: teacher_scored_corpus(Dataset.from_dict(WORDS), *model, output_dir="out"),
+    "measure_inherent_variance": lambda *model: measure_inherent_variance(
+        *model, Dataset.from_dict(WORDS), output_dir="out"
+    ),
+    "evaluate_best_of_n": lambda *model: evaluate_best_of_n(
+        *model, Dataset.from_dict(WORDS), k=1, max_new_tokens=2, output_dir="out"
+    ),
+}
+
+
+@contextmanager
+def held_by_another(folder):
+    """A folder as it is while another process holds it: by another file handle, which is as good."""
+    Path(folder).mkdir(exist_ok=True)
+    owner = {"pid": 1, "host": "elsewhere", "since": "then", "command": "something else"}
+    with FileLock(Path(folder, LOCK_FILES[0])):
+        Path(folder, LOCK_FILES[1]).write_text(json.dumps(owner))
+        yield
+    for name in LOCK_FILES:
+        Path(folder, name).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_is_told_who_holds_its_folder(work, name):
+    function, model = FUNCTIONS[name], load(work, "student")
+    with held_by_another("out"), pytest.raises(BlockingIOError, match="out is being written to by process 1 on else"):
+        function(*model)
+    assert not list(Path("out").iterdir())
+    with folder_lock("out", "this very process"):
+        function(*model)
+        assert {path.name for path in Path("out").iterdir()} > {*LOCK_FILES}
+    assert not {path.name for path in Path("out").rglob("*")} & {*LOCK_FILES}
+
+
+def test_functions_with_a_folder_are_all_asked():
+    named = {name: getattr(hf_coverage, name) for name in hf_coverage.__all__}
+    functions = {name: one for name, one in named.items() if inspect.isfunction(one)}
+    writing = {name for name, one in functions.items() if "output_dir" in inspect.signature(one).parameters}
+    # the last is the command's that judges samples, which is asked below
+    assert writing - {"judge_best_of_n"} <= FUNCTIONS.keys()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_lock_of_a_process_that_was_ended_is_none(tmp_path, number):
+    process = multiprocessing.get_context("fork").Process(target=_hold, args=(tmp_path / "out",))
+    process.start()
+    while not (tmp_path / "here").exists():
+        time.sleep(0.01)
+    with pytest.raises(BlockingIOError, match=f"process {process.pid} "), folder_lock(tmp_path / "out"):
+        pass
+    os.kill(process.pid, number)
+    process.join()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*LOCK_FILES}
+    with folder_lock(tmp_path / "out"):
+        owner = json.loads((tmp_path / "out" / LOCK_FILES[1]).read_text())
+        assert owner["pid"] == os.getpid()
+    assert not list((tmp_path / "out").iterdir())
+
+
+def _hold(folder):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with folder_lock(folder, "a test"):
+        (folder.parent / "here").touch()
+        time.sleep(60)
+
+
+def test_a_process_may_hold_a_folder_several_times_over(tmp_path):
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(folder_lock(tmp_path / "out"))
+    second.enter_context(folder_lock(tmp_path / "out"))
+    first.close()  # whichever ends first
+    with pytest.raises(Timeout):
+        FileLock(tmp_path / "out" / LOCK_FILES[0]).acquire(timeout=0)
+    second.close()
+    assert not (tmp_path / "out").exists()
 
 
 def contents(folder):
@@ -73,7 +170,7 @@ def test_every_command_has_a_folder_to_hold():
 def test_the_folder_of_judged_samples_is_held_beside_that_of_the_results(work):
     (work / "right.jsonl").write_text('{"prompt": "the cat", "answer": "sat"}\n')
     invoke("best-of-n student right.jsonl --k 2 --max-new-tokens 2 -o samples")
-    with folder_lock("samples", "something else"):
+    with held_by_another("samples"):
         assert "for `something else`" in error_line("best-of-n samples right.jsonl -o results")
         assert "for `something else`" in error_line("best-of-n samples right.jsonl")
         assert not Path("results").exists()

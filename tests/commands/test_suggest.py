@@ -142,9 +142,7 @@ def test_an_interrupted_command_goes_on_with_what_is_there(work):
     [
         (("--n 16", "--n 1"), "`n` must be above 1: the step sizes have log N in them"),
         (("--n 16", "--n 0.5"), "`n` must be a finite number >= 1"),
-        (("--steps 1000", "--steps 0"), "`steps` must be at least 1, the number T"),
         (("--steps 1000", "--steps 1 --eps 2"), "`eps` must lie strictly between 0 and 1"),
-        (("--steps 1000", "--steps 1 --batch-size 0"), "`batch_size` must be at least 1"),
         (("--data corpus", "--data missing.jsonl"), "there is no file missing.jsonl"),
         (("--data corpus", "--data prompts.jsonl"), "`completion`"),
         (("--data corpus", "--data empty.jsonl"), "Row 1, column `completion`"),
@@ -162,7 +160,7 @@ def test_a_failure_is_one_line(work, changed, message):
 
 
 def test_a_wrong_radius_is_a_usage_error(work):
-    assert "must be positive" in invoke(f"{COMMAND} --radius 0", code=2)
+    assert "must be from 1e-30 to 1e30" in invoke(f"{COMMAND} --radius 0", code=2)
 
 
 def test_smollm2_s_bounds_are_vacuous(smollm2):

@@ -227,8 +227,6 @@ def test_groups_are_documents_where_asked(work):
         (("--lr", "--top-k 3 --lr"), "`top_k` must not be combined with `radius`"),
         (("--lr", "--scope tail --lr"), '`scope` must be "head", "lora" or "all", got \'tail\''),
         (("--lr", "--rank 4 --lr"), "`rank` is that of adapters"),
-        (("--lr", "--shard-rows 0 --lr"), "`shard_rows` must be at least 1, got 0"),
-        (("--lr", "--seed -1 --lr"), "`seed` must be at least 0, got -1"),
         (("--lr", "--cache stale --lr"), "`cache` is exact whatever the head does"),
         (("--data corpus", "--data missing.jsonl"), "there is no file missing.jsonl"),
         (("--data corpus", "--data prompts.jsonl"), "`completion`"),

@@ -149,9 +149,9 @@ def test_a_plan_that_cannot_be_is_refused(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"feature_norm": 0.0}, "`feature_norm` must be positive and finite, the largest norm"),
+        ({"feature_norm": 0.0}, "`feature_norm` must be positive and finite, from 1e-30 to 1e.30, the largest norm"),
         ({"feature_norm": math.inf}, "`feature_norm` must be positive and finite"),
-        ({"radius": -1.0}, "`radius` must be positive and finite, the radius R"),
+        ({"radius": -1.0}, "`radius` must be positive and finite, from 1e-30 to 1e.30, the radius R"),
         ({"inherent_variance": -1.0}, "`inherent_variance` must be finite and at least 0"),
         ({"inherent_variance": math.nan}, "`inherent_variance` must be finite and at least 0"),
     ],

@@ -323,7 +323,7 @@ def test_guarantees_carry_their_numbers():
         (lambda: hold_tournament([[-1.0], [math.nan]], 4), r"`logprobs\[1\]` .* row 0 is nan"),
         (lambda: hold_tournament([[-1.0]], 0.5), "`n` must be a finite number >= 1"),
         (lambda: hold_tournament([[-1.0, -1.0]], 4, groups=[1]), "`groups` must have one label a row, 2"),
-        (lambda: hold_tournament([[-1.0]], 4, gamma=0), "`gamma` must be > 0"),
+        (lambda: hold_tournament([[-1.0]], 4, gamma=0), "`gamma` must be finite and > 0"),
         (lambda: hold_tournament([[-1.0]], 4, on_policy=[]), "each of the 1 candidates, but holds 0"),
         (lambda: hold_tournament([[-1.0]], 4, on_policy=[OnPolicy([[-1.0]] * 2)]), "all 1 candidates, but has 2"),
         (lambda: hold_tournament([[-1.0]], 4, on_policy=[OnPolicy([[-math.inf]])]), "row 0 has probability 0"),

@@ -42,7 +42,8 @@ NOT_SCORED = {
     "LILY": "is not causal",  # its router takes a mean over the whole row
     "MULTITASK_PROMPT_TUNING": TASKS,
     "POLY": TASKS,
-    "XLORA": "got 2 calls",  # another pass, head included, finds out how its adapters are mixed
+    # another pass, head included, finds out how its adapters are mixed
+    "XLORA": "got 2 calls.* load the base model with one of its adapters instead",
 }
 ONE_DTYPE = {"ADAMSS"}  # keeps a part in float32, and then cannot run in another
 NOT_SAMPLED = {
