@@ -165,8 +165,8 @@ def choose(
     for table in tables:
         print_table(table)
     say(choice.sentence)
-    places = {name: checkpoint_of(folder, measured[name].facts) for name, folder in zip(names, folders)}
-    places = {name: place for name, place in places.items() if place}
+    every = {name: checkpoint_of(folder, measured[name].facts) for name, folder in zip(names, folders)}
+    places = {name: place for name, place in every.items() if place}
     _write(settings, choice, measured, places, tables)
 
 
