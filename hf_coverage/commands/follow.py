@@ -4,8 +4,6 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from hf_coverage.select.checkpoints import checkpoint_signature
-
 __all__ = ["RunFolder", "step_of"]
 
 _LOADED_FROM = ("config.json", "adapter_config.json")
@@ -49,6 +47,8 @@ class RunFolder:
 
     def settled(self, known: Collection[str] = ()) -> list[Path]:
         """Look again: the checkpoints, by step, that are new and have not changed since the last look."""
+        from hf_coverage.select.checkpoints import checkpoint_signature
+
         now = {}
         for path in self._checkpoints():
             try:
