@@ -178,9 +178,9 @@ def test_what_rl_would_get_is_the_profile_s(problems, work):
 
 
 def test_rewards_that_are_not_0_and_1_have_a_signal_where_they_differ(problems, work):
-    Path("rewards.py").write_text("def words(completions, **_):\n    return [len(text) / 7 for text in completions]\n")
-    invoke("best-of-n student problems.jsonl --k 8 --max-new-tokens 2 --verifier rewards.py:words -o out")
-    result = BestOfNResult.from_json("out/best_of_n-words.json")
+    Path("graded.py").write_text("def length(completions, **_):\n    return [len(text) / 7 for text in completions]\n")
+    invoke("best-of-n student problems.jsonl --k 8 --max-new-tokens 2 --verifier graded.py:length -o out")
+    result = BestOfNResult.from_json("out/best_of_n-length.json")
     facts = results_in("out")["signal"]
     assert list(facts) == ["4", "8"]
     assert facts["4"]["rewards differ"][0] == pytest.approx(result.mixed(4).mean())
@@ -194,7 +194,6 @@ def test_rewards_that_are_not_0_and_1_have_a_signal_where_they_differ(problems, 
         ("--predict 64 --verifier reward-model:student", "needs a --threshold"),
         ("--write-prompts keep.jsonl --sampling stratified", "need independent samples"),
         ("--write-prompts keep.jsonl --min-signal 0", "`min_signal` must be above 0"),
-        ("--write-prompts keep.jsonl --min-signal nan", "`min_signal` must be above 0"),
         ("--write-prompts no/such/keep.jsonl", "a file in a folder that exists"),
         ("--write-prompts student", "a file in a folder that exists"),
         ("--write-prompts keep.jsonl --group-size 9", "`group_size` = 9 is more than the k = 8"),
