@@ -147,8 +147,10 @@ def best_of_n(
     if threshold is None and not verifier.startswith("reward-model:"):
         threshold = 1.0
     farther = [] if predict is None else _beyond(predict)
-    if write_prompts is not None:
-        _check_prompts_file(write_prompts, min_signal)
+    if not 0 < min_signal <= 1:
+        raise ValueError(f"`min_signal` must be above 0 and at most 1, got {min_signal}.")
+    if write_prompts is not None and (write_prompts.is_dir() or not write_prompts.parent.is_dir()):
+        raise ValueError(f"`write_prompts` must be a file in a folder that exists, but is {write_prompts}.")
     if farther and threshold is None:
         raise ValueError("--predict is of Pass@N, which needs a --threshold: the least reward that solves a prompt.")
     wants_independent = bool(farther) or write_prompts is not None
@@ -218,17 +220,11 @@ def _levels(n: list[str], k: int, *, stratified: bool) -> list[int]:
 
 
 def _beyond(predict: list[str]) -> list[int]:
-    levels = parse_n(predict)
-    if any(level != int(level) for level in levels):
-        raise ValueError(f"`predict` must be whole numbers, but are {', '.join(f'{level:g}' for level in levels)}.")
+    levels = parse_n(predict, "--predict")
+    if any(level != int(level) or level >= 2**53 for level in levels):
+        asked = ", ".join(f"{level:g}" for level in levels)
+        raise ValueError(f"`predict` must be whole numbers that can be drawn, but are {asked}.")
     return [int(level) for level in levels]
-
-
-def _check_prompts_file(path: Path, min_signal: float) -> None:
-    if not 0 < min_signal <= 1:
-        raise ValueError(f"`min_signal` must be above 0 and at most 1, got {min_signal}.")
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"`write_prompts` must be a file in a folder that exists, but is {path}.")
 
 
 def _check_groups(stratified: bool, wants_independent: bool, k: int, group_size: int) -> None:

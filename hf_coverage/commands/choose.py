@@ -89,6 +89,7 @@ def choose(
         float,
         typer.Option(
             min=0,
+            max=86_400,
             help="Seconds between two looks; a checkpoint that is the same at two is taken to be written.",
             rich_help_panel=_FOLLOW,
         ),

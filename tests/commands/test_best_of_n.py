@@ -189,7 +189,7 @@ def test_rewards_that_are_not_0_and_1_have_a_signal_where_they_differ(problems, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--predict 64.5", "`predict` must be whole numbers"),
+        ("--predict 64.5", "`predict` must be whole numbers that can be drawn"),
         ("--predict 64 --sampling stratified", "need independent samples, and these are stratified"),
         ("--predict 64 --verifier reward-model:student", "needs a --threshold"),
         ("--write-prompts keep.jsonl --sampling stratified", "need independent samples"),

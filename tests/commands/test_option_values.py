@@ -62,6 +62,8 @@ MEANT = {
     "lr": ["1e300", "1000000000000"],  # the steps diverge, which is a result
     "tune-ttt radius": ["1e300", "1000000000000"],
     "decay": ["0"],
+    "interval": ["0"],
+    "predict": ["1000000000000"],
     "lam": ["0", "1e300", "1000000000000"],
 }
 # What of this goes on to the end: numbers far from any that is used.

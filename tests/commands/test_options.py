@@ -10,7 +10,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from hf_coverage.cli import app
-from hf_coverage.commands import tournament as command
+from hf_coverage.commands import checkpoint_scores as command
 from hf_coverage.commands.options import CorpusOptions, command_line
 from hf_coverage.inference.loading import ModelOptions
 from hf_coverage.select.checkpoints import checkpoint_signature

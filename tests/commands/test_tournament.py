@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from hf_coverage import tournament
 from hf_coverage.cli import app
-from hf_coverage.commands import tournament as command
+from hf_coverage.commands import checkpoint_scores as command
 from hf_coverage.measure.score_table import ScoreTable
 from hf_coverage.tasks.graph_search import GraphSearch
 from tests import processes
@@ -151,7 +151,6 @@ def test_an_interrupted_command_goes_on_and_ends_the_same(run, monkeypatch):
         ("run/checkpoint-10 run/checkpoint-20", "is no score folder: give the corpus to score it on, `--data`"),
         ("run/checkpoint-10 run/checkpoint-10 --data corpus.jsonl", "is given twice"),
         (f"run/checkpoint-10 {OPTIONS} --n 0.5", "`n` must be a finite number >= 1"),
-        (f"run/checkpoint-10 {OPTIONS} --race 2", "`confidence` must lie strictly between 0 and 1"),
     ],
 )
 def test_a_failure_is_one_line(run, arguments, message):
