@@ -368,7 +368,8 @@ def draw(exact: dict[int, dict[int, dict[str, FloatArray]]], path: Path) -> None
 
 def _gain(found: dict[str, FloatArray]) -> list[Cell]:
     gain = interval_of(found[STRATIFIED] - found[INDEPENDENT])
-    return [float(found[INDEPENDENT].mean()), float(found[STRATIFIED].mean()), gain]
+    shown = Interval(*(round(end, 6) for end in gain))  # what is less is rounding
+    return [float(found[INDEPENDENT].mean()), float(found[STRATIFIED].mean()), shown]
 
 
 def _gain_table(heads: list[str], rows: list[list[Cell]], about: str, more: Sequence[str] = ()) -> Table:
