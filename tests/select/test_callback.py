@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from hf_coverage import CoverageWarning, ScoreTable, score_responses, tournament
 from hf_coverage.cli import app
+from hf_coverage.inference.folder_lock import LOCK_FILES
 from hf_coverage.measure.callback import CoverageCallback
 from hf_coverage.select import callback as callback_module
 from hf_coverage.select.callback import TournamentCallback
@@ -595,3 +597,22 @@ def test_adapters_of_smollm2(tmp_path, smollm2):
     assert len(set(expected.scores.values())) > 1
     again = score_responses(trainer.model.eval(), tokenizer, corpus, progress=False)
     np.testing.assert_allclose(again["logprob"][:], logprobs[callback.result.winner], atol=1e-4)
+
+
+def test_a_training_is_told_who_holds_its_folder_and_holds_it_itself(tmp_path, monkeypatch):
+    folder, seen = tmp_path / "tournament", []
+
+    class Look(SetWeights):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append((folder / LOCK_FILES[0]).exists())
+
+    folder.mkdir()
+    with FileLock(folder / LOCK_FILES[0]):
+        owner = {"pid": 1, "host": "elsewhere", "since": "then", "command": "another training"}
+        (folder / LOCK_FILES[1]).write_text(json.dumps(owner))
+        with pytest.raises(BlockingIOError, match="tournament is being written to by process 1 on elsewhere"):
+            train(monkeypatch, SECOND_WINS, tmp_path, TournamentCallback(CORPUS, 8))
+    assert {path.name for path in folder.iterdir()} <= {*LOCK_FILES}
+    train(monkeypatch, SECOND_WINS, tmp_path, Look(), TournamentCallback(CORPUS, 8))
+    assert seen == [True] * 8
+    assert not {path.name for path in folder.iterdir()} & {*LOCK_FILES}
