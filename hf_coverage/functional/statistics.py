@@ -224,7 +224,7 @@ def bounded_mean_p_value(
         ValueError: If a value lies outside [0, 1]; names the row.
 
     Example:
-        >>> bounded_mean_p_value([1.0] * 5, 0.5)
+        >>> round(bounded_mean_p_value([1.0] * 5, 0.5), 4)
         0.0625
     """
     means, of_group = _group_means(values, groups, weights)
