@@ -402,3 +402,16 @@ def word_tokenizer():
     words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3, "c": 4, "d": 5}, unk_token="<s>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+@pytest.mark.parametrize(("name", "other"), [("corpus", "another"), ("n", [4.0])])
+def test_processes_that_were_given_different_things_are_refused_when_training_begins(
+    tmp_path, monkeypatch, name, other
+):
+    monkeypatch.setattr(corpus_callback, "gather_object", lambda own: [*own, own[0] | {name: other}])
+    trainer = make_trainer(tmp_path, CoverageCallback(reference_corpus("samples"), n=(2,)))
+    with pytest.raises(
+        ValueError, match=rf"CoverageCallback the same, but `{name}` is .* on process 1: read the corpus"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0

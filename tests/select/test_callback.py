@@ -7,6 +7,7 @@ import shlex
 import shutil
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -616,3 +617,19 @@ def test_a_training_is_told_who_holds_its_folder_and_holds_it_itself(tmp_path, m
     train(monkeypatch, SECOND_WINS, tmp_path, Look(), TournamentCallback(CORPUS, 8))
     assert seen == [True] * 8
     assert not {path.name for path in folder.iterdir()} & {*LOCK_FILES}
+
+
+def test_a_second_and_shorter_training_knows_nothing_of_the_first(tmp_path, monkeypatch):
+    used = TournamentCallback(CORPUS, 8)
+    train(monkeypatch, SECOND_WINS, tmp_path / "first", used, **BY_TOURNAMENT)
+    trainers = [
+        train(monkeypatch, SECOND_WINS, tmp_path / name, callback, max_steps=4, **BY_TOURNAMENT)
+        for name, callback in (("used", used), ("fresh", TournamentCallback(CORPUS, 8)))
+    ]
+    again, fresh = (
+        json.loads((tmp_path / name / "checkpoint-4" / "trainer_state.json").read_text())["stateful_callbacks"]
+        for name in ("used", "fresh")
+    )
+    assert again["TournamentCallback"]["attributes"] == fresh["TournamentCallback"]["attributes"]
+    assert scores_of(trainers[0]) == scores_of(trainers[1])
+    assert [Path(one.state.best_model_checkpoint).name for one in trainers] == ["checkpoint-4"] * 2
