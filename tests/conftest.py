@@ -12,6 +12,7 @@ import gc
 import pytest
 import torch
 from filelock import FileLock
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from recipes.smollm2 import load_model, load_tokenizer, reading_once
@@ -22,6 +23,14 @@ def no_old_objects():
     """Let no garbage collection, such as the Trainer calls itself, go again through the million objects of imports."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def figures_not_arranged():
+    """Figures are drawn, but nothing is moved to make room: that takes more time than all the rest of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConstrainedLayoutEngine, "execute", lambda engine, figure: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ row, four bytes each: enough for the test, and small enough to live in `trainer_
 
 import base64
 import math
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -154,10 +155,14 @@ def prompts_to_warn(worsening: float = 0.05, *, evaluations: int = 10, alpha: fl
         (361, 89)
     """
     lost = math.floor(2 - math.log2(_level(evaluations, alpha)))
-    prompts = lost
-    while stats.binom.sf(lost - 1, prompts, worsening) < power:
-        prompts += 1
-    return prompts
+
+    def enough(prompts: int) -> bool:
+        return bool(stats.binom.sf(lost - 1, prompts, worsening) >= power)
+
+    most = lost
+    while not enough(most):
+        most *= 2
+    return bisect_left(range(most), True, lo=lost, key=enough)
 
 
 def _level(seen: int, alpha: float) -> float:

@@ -40,6 +40,10 @@ _DISTINCT = 512
 """Most different terms of a sum of exponentials; neighbours among more are taken together."""
 _STEP = 0.1
 
+_ENDS: dict[tuple[bytes, int, float], float] = {}
+"""Ends of intervals that were found, by what they are of."""
+_ENDS_KEPT = 10_000
+
 _VALUES = 16_384
 """Most different values that a betting bound goes through; of more, neighbours are raised to the largest of them."""
 
@@ -403,6 +407,16 @@ def _rounded_up(means: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 
 def _gaffke_end(means: FloatArray, weight: FloatArray, beyond: float) -> float:
+    """The upper end, found once: a table, a file and a picture ask for the same one."""
+    key = hashlib.blake2b(means.tobytes() + weight.tobytes(), digest_size=16).digest(), means.size, beyond
+    if key not in _ENDS:
+        if len(_ENDS) >= _ENDS_KEPT:
+            _ENDS.clear()
+        _ENDS[key] = _find_gaffke_end(means, weight, beyond)
+    return _ENDS[key]
+
+
+def _find_gaffke_end(means: FloatArray, weight: FloatArray, beyond: float) -> float:
     """The upper end, which the random mean of `bounded_mean_interval` lies above with probability `beyond`."""
     if means.min() == 1:
         return 1.0

@@ -1,17 +1,34 @@
 """Tiny models as folders, a corpus sampled from one of them, and the scores of the others on it."""
 
+import functools
+
 import pytest
 import torch
+import typer.testing
 from datasets import Dataset
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from typer.main import get_command
 
 from hf_coverage import BestOfNResult, Choice, CoverageProfile, TournamentResult
 from hf_coverage.plots import save_figure
 from tests.commands.shell import PROMPTS, invoke
 
 WORDS = ["<s>", "the", "a", "cat", "dog", "sat", "ran", "on", "mat", "and", ".", "red", "blue"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_made_once():
+    """The command line's own commands, which the runner would make from their signatures in every call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.testing, "_get_command", functools.cache(get_command))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rough_figures(figures_not_arranged):
+    """What a figure shows is looked at in the tests of plots."""
 
 
 @pytest.fixture(scope="session")

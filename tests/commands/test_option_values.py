@@ -1,12 +1,10 @@
 """Whatever stands behind an option: what cannot be meant is refused in a sentence, before a model is loaded."""
 
-import functools
 import shlex
 from enum import Enum
 from typing import Literal, get_origin
 
 import pytest
-import typer.testing
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -97,8 +95,6 @@ def here(work, monkeypatch):
     (work / "pairs.jsonl").write_text('{"prompt": "the", "completion": "cat"}\n')
     monkeypatch.setattr("hf_coverage.inference.loading.load_whole", load)
     monkeypatch.setattr("sys.argv", ["hf-coverage"])
-    # made once: it is half of the time
-    monkeypatch.setattr(typer.testing, "_get_command", functools.cache(get_command))
     return work
 
 

@@ -248,10 +248,10 @@ class TestPairs:
     def test_the_interval_holds_the_truth_as_often_as_it_says(self, rare, rows):
         rng = np.random.default_rng(rows)
         held = 0
-        for _ in range(400):
+        for _ in range(100):
             lost, noise = rng.random(rows) < rare, 0.1 * rng.normal(size=rows)
             result = paired_miss_difference(np.where(lost, 9.0, 1.0) + noise, np.full(rows, 1.0), 8)
             grid = stats.norm.ppf((np.arange(400) + 0.5) / 400) * 0.1
             truth = rare * miss(9 + grid, 8) + (1 - rare) * miss(1 + grid, 8) - miss([1.0], 8)
             held += result.low <= truth <= result.high
-        assert held >= 400 * 0.93 - 2.6 * math.sqrt(400 * 0.93 * 0.07)
+        assert held >= 100 * 0.93 - 2.6 * math.sqrt(100 * 0.93 * 0.07)

@@ -391,6 +391,7 @@ def test_many_different_weights_are_taken_together_without_harm(monkeypatch):
     rng = np.random.default_rng(0)
     hits, weights = rng.random(4000) < 0.1, rng.lognormal(sigma=2, size=4000)
     together = statistics.proportion_interval(hits, weights=weights)
+    monkeypatch.setattr(statistics, "_ENDS", {})
     monkeypatch.setattr(statistics, "_DISTINCT", 4001)
     assert together == pytest.approx(statistics.proportion_interval(hits, weights=weights), abs=1e-5)
 

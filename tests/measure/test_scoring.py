@@ -71,7 +71,7 @@ def test_equal_to_lm_eval(smollm2):
     requests = [Instance("loglikelihood", {}, row, 0) for row in ROWS]
     expected = [logprob for logprob, _ in harness.loglikelihood(requests, disable_tqdm=True)]
     corpus = Dataset.from_dict({"prompt": [row[0] for row in ROWS], "completion": [row[1] for row in ROWS]})
-    for arguments in ({}, {"share_prefixes": False, "batch_tokens": 96}, {"logits_memory": 2**22}):
+    for arguments in ({}, {"share_prefixes": False, "batch_tokens": 96, "logits_memory": 2**22}):
         scored = score_responses(model, tokenizer, corpus, progress=False, **arguments)
         np.testing.assert_allclose(scored["logprob"][:], expected, rtol=0, atol=1e-4, err_msg=f"{arguments}")
     assert scored.column_names == ["prompt", "completion", "logprob", "num_tokens"]
