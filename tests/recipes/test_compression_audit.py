@@ -352,8 +352,8 @@ def test_an_audit_from_end_to_end_goes_on_where_it_stopped(tiny, tokenizer, tmp_
 def test_the_audit_of_smollm2_at_a_reduced_size(smollm2, tmp_path, monkeypatch):
     monkeypatch.setattr(audit, "load_model", lambda name: smollm2)
     monkeypatch.setattr(sys, "argv", [
-        "audit.py", *CONFIG, "--output_dir", str(tmp_path), "--num_prompts", "8", "--responses", "2",
-        "--max_new_tokens", "12", "--text_windows", "4", "--compressions", "bfloat16", "int4-rtn-64", "pruned-50",
+        "audit.py", *CONFIG, "--output_dir", str(tmp_path), "--num_prompts", "6", "--responses", "2",
+        "--max_new_tokens", "8", "--text_windows", "2", "--compressions", "bfloat16", "int4-rtn-64", "pruned-50",
     ])  # fmt: skip
     audit.main()
     (file,) = tmp_path.glob("results_*.json")

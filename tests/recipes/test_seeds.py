@@ -1,6 +1,7 @@
 """Several seeds of the main job at a size of seconds: the tournament of each, the tables over all, and going on."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +54,10 @@ def test_a_seed_is_run_judged_and_only_read_when_asked_again_and_another_can_joi
     assert {file: file.stat().st_mtime_ns for file in trained} == trained
     assert (output / "table.md").read_text() == table
 
-    for folder in (output, tmp_path / "both"):
-        run(folder, "0", "1")
+    run(output, "0", "1")
+    for seed in ("seed-0", "seed-1"):
+        shutil.copytree(output / seed, tmp_path / "both" / seed)
+    run(tmp_path / "both", "0", "1")
     assert {file: file.stat().st_mtime_ns for file in trained} == trained
     assert (output / "table.md").read_text() == (tmp_path / "both" / "table.md").read_text() != table
 
