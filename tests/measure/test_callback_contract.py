@@ -481,7 +481,7 @@ def test_a_search_that_sums_all_metrics_is_refused(tmp_path):
 def test_processes_with_different_corpora_are_refused(tmp_path, make_callback, monkeypatch):
     trainer = make_trainer(tmp_path, make_callback(), max_steps=2)
     monkeypatch.setattr(
-        "hf_coverage.measure.corpus_callback.gather_object", lambda own: [*own, own[0] | {"corpus": "other"}]
+        "hf_coverage.inference.evaluation_callback.gather_object", lambda own: [*own, own[0] | {"corpus": "other"}]
     )
     with pytest.raises(ValueError, match=r"`corpus` is '.*' on process 0 and 'other' on process 1"):
         trainer.train()
