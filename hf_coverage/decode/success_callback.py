@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import ProcessorMixin, TrainerControl, TrainerState, TrainingArguments
 
-from hf_coverage.decode.best_of_n import evaluate_best_of_n
+from hf_coverage.decode.best_of_n import check_threshold, evaluate_best_of_n
 from hf_coverage.decode.prompt_table import PromptTable
 from hf_coverage.decode.sample_verdicts import Judging
+from hf_coverage.decode.verifier_runner import check_timeout
 from hf_coverage.functional.checks import check_count
 from hf_coverage.functional.statistics import clustered_mean
 from hf_coverage.inference.evaluation_callback import CoverageWarning, EvaluationCallback
@@ -112,6 +113,8 @@ class SuccessCallback(EvaluationCallback):
         check_count(k, "k")
         check_count(batch_size, "batch_size")
         check_count(seed, "seed", least=0)
+        check_threshold(threshold)
+        check_timeout(timeout)
         self._asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         _sampling(self._asked, {"max_new_tokens": 1})
         self.prompts, self.verifier, self.tokenizer = prompts, verifier, tokenizer
