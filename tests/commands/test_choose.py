@@ -489,3 +489,15 @@ def test_it_is_said_once_when_coverage_turns(run, monkeypatch):
     turn = json.loads(Path("choice/choice.json").read_text())["turn"]
     assert turn["step"] == 3
     assert turn["sentence"] in output
+
+
+@pytest.mark.slow
+def test_verdicts_of_two_ranks_are_those_of_one(run):
+    Path("script.py").write_text(SCRIPT)
+    asked = "--verifier tests.commands.own_verdicts:even --k 4 --samples 2 --max-new-tokens 2 --batch-size 4"
+    words = ["script.py", "choose", *shlex.split(f"run/checkpoint-10 run/checkpoint-20 {OPTIONS} {asked}")]
+    run_job(*words, ranks=2)
+    shutil.move("choice", "two")
+    run_job(*words)
+    for name in ("choice.json", *(f"samples/run__checkpoint-{step}/samples-00000.jsonl" for step in (10, 20))):
+        assert Path("two", name).read_bytes() == Path("choice", name).read_bytes()
