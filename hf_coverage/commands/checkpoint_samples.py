@@ -11,7 +11,6 @@ import typer
 from hf_coverage.commands.console import is_main_process
 from hf_coverage.commands.inputs import check_number_of_responses, decided_by_main_process
 from hf_coverage.commands.made_of import checkpoint_facts, folder_names, made_otherwise, write_made_of
-from hf_coverage.commands.options import BatchSize, TopK, TopP
 from hf_coverage.commands.score import load
 from hf_coverage.inference.loading import ModelOptions
 
@@ -61,9 +60,14 @@ class JudgingOptions:
     temperature: Annotated[float, typer.Option(help="Temperature; 1 is the model itself.", rich_help_panel=_PANEL)] = (
         1.0
     )
-    top_k: TopK = None
-    top_p: TopP = None
-    batch_size: BatchSize = 16
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Keep the likeliest tokens, renormalised.", rich_help_panel=_PANEL)
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Keep the likeliest tokens up to this mass, renormalised.", rich_help_panel=_PANEL),
+    ] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Responses sampled at once.", rich_help_panel=_PANEL)] = 16
     threshold: Annotated[
         float | None,
         typer.Option(

@@ -138,7 +138,8 @@ def choose(
     ),
     link: Annotated[Path | None, typer.Option(help="Symbolic link to make to the winner's folder.")] = None,
     seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the draws behind the confidences, and of the order of the prompts.")
+        int,
+        typer.Option(min=0, help="Seed of the draws behind the confidences, of the order of the prompts, of samples."),
     ] = 0,
     *,
     judging: JudgingOptions,
@@ -146,7 +147,7 @@ def choose(
     loading: ModelOptions,
     batch_tokens: BatchTokens = 4096,
     shard_rows: Annotated[
-        int, typer.Option(min=1, help="Rows per file of the scores: what an interruption costs.")
+        int, typer.Option(min=1, help="Rows per file of the scores, or of samples: what an interruption costs.")
     ] = 1024,
 ) -> None:
     """Choose the checkpoint that loses least of Best-of-N with the samples that will be drawn.
@@ -189,6 +190,8 @@ def choose(
     settings = _Settings(levels, tolerance, seed, output_dir, link)
     if judging.verifier is not None:
         _check_judged(levels, judging.k, data, stratified, adaptive or follow, reading)
+        if judging.solving is None and purpose is Purpose.best_of_n:
+            raise typer.BadParameter("Pass@N needs a `--threshold`: the least reward that solves a prompt.")
         rows = read_dataset(str(data), reading.split)
         drawing: dict[str, Any] = {"seed": seed, "sampling": "stratified" if stratified else "independent"}
         names, folder = distinct_names(sources), output_dir / "samples"

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from transformers import ProcessorMixin, TrainerControl, TrainerState, TrainingArguments
 
 from hf_coverage.decode.best_of_n import check_threshold, evaluate_best_of_n
@@ -21,7 +25,6 @@ from hf_coverage.inference.fingerprint import digest
 from hf_coverage.inference.sampler import Sampler, Sampling, require_room
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -173,7 +176,8 @@ class SuccessCallback(EvaluationCallback):
     ) -> dict[str, float]:
         """Sample and judge with the model as it is now; called by all processes, equal on all of them."""
         sampling, _ = self._prepare(args, processing_class)
-        self.result = self.sample(model, sampling, self._tokenizer(processing_class))
+        with _generators_kept():
+            self.result = self.sample(model, sampling, self._tokenizer(processing_class))
         if self.result.errors and state.is_world_process_zero:
             warnings.warn(self.result.sentence, CoverageWarning, stacklevel=2)
         unjudged = float(self.result.failed.mean())
@@ -234,6 +238,18 @@ class SuccessCallback(EvaluationCallback):
             f"Each evaluation of the {type(self).__name__} samples {responses:,} responses, {self.k:,} to each of "
             f"{len(self._table):,} prompts, and at most {responses * sampling.max_new_tokens:,} new tokens{times}."
         )
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Give the training's generators back: a verifier that runs in this process may draw from them."""
+    plain, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002, it is what trainings draw from
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(numpy)  # noqa: NPY002, as above
 
 
 def _sampling(asked: dict[str, Any], told: dict[str, Any]) -> Sampling:

@@ -199,6 +199,7 @@ def test_a_verifier_that_fails_chooses_nothing(judged):
         (f"{JUDGED} --samples 2.5", "but there is 2.5"),
         (f"{JUDGED} --samples 4 --adaptive", "`--adaptive` and `--follow` are of scores"),
         (f"{JUDGED} --samples 4 --follow", "`--adaptive` and `--follow` are of scores"),
+        ("--verifier reward-model:none --samples 4", "Pass@N needs a `--threshold`"),
         (f"{JUDGED} --samples 4 --append-eos", "`--append-eos` is of responses that are scored"),
     ],
 )

@@ -3,8 +3,10 @@
 import json
 import logging
 import math
+import random
 import re
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -179,6 +181,19 @@ def test_a_verifier_that_fails_is_no_model_that_solves_nothing(tmp_path):
         metrics = trainer.evaluate()
     assert metrics["eval_unjudged"] == 1.0
     assert not any("pass@" in key or "signal" in key for key in metrics)
+
+
+def test_a_verifier_that_draws_leaves_the_trainings_generators_alone(tmp_path):
+    def drawing(completions):
+        return [float(random.random() + np.random.rand() + torch.rand(()).item() > 1.5) for _ in completions]  # noqa: NPY002
+
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+
+    trainer = make_trainer(tmp_path, SuccessCallback(PROMPTS, drawing, k=2, max_new_tokens=2, timeout=None))
+    before = states()
+    trainer.callback_handler.callbacks[0].compute_metrics(trainer.args, trainer.state, trainer.model, None)
+    assert states() == before
 
 
 def test_the_worst_checkpoint_is_not_kept_without_a_word(tmp_path):
