@@ -12,14 +12,16 @@ from hf_coverage.commands.console import is_main_process
 from hf_coverage.commands.inputs import check_number_of_responses, decided_by_main_process
 from hf_coverage.commands.made_of import checkpoint_facts, folder_names, made_otherwise, write_made_of
 from hf_coverage.commands.score import load
+from hf_coverage.inference.files import read_facts
 from hf_coverage.inference.loading import ModelOptions
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hf_coverage.decode.best_of_n_result import BestOfNResult
 
-__all__ = ["CheckpointSamples", "JudgingOptions", "holds_samples"]
+__all__ = ["CheckpointSamples", "JudgingOptions", "holds_samples", "known_samples"]
 
 _KEPT = "checkpoint.json"
 """Beside a checkpoint's samples: what they were made of."""
@@ -157,11 +159,22 @@ class CheckpointSamples:
             Path(source) if done else samples / folder
             for source, done, folder in zip(sources, self._done, folder_names(sources))
         ]
+        self._loaded: tuple[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None
         check_number_of_responses(len(rows) * self._done.count(False), options.k, options.max_new_tokens)
 
     def judge_all(self) -> "dict[str, BestOfNResult]":
         """Sample those checkpoints whose samples are not there, and judge the samples of each."""
-        return {name: self._judge(place) for place, name in enumerate(self._names)}
+        results = {name: self._judge(place) for place, name in enumerate(self._names)}
+        self._loaded = None
+        return results
+
+    def load(self, place: int) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """One of the checkpoints and its tokenizer, which stay in memory until another one is asked for."""
+        source = self._sources[place]
+        if self._loaded is None or self._loaded[0] != source:
+            self._loaded = None  # before another one takes its place
+            self._loaded = source, load(source, self._loading)
+        return self._loaded[1]
 
     def _judge(self, place: int) -> "BestOfNResult":
         from hf_coverage.decode.best_of_n import evaluate_best_of_n, judge_best_of_n
@@ -174,7 +187,7 @@ class CheckpointSamples:
         made_of |= checkpoint_facts(source)
         if decided_by_main_process(partial(_is_kept, folder, made_of), self._loading.device):
             return judge_best_of_n(folder, self._rows, self._verifier, **judging)
-        model, tokenizer = load(source, self._loading)
+        model, tokenizer = self.load(place)
         result = evaluate_best_of_n(
             model,
             tokenizer,
@@ -189,6 +202,29 @@ class CheckpointSamples:
         if is_main_process():
             write_made_of(folder / _KEPT, made_of)
         return result
+
+
+def known_samples(samples: Path, run: Path, sampling: dict[str, Any]) -> dict[str, Path]:
+    """Where finished samples of a run's checkpoints are, by the checkpoint's name; it may itself be gone.
+
+    Raises:
+        ValueError: If they were drawn otherwise.
+    """
+    found = {}
+    for record in sorted(samples.glob(f"*/{_KEPT}")):
+        facts = read_facts(
+            record, "Remove the folder that it is in, and run the same command again.", model=str, sampling=dict
+        )
+        if Path(facts["model"]).parent != run.absolute():
+            continue
+        changed = sorted(name for name in sampling if sampling[name] != facts["sampling"].get(name))
+        if changed:
+            raise ValueError(
+                f"{record.parent} holds samples that were drawn otherwise ({', '.join(changed)} changed): choose "
+                "another `--output-dir`, or remove it."
+            )
+        found[Path(facts["model"]).name] = record.parent
+    return found
 
 
 def _is_kept(folder: Path, made_of: dict[str, Any]) -> bool:

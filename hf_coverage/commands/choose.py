@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from hf_coverage.commands.best_of_n import require_judged
-from hf_coverage.commands.checkpoint_samples import CheckpointSamples, JudgingOptions, holds_samples
+from hf_coverage.commands.checkpoint_samples import CheckpointSamples, JudgingOptions, holds_samples, known_samples
 from hf_coverage.commands.checkpoint_scores import CheckpointScores, kept_scores
 from hf_coverage.commands.console import is_main_process, print_table, say
 from hf_coverage.commands.follow import RunFolder, step_of
@@ -184,26 +184,39 @@ def choose(
         raise typer.BadParameter("`--follow` takes the folder of one run, needs `--data`, and is not `--adaptive`.")
     if until is not None and not follow:
         raise typer.BadParameter("`--until` says when `--follow` is to end: give both or none.")
-    if stratified and (adaptive or follow):
+    if stratified and judging.verifier is None and (adaptive or follow):
         raise typer.BadParameter("`--stratified` is for whole score tables: leave out `--adaptive` and `--follow`.")
     sources = [candidate.rstrip("/") for candidate in candidates]
     settings = _Settings(levels, tolerance, seed, output_dir, link)
     if judging.verifier is not None:
-        _check_judged(levels, judging.k, data, stratified, adaptive or follow, reading)
+        _check_judged(levels, judging.k, data, stratified, adaptive, reading)
         if judging.solving is None and purpose is Purpose.best_of_n:
             raise typer.BadParameter("Pass@N needs a `--threshold`: the least reward that solves a prompt.")
         rows = read_dataset(str(data), reading.split)
         drawing: dict[str, Any] = {"seed": seed, "sampling": "stratified" if stratified else "independent"}
-        names, folder = distinct_names(sources), output_dir / "samples"
-        drawn = CheckpointSamples(sources, names, folder, rows, judging, loading, shard_rows=shard_rows, **drawing)
-        _choose_judged(drawn, dict(zip(names, sources)), rows, reading.group_by, purpose, settings)
+        kept = partial(CheckpointSamples, samples=output_dir / "samples", rows=rows, options=judging, loading=loading)
+        drawn = partial(kept, shard_rows=shard_rows, **drawing)
+        report = partial(_report_judged, rows=rows, group_by=reading.group_by, purpose=purpose, settings=settings)
+        if follow:
+            run = Path(sources[0])
+            known = partial(known_samples, output_dir / "samples", run, judging.sampling() | drawing)
+            anew = partial(_choose_judged_so_far, run, drawn, report)
+            _follow(run, known, partial(_sampled, opened=drawn), anew, until, interval, loading.device)
+            return
+        names = distinct_names(sources)
+        results = drawn(sources, names).judge_all()
+        leave_job()
+        if is_main_process():
+            report(results, {name: source for name, source in zip(names, sources) if not holds_samples(source)})
         return
     scoring: dict[str, Any] = {"batch_tokens": batch_tokens, "shard_rows": shard_rows}
     scoring |= {"intervals": True} if stratified else {}
     opened = partial(CheckpointScores, scores=output_dir / "scores", data=data, reading=reading, loading=loading)
     opened = partial(opened, **scoring)
     if follow:
-        _follow(Path(sources[0]), opened, settings, until, interval, loading.device)
+        run = Path(sources[0])
+        known, anew = partial(kept_scores, output_dir / "scores", run), partial(_choose_so_far, run, settings)
+        _follow(run, known, partial(_scored, opened=opened), anew, until, interval, loading.device)
         return
     names = distinct_names(sources)
     scores = opened(sources, names)
@@ -255,15 +268,14 @@ def _levels(
 
 
 def _check_judged(
-    levels: Sequence[float], k: int, data: str | None, stratified: bool, step_by_step: bool, reading: CorpusOptions
+    levels: Sequence[float], k: int, data: str | None, stratified: bool, adaptive: bool, reading: CorpusOptions
 ) -> None:
     """Refuse, before anything is sampled, what `--verifier` cannot be asked."""
     if data is None:
         raise typer.BadParameter("`--verifier` needs `--data`: the prompts, and what the verifier reads.")
-    if step_by_step:
+    if adaptive:
         raise typer.BadParameter(
-            "`--adaptive` and `--follow` are of scores: with `--verifier` every checkpoint answers every prompt. "
-            "Leave them out, or leave it out and choose by scores."
+            "`--adaptive` is of scores: with `--verifier` every checkpoint answers every prompt. Leave out either."
         )
     if reading.append_eos:
         raise typer.BadParameter("`--append-eos` is of responses that are scored: leave it out with `--verifier`.")
@@ -277,21 +289,17 @@ def _check_judged(
         raise typer.BadParameter("`--samples` must be powers of 2 or `--k`: stratified samples count in whole blocks.")
 
 
-def _choose_judged(
-    drawn: CheckpointSamples,
-    sources: Mapping[str, str],
+def _report_judged(
+    results: "Mapping[str, BestOfNResult]",
+    checkpoints: dict[str, str],
     rows: "Dataset",
     group_by: str | None,
     purpose: Purpose,
     settings: _Settings,
 ) -> None:
-    """Choose by what a verifier says of samples."""
+    """Choose by what a verifier says of samples, and write the choice."""
     from hf_coverage.select.choose import choose as decide
 
-    results = drawn.judge_all()
-    leave_job()
-    if not is_main_process():
-        return
     for result in results.values():
         require_judged(result)
     column = group_by or ("document" if "document" in rows.column_names else "prompt")
@@ -311,7 +319,6 @@ def _choose_judged(
         print_table(table)
     failures = [result.sentence for result in results.values() if result.errors]
     say(choice.sentence, *failures)
-    checkpoints = {name: source for name, source in sources.items() if not holds_samples(source)}
     _write(settings, choice, checkpoints, tables, *failures, provenance=_drawn_from(results))
 
 
@@ -324,27 +331,28 @@ def _drawn_from(results: "Mapping[str, BestOfNResult]") -> dict[str, object]:
 
 def _follow(
     run: Path,
-    opened: Callable[[list[str], list[str]], CheckpointScores],
-    settings: _Settings,
+    known: Callable[[], dict[str, Path]],
+    take: Callable[[Path], Path | None],
+    choose_anew: Callable[[dict[str, Path], int | None], int | None],
     until: int | None,
     interval: float,
     device: str | None,
 ) -> None:
     """Score the checkpoints of a run as they come, and choose anew after each."""
     watched = RunFolder(run)
-    done = decided_by_main_process(partial(kept_scores, settings.output_dir / "scores", run), device)
+    done = decided_by_main_process(known, device)
     turned = None
     say(f"Following {run}: each checkpoint is scored when its files have stopped changing. Ctrl-C ends it.")
     try:
         new = list(done)
         while True:
             if new:
-                turned = _choose_so_far(run, done, settings, turned)
+                turned = choose_anew(done, turned)
             if until is not None and any((step_of(name) or 0) >= until for name in done):
                 break
             new = []
             for path in decided_by_main_process(partial(watched.settled, list(done)), device):
-                folder = _scored(path, opened)
+                folder = take(path)
                 if folder is None:
                     watched.refuse(path)
                     continue
@@ -362,20 +370,53 @@ def _follow(
 def _scored(path: Path, opened: Callable[[list[str], list[str]], CheckpointScores]) -> Path | None:
     """The score folder of a checkpoint; None for one that cannot be loaded: it is half-written, or gone."""
     scores = opened([str(path)], [path.name])
+    return scores.score_all()[0] if _loads(scores, path) else None
+
+
+def _sampled(path: Path, opened: Callable[[list[str], list[str]], CheckpointSamples]) -> Path | None:
+    """As `_scored`, the folder of its samples."""
+    samples = opened([str(path)], [path.name])
+    if not _loads(samples, path):
+        return None
+    samples.judge_all()
+    return samples.folders[0]
+
+
+def _loads(opened: CheckpointScores | CheckpointSamples, path: Path) -> bool:
     try:
-        scores.load(0)
+        opened.load(0)
     except (OSError, ValueError) as error:
         if path.is_dir():
             say(f"{path.name} cannot be loaded yet, and is waited for until its files change: {error}")
-        return None
-    return scores.score_all()[0]
+        return False
+    return True
 
 
-def _choose_so_far(run: Path, done: dict[str, Path], settings: _Settings, turned: int | None) -> int | None:
+def _choose_judged_so_far(
+    run: Path,
+    opened: Callable[[list[str], list[str]], CheckpointSamples],
+    report: Callable[[Any, dict[str, str]], None],
+    done: dict[str, Path],
+    turned: int | None,
+) -> int | None:
+    """As `_choose_so_far`, by verdicts, which say nothing of a turn."""
+    names = _by_step(done)
+    results = opened([str(done[name]) for name in names], names).judge_all()
+    if is_main_process():
+        say(f"{len(names)} checkpoints, the last {names[-1]}.")
+        report(results, {name: str(run / name) for name in names if (run / name).is_dir()})
+    return turned
+
+
+def _by_step(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: (step_of(name) or 0, name))
+
+
+def _choose_so_far(run: Path, settings: _Settings, done: dict[str, Path], turned: int | None) -> int | None:
     """Choose among what is scored, write the choice, and say what is new; the step at which coverage has turned."""
     if not is_main_process():
         return None
-    names = sorted(done, key=lambda name: (step_of(name) or 0, name))
+    names = _by_step(done)
     measured = dict(zip(names, on_same_rows([read_measured(str(done[name])) for name in names])))
     choice = _decide(measured, settings)
     turn = _turn(measured, settings.samples[0], run)

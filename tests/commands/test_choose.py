@@ -197,8 +197,7 @@ def test_a_verifier_that_fails_chooses_nothing(judged):
         ),
         (f"{JUDGED} --samples 16", "whole numbers up to `--k` 8, the samples that are judged, but there is 16"),
         (f"{JUDGED} --samples 2.5", "but there is 2.5"),
-        (f"{JUDGED} --samples 4 --adaptive", "`--adaptive` and `--follow` are of scores"),
-        (f"{JUDGED} --samples 4 --follow", "`--adaptive` and `--follow` are of scores"),
+        (f"{JUDGED} --samples 4 --adaptive", "`--adaptive` is of scores: with `--verifier` every checkpoint"),
         ("--verifier reward-model:none --samples 4", "Pass@N needs a `--threshold`"),
         (f"{JUDGED} --samples 4 --append-eos", "`--append-eos` is of responses that are scored"),
     ],
@@ -465,6 +464,28 @@ def test_following_ends_with_ctrl_c(run, monkeypatch):
     output = " ".join(invoke(FOLLOW.format(OPTIONS), code=130).split())
     assert "Stopped following run after 2 checkpoints. Run the same command again to go on." in output
     assert json.loads(Path("choice/choice.json").read_text())["names"] == ["checkpoint-10", "checkpoint-20"]
+
+
+def test_a_followed_run_may_be_judged(judged, monkeypatch):
+    monkeypatch.setattr(
+        RunFolder,
+        "settled",
+        lambda self, known: [path for path in sorted(Path("run").iterdir()) if path.name not in known],
+    )
+    command = f"{FOLLOW.format(OPTIONS)} --until 20 {JUDGED}"
+    output = " ".join(invoke(command).split())
+    facts = json.loads(Path("choice/choice.json").read_text())
+    assert "2 checkpoints, the last checkpoint-20." in output
+    assert facts["names"] == ["checkpoint-10", "checkpoint-20"]
+    # the same as without following; what is there is not sampled again, though its checkpoint is gone
+    invoke(f"run/checkpoint-10 run/checkpoint-20 {OPTIONS.replace('dir choice', 'dir whole')} {JUDGED} --samples 8")
+    assert json.loads(Path("whole/choice.json").read_text()) == facts
+    shutil.rmtree("run/checkpoint-10")
+    monkeypatch.setattr("hf_coverage.commands.score.load_model", None)
+    invoke(command)
+    assert json.loads(Path("choice/choice.json").read_text()) == facts
+    other = invoke(command.replace("--k 8", "--k 16"), code=1)
+    assert "holds samples that were drawn otherwise (k changed)" in " ".join(other.split())
 
 
 def test_it_is_said_once_when_coverage_turns(run, monkeypatch):
