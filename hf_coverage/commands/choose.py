@@ -190,13 +190,18 @@ def choose(
     settings = _Settings(levels, tolerance, seed, output_dir, link)
     if judging.verifier is not None:
         _check_judged(levels, judging.k, data, stratified, adaptive, reading)
+        if stratified and purpose is Purpose.rl:
+            raise typer.BadParameter("`--for rl` is of independent samples: leave out `--stratified`.")
         if judging.solving is None and purpose is Purpose.best_of_n:
             raise typer.BadParameter("Pass@N needs a `--threshold`: the least reward that solves a prompt.")
         rows = read_dataset(str(data), reading.split)
+        group_by = reading.group_by or ("document" if "document" in rows.column_names else "prompt")
+        if group_by not in rows.column_names:
+            raise ValueError(f"`--group-by` must be a column of the data, {rows.column_names}, but is {group_by!r}.")
         drawing: dict[str, Any] = {"seed": seed, "sampling": "stratified" if stratified else "independent"}
         kept = partial(CheckpointSamples, samples=output_dir / "samples", rows=rows, options=judging, loading=loading)
         drawn = partial(kept, shard_rows=shard_rows, **drawing)
-        report = partial(_report_judged, rows=rows, group_by=reading.group_by, purpose=purpose, settings=settings)
+        report = partial(_report_judged, rows=rows, group_by=group_by, purpose=purpose, settings=settings)
         if follow:
             run = Path(sources[0])
             known = partial(known_samples, output_dir / "samples", run, judging.sampling() | drawing)
@@ -293,7 +298,7 @@ def _report_judged(
     results: "Mapping[str, BestOfNResult]",
     checkpoints: dict[str, str],
     rows: "Dataset",
-    group_by: str | None,
+    group_by: str,
     purpose: Purpose,
     settings: _Settings,
 ) -> None:
@@ -302,15 +307,12 @@ def _report_judged(
 
     for result in results.values():
         require_judged(result)
-    column = group_by or ("document" if "document" in rows.column_names else "prompt")
-    if column not in rows.column_names:
-        raise ValueError(f"`--group-by` must be a column of the data, one of {rows.column_names}, but is {column!r}.")
     places = next(iter(results.values())).rows.tolist()
     choice = decide(
         results,
         settings.samples,
         purpose=purpose.value,
-        groups=rows.select(places)[column][:],
+        groups=rows.select(places)[group_by][:],
         tolerance=settings.tolerance,
         seed=settings.seed,
     )

@@ -197,6 +197,7 @@ def test_a_verifier_that_fails_chooses_nothing(judged):
         ),
         (f"{JUDGED} --samples 16", "whole numbers up to `--k` 8, the samples that are judged, but there is 16"),
         (f"{JUDGED} --samples 2.5", "but there is 2.5"),
+        (f"{JUDGED} --for rl --stratified", "`--for rl` is of independent samples: leave out `--stratified`"),
         (f"{JUDGED} --samples 4 --adaptive", "`--adaptive` is of scores: with `--verifier` every checkpoint"),
         ("--verifier reward-model:none --samples 4", "Pass@N needs a `--threshold`"),
         (f"{JUDGED} --samples 4 --append-eos", "`--append-eos` is of responses that are scored"),
