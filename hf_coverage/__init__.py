@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_coverage.decode.prefix_walkers import CallBudget
     from hf_coverage.decode.stratified import StratifiedSamplingMixin, stratified_generate
     from hf_coverage.decode.success import SuccessProfile
+    from hf_coverage.decode.success_callback import SuccessCallback
     from hf_coverage.functional.ttt_config import StepRule, TTTConfig
     from hf_coverage.measure.answers import score_answers
     from hf_coverage.measure.builders import sample_corpus, single_answer_corpus, teacher_scored_corpus, windows_corpus
@@ -68,6 +69,7 @@ _HOMES = {
     "SequenceLossMixin": "optim.trainer",
     "StepRule": "functional.ttt_config",
     "StratifiedSamplingMixin": "decode.stratified",
+    "SuccessCallback": "decode.success_callback",
     "SuccessProfile": "decode.success",
     "TTTChoice": "select.ttt_choice",
     "TTTConfig": "functional.ttt_config",
@@ -124,6 +126,7 @@ __all__ = [
     "SequenceLossMixin",
     "StepRule",
     "StratifiedSamplingMixin",
+    "SuccessCallback",
     "SuccessProfile",
     "TTTChoice",
     "TTTConfig",

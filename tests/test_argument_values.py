@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from transformers import GPT2LMHeadModel
 
-from hf_coverage import choose, evaluate_best_of_n, sample_corpus, score_responses, tournament
+from hf_coverage import SuccessCallback, choose, evaluate_best_of_n, sample_corpus, score_responses, tournament
 from hf_coverage.functional.step_sizes import TrainingPlan
 from hf_coverage.functional.ttt_config import StepRule, TTTConfig
 from hf_coverage.inference.encoded_rows import EncodedCorpus
@@ -27,6 +27,7 @@ CALLS = {
     sample_corpus: (lambda f, m, o: f(m, None, [[1, 2]], **o), {"k": 1, "max_new_tokens": 2}),
     teacher_scored_corpus: (lambda f, m, o: f(ROWS, m, None, **o), {}),
     evaluate_best_of_n: (lambda f, m, o: f(m, None, ROWS, **o), {"k": 1, "max_new_tokens": 2}),
+    SuccessCallback: (lambda f, m, o: f(ROWS, **o), {"max_new_tokens": 2}),
     gradient_norms: (lambda f, m, o: f(m, EncodedCorpus([[1]], [[2]]), **o), {"batch_size": 1}),
     tournament: (lambda f, m, o: f(TABLE, **o), {"n": 4}),
     choose: (lambda f, m, o: f(TABLE, reference_logprobs=np.zeros(8), **o), {}),
@@ -40,6 +41,7 @@ NEVER = [math.nan, math.inf, -math.inf]
 # Other names in messages than the argument's, and what has no say without something else.
 NAMED = {"samples": "n", "bootstrap": "replicates", "race_confidence": "confidence"}
 WITHOUT = {(tournament, "gamma"), (score_responses, "logits_memory"), (evaluate_best_of_n, "eos_token_id")}
+WITHOUT |= {(SuccessCallback, "eos_token_id")}
 
 
 def asked():

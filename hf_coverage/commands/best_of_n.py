@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hf_coverage.decode.best_of_n_result import BestOfNResult, Prediction
     from hf_coverage.measure.profile import CoverageProfile
 
-__all__ = ["EXAMPLES", "best_of_n", "written_folders"]
+__all__ = ["EXAMPLES", "best_of_n", "require_judged", "written_folders"]
 
 EXAMPLES = """\
 [bold]Examples[/]
@@ -243,7 +243,7 @@ def _report(
 ) -> None:
     from hf_coverage.report.results import write_results
 
-    _require_judged(result)
+    require_judged(result)
     folder.mkdir(parents=True, exist_ok=True)
     prediction = None if profile is None else result.predict(profile)
     print_table(_table(result, levels, prediction))
@@ -266,7 +266,8 @@ def _report(
     say(f"Plot in {folder / name}.png, all rewards in {folder / name}.json, metrics in {path}.")
 
 
-def _require_judged(result: "BestOfNResult") -> None:
+def require_judged(result: "BestOfNResult") -> None:
+    """Refuse a result of which no response could be judged; RuntimeError."""
     if not result.failed.all():
         return
     error, times = next(iter(result.errors.items()))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["evaluate_best_of_n", "judge_best_of_n"]
+__all__ = ["check_threshold", "evaluate_best_of_n", "judge_best_of_n"]
 
 
 def evaluate_best_of_n(
@@ -117,7 +117,7 @@ def evaluate_best_of_n(
     """
     if sampling not in ("independent", "stratified"):
         raise ValueError(f'`sampling` must be "independent" or "stratified", got {sampling!r}.')
-    _check_threshold(threshold)
+    check_threshold(threshold)
     table = PromptTable.from_corpus(corpus)
     judging = Judging.prepare(verifier, table, timeout, batch_size)
     law = Sampling(max_new_tokens, temperature, top_k, top_p, end_token_ids(eos_token_id, model, tokenizer))
@@ -161,7 +161,7 @@ def judge_best_of_n(
         FileNotFoundError: If there are no samples.
         ValueError: If they are not complete, or of another corpus.
     """
-    _check_threshold(threshold)
+    check_threshold(threshold)
     types = {
         "k": int,
         "rows_per_shard": int,
@@ -182,7 +182,8 @@ def judge_best_of_n(
         return _collect(samples, table, facts, judging, output_dir, threshold=threshold, progress=progress)
 
 
-def _check_threshold(threshold: float | None) -> None:
+def check_threshold(threshold: float | None) -> None:
+    """Raise ValueError unless `threshold` is a finite reward, or None."""
     if threshold is not None and not math.isfinite(threshold):
         raise ValueError(f"`threshold` must be finite, or None where no reward solves a prompt, got {threshold}.")
 

@@ -143,7 +143,7 @@ class BestOfNResult:
 
     def interval(self, n: int, confidence: float = 0.95) -> tuple[float, float]:
         """Confidence interval of Pass@N, over prompts."""
-        return bounded_mean_interval(self._passes(n), confidence=confidence)
+        return bounded_mean_interval(self.passes(n), confidence=confidence)
 
     def best_of(self, n: int, confidence: float = 0.95) -> Estimate:
         """Expected reward of the best of N responses, unbiased, with its interval over prompts.
@@ -198,6 +198,10 @@ class BestOfNResult:
             accepted_mass=self.accepted_mass,
             name=self.name,
         )
+
+    def passes(self, n: int) -> FloatArray:
+        """Pass@N of each prompt `(P,)`, unbiased; raises as `pass_at`."""
+        return best_of_blocks(self._solved, n) if self.is_stratified else self._every_pass[:, self._column(n)]
 
     def mixed(self, group_size: int) -> FloatArray:
         """Unbiased probability for each prompt that the rewards of a group differ, so that GRPO learns from it.
@@ -359,10 +363,6 @@ class BestOfNResult:
         yield "names", isinstance(self.name, str) and isinstance(self.verifier, str)
         yield "settings", isinstance(self.settings, dict) and self.settings.get("sampling") in (None, "stratified")
 
-    def _passes(self, n: int) -> FloatArray:
-        """Pass@N of each prompt `(P,)`."""
-        return best_of_blocks(self._solved, n) if self.is_stratified else self._every_pass[:, self._column(n)]
-
     def _best(self, n: int) -> FloatArray:
         """Reward of the best of N for each prompt `(P,)`."""
         return best_of_blocks(self.rewards, n) if self.is_stratified else self._every_best[:, self._column(n)]
@@ -382,7 +382,7 @@ class BestOfNResult:
         return best_of_n_reward(self.rewards)
 
     def _pass_estimate(self, n: int) -> MeanEstimate:
-        return clustered_mean(self._passes(n))
+        return clustered_mean(self.passes(n))
 
     def _column(self, n: int) -> int:
         if n != int(n) or not 1 <= n <= self.k:

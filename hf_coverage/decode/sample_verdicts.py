@@ -45,6 +45,7 @@ class Judging:
         batch_size: Responses of one call, where it runs in this process.
         fingerprint: Changes with the verifier, its settings and what it reads of the corpus; None where not all that
             decides its verdicts can be told, which are then not kept.
+        untold: Why not; empty where it can.
     """
 
     verifier: Callable[..., Any]
@@ -52,6 +53,7 @@ class Judging:
     timeout: float | None
     batch_size: int
     fingerprint: str | None
+    untold: str = ""
 
     @property
     def name(self) -> str:
@@ -68,9 +70,13 @@ class Judging:
         columns = {name: table.columns[name] for name in names if name in table.columns}
         if runs_in_worker(chosen, timeout):
             _require_sendable(columns)
-        key = _key(chosen)
+        key, untold = None, ""
+        try:
+            key = verifier_key(chosen)
+        except TypeError as error:
+            untold = str(error)
         made_of = None if key is None else digest([verifier_name(chosen), *key, timeout, columns])
-        judging = cls(chosen, names, timeout, batch_size, made_of)
+        judging = cls(chosen, names, timeout, batch_size, made_of, untold)
         on_main_process(partial(judging.require_right, table))
         return judging
 
@@ -116,6 +122,11 @@ class Judging:
             output_dir: Folder of samples and verdicts.
         """
         shards = None
+        if output_dir is not None and self.untold and PartialState().is_main_process:
+            logger.warning(
+                f"Verdicts of the verifier {self.name} are not kept: whether it is the same the next time cannot be "
+                f"known ({self.untold})."
+            )
         if output_dir is not None and self.fingerprint is not None:
             shards = on_main_process(partial(self._shards, Path(output_dir), sampled))
         with ExitStack() as stack:
@@ -167,18 +178,6 @@ def verifier_name(verifier: Callable[..., Any]) -> str:
 
 def _place(row: dict[str, Any]) -> dict[str, int]:
     return {"prompt": row["prompt"], "sample": row["sample"]}
-
-
-def _key(verifier: Callable[..., Any]) -> list[Any] | None:
-    try:
-        return verifier_key(verifier)
-    except TypeError as error:
-        if PartialState().is_main_process:
-            logger.warning(
-                f"Verdicts of the verifier {verifier_name(verifier)} are not kept: whether it is the same the next "
-                f"time cannot be known ({error})."
-            )
-        return None
 
 
 def _require_sendable(columns: dict[str, list[Any]]) -> None:

@@ -47,6 +47,7 @@ SuccessModel = Literal["beta-binomial", "scaled beta-binomial", "power law", "an
 _FORMAT = 1
 _BATCH = 16
 _FARTHEST_GROUP = 4096
+_NOT_UNBIASED = "Outcomes decided how often prompts were sampled, so nothing is unbiased: see `{}`."
 
 
 class Estimate(NamedTuple):
@@ -186,6 +187,11 @@ class SuccessProfile:
         return self.correct.size
 
     @property
+    def is_stratified(self) -> bool:
+        """Whether the samples of a prompt belong together: never, where their counts are all that is known."""
+        return False
+
+    @property
     def k(self) -> int:
         """Samples that every prompt has: the largest N that is estimated without bias."""
         return int(self.samples.min())
@@ -196,7 +202,7 @@ class SuccessProfile:
         Raises:
             ValueError: If n is not between 1 and `k`, or outcomes decided how often a prompt was sampled.
         """
-        return float(self._passes(n).mean())
+        return float(self.passes(n).mean())
 
     def miss(self, n: int) -> float:
         """miss_N, the share of prompts that N samples do not solve: `1 - pass_at(n)`."""
@@ -204,7 +210,7 @@ class SuccessProfile:
 
     def interval(self, n: int, confidence: float = 0.95) -> tuple[float, float]:
         """Confidence interval of Pass@N over prompts, for n up to `k`."""
-        return bounded_mean_interval(self._passes(n), confidence=confidence)
+        return bounded_mean_interval(self.passes(n), confidence=confidence)
 
     def predict(self, n: int, *, model: SuccessModel = "beta-binomial") -> Estimate:
         """Pass@N for any N: the range that the counts do not reject, and a model's value, cut to it.
@@ -255,6 +261,27 @@ class SuccessProfile:
         value = fit_success_law(self.correct, self.samples, n=1 / tau).mean(covered)
         low, high = self._range(covered, 1 / tau)
         return Estimate(min(max(value, low), high), low, high)
+
+    def passes(self, n: int) -> FloatArray:
+        """Pass@N of each prompt `(P,)`, unbiased; raises as `pass_at`."""
+        if self.adaptive:
+            raise ValueError(_NOT_UNBIASED.format("predict"))
+        if n != int(n) or not 1 <= n <= self.k:
+            raise ValueError(
+                f"`n` must be a whole number from 1 to k = {self.k}, the samples that every prompt has, got {n}; "
+                "beyond it see `predict`."
+            )
+        return 1 - group_signal(self.correct, self.samples, int(n)).all_wrong
+
+    def mixed(self, group_size: int) -> FloatArray:
+        """Unbiased probability for each prompt `(P,)` that a group of samples is mixed: what `signal` is the mean of.
+
+        Raises:
+            ValueError: If the group is larger than `k`, or outcomes decided how often a prompt was sampled.
+        """
+        if self.adaptive:
+            raise ValueError(_NOT_UNBIASED.format("signal"))
+        return group_signal(self.correct, self.samples, group_size).mixed
 
     def signal(self, group_size: int) -> Signal:
         """Shares of prompts whose group of samples is all wrong, mixed, or all right.
@@ -483,16 +510,6 @@ class SuccessProfile:
     @cached_property
     def _scaled_law(self) -> BetaLaw:
         return fit_beta_law(self.correct, self.samples, scaled=True)
-
-    def _passes(self, n: int) -> FloatArray:
-        if self.adaptive:
-            raise ValueError("Outcomes decided how often prompts were sampled, so nothing is unbiased: see `predict`.")
-        if n != int(n) or not 1 <= n <= self.k:
-            raise ValueError(
-                f"`n` must be a whole number from 1 to k = {self.k}, the samples that every prompt has, got {n}; "
-                "beyond it see `predict`."
-            )
-        return 1 - group_signal(self.correct, self.samples, int(n)).all_wrong
 
     def _range(self, values: Any, n: float) -> tuple[float, float]:
         return success_range(self.correct, self.samples, values, n=n)

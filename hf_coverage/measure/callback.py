@@ -16,9 +16,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_coverage.functional.checks import check_n, coverage_key, miss_key
 from hf_coverage.functional.coverage_watch import WatchState, Worsening, prompts_to_warn, update_watch
+from hf_coverage.inference.evaluation_callback import CoverageWarning
 from hf_coverage.measure.corpus_callback import CorpusCallback
 from hf_coverage.measure.engine import ScoringOptions
-from hf_coverage.measure.evaluation_callback import CoverageWarning
 from hf_coverage.measure.profile import CoverageProfile
 
 __all__ = ["CoverageCallback", "CoverageWarning"]

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
+from hf_coverage.inference.evaluation_callback import EvaluationCallback
 from hf_coverage.inference.forward import inference
 from hf_coverage.measure.corpus import reference_kind, validate_corpus
 from hf_coverage.measure.engine import ScoringEngine, ScoringOptions
-from hf_coverage.measure.evaluation_callback import EvaluationCallback
 from hf_coverage.measure.run_corpus import RunCorpus
 from hf_coverage.measure.scores import Scores
 from hf_coverage.measure.scoring import score_encoded
@@ -125,7 +124,7 @@ class CorpusCallback(EvaluationCallback, ExportableState):
     ) -> None:
         """Begin anew, or go on where the checkpoint that is being resumed from was."""
         corpus = self.tokens(args, processing_class)
-        self._require_one_corpus(corpus)
+        self.require_the_same(self.state()["args"] | {"corpus": corpus.fingerprint})
         super().on_train_begin(args, state, control, **kwargs)
         if model is not None:
             self._check_fit(model, corpus)
@@ -157,19 +156,6 @@ class CorpusCallback(EvaluationCallback, ExportableState):
     def score(self, model: torch.nn.Module, corpus: RunCorpus) -> Scores:
         """Score the corpus under the model as it is now; called by all processes, equal on all of them."""
         return score_encoded(model, corpus.encoded, batch_tokens=self.batch_tokens, logits_memory=self.logits_memory)
-
-    def _require_one_corpus(self, corpus: RunCorpus) -> None:
-        """Refuse processes whose corpora or arguments differ: their numbers would be of a mixture."""
-        own = self.state()["args"] | {"corpus": corpus.fingerprint}
-        first, *others = gather_object([own])
-        for process, other in enumerate(others, start=1):
-            differing = sorted(key for key in first if first[key] != other.get(key))
-            if differing:
-                raise ValueError(
-                    f"All processes must give the {type(self).__name__} the same, but `{differing[0]}` is "
-                    f"{first[differing[0]]!r} on process 0 and {other.get(differing[0])!r} on process {process}: read "
-                    "the corpus from one file, and seed what draws it."
-                )
 
     def _check_fit(self, model: torch.nn.Module, corpus: RunCorpus) -> None:
         """Refuse before the training, not at its first evaluation, what the model cannot score."""

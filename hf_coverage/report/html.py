@@ -89,6 +89,7 @@ def write_html_report(
     tables: Sequence[Table],
     figures: Sequence[Picture] = (),
     kinds: Iterable[ReferenceKind] = ("density",),
+    budget: bool = True,
     provenance: Mapping[str, object] | None = None,
 ) -> Path:
     """Write a result as one self-contained HTML file.
@@ -99,7 +100,9 @@ def write_html_report(
         summary: What the numbers say, in plain sentences; the first one is set large.
         tables: In the order of the page; numbers, intervals and the best value of each ranked column are set apart.
         figures: Pictures, embedded.
-        kinds: What is known of the references, for the explanations of what is an estimate and what only a bound.
+        kinds: What is known of the references, for the explanations of what is an estimate and what only a bound;
+            empty where a verifier's verdicts are all that is known.
+        budget: Whether the page speaks of Best-of-N budgets, which are then explained.
         provenance: Names and values of everything needed to run it again: the command, versions, seeds, fingerprints.
 
     Returns:
@@ -128,7 +131,7 @@ def write_html_report(
         tables=tables,
         figures=figures,
         reading=how_to_read(kinds),
-        known=what_is_known(kinds),
+        known=what_is_known(kinds, budget=budget),
         provenance=provenance or {},
         version=__version__,
     )

@@ -67,11 +67,30 @@ _BUDGET = (
 )
 
 
+_VERDICTS = (
+    "Pass@N is the chance that a verifier accepts at least one of N samples of a prompt; 1 - Pass@N is what is lost. "
+    "Lower is better.",
+    "signal_G is the share of prompts whose group of G samples does not get one reward for all: what RL that compares "
+    "the rewards of a group can learn from. It says whether RL begins to learn, and not where it ends.",
+)
+
+_JUDGED = (
+    "Both are estimates without bias from the samples that were judged, of the model as it was sampled from: they say "
+    "nothing of more samples, nor of another verifier.",
+    "Brackets and bands are 95 % confidence intervals for the finite number of prompts. Two models on the same "
+    "prompts differ more surely than two overlapping intervals suggest.",
+)
+
+
 def how_to_read(kinds: Sequence[ReferenceKind]) -> list[str]:
-    """Sentences that explain the numbers of a profile to somebody who has not read the paper."""
+    """Sentences that explain the numbers of a profile, or verdicts, to somebody who has not read the paper."""
+    if not kinds:
+        return [*_VERDICTS]
     return [*(_MEANING[kind] for kind in kinds), *_READING]
 
 
-def what_is_known(kinds: Sequence[ReferenceKind]) -> list[str]:
+def what_is_known(kinds: Sequence[ReferenceKind], *, budget: bool = True) -> list[str]:
     """Sentences that say which of the numbers are estimates and which are only bounds."""
-    return [*(_KNOWN[kind] for kind in kinds), _INTERVALS, _BUDGET]
+    if not kinds:
+        return [*_JUDGED]
+    return [*(_KNOWN[kind] for kind in kinds), _INTERVALS, *([_BUDGET] if budget else [])]

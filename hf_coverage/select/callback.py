@@ -21,10 +21,10 @@ from transformers.trainer_utils import SaveStrategy
 from hf_coverage import __version__
 from hf_coverage.functional.checks import FloatArray, check_n, metric_key
 from hf_coverage.inference.call_stack import callers
+from hf_coverage.inference.evaluation_callback import CoverageWarning
 from hf_coverage.inference.processes import on_main_process, writing_to
 from hf_coverage.measure.corpus_callback import CorpusCallback
 from hf_coverage.measure.engine import ScoringOptions
-from hf_coverage.measure.evaluation_callback import CoverageWarning
 from hf_coverage.measure.reference import Reference, load_reference, read_reference, write_reference
 from hf_coverage.measure.run_corpus import RunCorpus
 from hf_coverage.measure.score_table import ScoreTable

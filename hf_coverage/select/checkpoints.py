@@ -14,9 +14,9 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from hf_coverage.inference.evaluation_callback import CoverageWarning
 from hf_coverage.inference.files import write_atomically
 from hf_coverage.inference.loading import some
-from hf_coverage.measure.evaluation_callback import CoverageWarning
 from hf_coverage.select.choose import Choice
 from hf_coverage.select.result import TournamentResult
 

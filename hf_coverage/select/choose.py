@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +17,7 @@ from hf_coverage.functional.best_of_n import pass_at_n
 from hf_coverage.functional.checks import FloatArray, check_logprobs, check_n, metric_key
 from hf_coverage.functional.choice import Decision, decide
 from hf_coverage.functional.coverage_profile import log_ratios
+from hf_coverage.functional.group_rewards import equal_reward_probability
 from hf_coverage.functional.miss_profile import miss_values
 from hf_coverage.functional.paired import PairedDifference, paired_loss_difference
 from hf_coverage.functional.statistics import bounded_mean_interval, group_codes
@@ -28,9 +29,10 @@ from hf_coverage.select.tournament import Candidate, by_name, read_candidates
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Choice", "Pick", "check_samples", "choose"]
+__all__ = ["Choice", "Judged", "Pick", "Purpose", "check_purpose", "check_samples", "choose"]
 
-Rule = Literal["miss", "pass", "stratified pass", "soft tournament"]
+Purpose = Literal["best-of-n", "rl"]
+Rule = Literal["miss", "pass", "stratified pass", "signal", "soft tournament"]
 Scorer = Callable[[NDArray[np.intp]], ArrayLike]
 """Gives log p(y_i|x_i) of the rows it is called with."""
 
@@ -40,18 +42,49 @@ _LOSS = {
     "miss": "miss_{}",
     "pass": "1 - Pass@{}",
     "stratified pass": "1 - Pass@{} of stratified samples",
+    "signal": "1 - signal_{}",
     "soft tournament": "score at N = {}",
 }
-_METRIC = {"miss": "miss", "pass": "fail", "stratified pass": "stratified_fail", "soft tournament": "soft_tournament"}
+_METRIC = {
+    "miss": "miss",
+    "pass": "fail",
+    "stratified pass": "stratified_fail",
+    "signal": "no_signal",
+    "soft tournament": "soft_tournament",
+}
 _MEANING = {
     "miss": "no reward makes Best-of-{} lose more of its expectation under the reference",
     "pass": "the chance that {} samples hold no accepted response",
     "stratified pass": "the chance that {} stratified samples do not hold the right answer",
+    "signal": "the chance that {} samples of a prompt all get the same reward, so that RL learns nothing from them",
     "soft tournament": (
         "how surely {} samples miss what some other candidate would write; the density of the corpus is not known, so "
         "that all of this is said by that score, which finds what is good at more samples than that"
     ),
 }
+
+
+@runtime_checkable
+class Judged(Protocol):
+    """Judged samples of prompts, such as a `BestOfNResult` or a `SuccessProfile`."""
+
+    @property
+    def k(self) -> int:
+        """Samples that every prompt has."""
+
+    @property
+    def prompts(self) -> Iterable[Any]:
+        """A label of each prompt."""
+
+    @property
+    def is_stratified(self) -> bool:
+        """Whether the samples of a prompt belong together."""
+
+    def passes(self, n: int) -> FloatArray:
+        """Pass@N of each prompt, unbiased."""
+
+    def mixed(self, group_size: int) -> FloatArray:
+        """Probability for each prompt that the rewards of a group differ, unbiased."""
 
 
 class Pick(NamedTuple):
@@ -83,9 +116,10 @@ class Choice:
 
     Attributes:
         names: The M candidates, in the order given.
-        rule: What loses: `"miss"` where log D is known, `"pass"` where verdicts are, `"stratified pass"` where the
-            intervals of right answers are, `"soft tournament"` else.
-        samples: The number of samples that will be drawn.
+        rule: What loses: `"miss"` where log D is known, `"pass"` where verdicts are, `"signal"` where these are for
+            RL, `"stratified pass"` where the intervals of right answers are known or the judged samples are
+            stratified, `"soft tournament"` else.
+        samples: The number of samples that will be drawn; for RL in a group.
         losses: Mean loss of each candidate. Of one that was dropped on the way it is the winner's and the mean
             difference from it on the rows that both were scored on: rather too much, for it was dropped where it
             looked worst.
@@ -97,6 +131,8 @@ class Choice:
         tolerance: The loss that does not matter.
         cross_entropies: E[-log p] of each candidate, nats a response; None where verdicts are all there is.
         cross_entropy_cost: Loss of the candidate that cross-entropy would take, minus the winner's; None as before.
+            Its 95 % interval is that of these two, as if they had been named before the losses were seen: the winner
+            was not, so that with many candidates as good as each other the difference is rather too large.
         num_rows: Rows that the winner was scored on.
         num_prompts: Distinct prompts among them.
         scored_rows: Rows that each candidate was scored on.
@@ -180,7 +216,7 @@ class Choice:
 
     @property
     def metric_name(self) -> str:
-        """What the losses are called among metrics: `miss_16`, `fail_16`, `stratified_fail_16` or the tournament's."""
+        """What the losses are called among metrics: `miss_16`, `fail_16`, `no_signal_16` and so on."""
         return f"{_METRIC[self.rule]}_{metric_key(self.samples)}"
 
     @property
@@ -215,7 +251,8 @@ class Choice:
         return strict_json(facts, path)
 
     def _decision(self) -> str:
-        of = f"of {len(self.names)} candidates on {self.num_rows:,} responses to {self.num_prompts:,} prompts"
+        rows = "" if self._is_judged else f"{self.num_rows:,} responses to "
+        of = f"of {len(self.names)} candidates on {rows}{self.num_prompts:,} prompts"
         loss = f"{self.loss_name} = {self.losses[self.winner]:.3g}"
         meaning = _MEANING[self.rule].format(metric_key(self.samples))
         if len(self.left) == 1:
@@ -239,9 +276,9 @@ class Choice:
             parts.append(f"The probability that it is the best is {_share(self.probability_best)}{but}.")
         if not self.is_decided:
             parts.append(
-                "More rows like these would not tell equals apart."
+                f"More {self._rows} like these would not tell equals apart."
                 if not np.isfinite(self.rows_needed)
-                else f"To decide would take about {_rounded(self.rows_needed)} rows more."
+                else f"To decide would take about {_rounded(self.rows_needed)} {self._rows} more."
             )
         return parts
 
@@ -265,6 +302,15 @@ class Choice:
             f"({self.row_scorings / self.full_row_scorings:.0%}){dropped}."
         ]
 
+    @property
+    def _is_judged(self) -> bool:
+        """Whether every row is a prompt with the verdicts on its samples."""
+        return self.cross_entropies is None
+
+    @property
+    def _rows(self) -> str:
+        return "prompts" if self._is_judged else "rows"
+
 
 def check_samples(samples: float | Iterable[float]) -> list[float]:
     """Return numbers of samples as floats; ValueError unless there is one, and all can be drawn."""
@@ -278,10 +324,19 @@ def check_samples(samples: float | Iterable[float]) -> list[float]:
     return levels
 
 
+def check_purpose(purpose: str, levels: Sequence[float]) -> None:
+    """Refuse a purpose that is not known, and groups of RL that could not differ; ValueError."""
+    if purpose not in ("best-of-n", "rl"):
+        raise ValueError(f'`purpose` must be "best-of-n" or "rl", got {purpose!r}.')
+    if purpose == "rl" and min(levels) < 2:
+        raise ValueError(f"`samples` must be groups of at least 2 for RL, which compares them, got {min(levels):g}.")
+
+
 def choose(
-    candidates: Mapping[str, Candidate | Scorer],
+    candidates: Mapping[str, Candidate | Judged | Scorer],
     samples: float | Sequence[float] = 16,
     *,
+    purpose: Purpose = "best-of-n",
     reference_logprobs: ArrayLike | None = None,
     groups: Iterable[Any] | None = None,
     interval_lows: Mapping[str, ArrayLike] | None = None,
@@ -292,10 +347,12 @@ def choose(
     """Choose the candidate that loses least of Best-of-N with the samples that will be drawn, and say how surely.
 
     What loses is read off what is known. With log D of the responses, or one right answer a prompt (log D = 0), it is
-    miss_N, which bounds the loss for every reward. With verdicts it is 1 - Pass@N, without bias for N up to k. With
-    nothing but responses it is the score of the soft tournament, in which candidates are measured by each other; it is
-    never held where log D is known. Verdicts and miss_N are of independent samples; with the intervals of single right
-    answers what loses is 1 - Pass@N of stratified ones, exact, which may be least for another candidate.
+    miss_N, which bounds the loss for every reward. With verdicts it is 1 - Pass@N, without bias for N up to k; with
+    `purpose="rl"` the chance that all samples of a group get the same reward, from which GRPO and its kin learn
+    nothing. With nothing but responses it is the score of the soft tournament, in which candidates are measured by
+    each other; it is never held where log D is known. Verdicts, unless they are said to be of stratified samples, and
+    miss_N are of independent ones; with the intervals of single right answers what loses is 1 - Pass@N of stratified
+    ones, exact, which may be least for another candidate.
 
     With `adaptive` the candidates are scored on 64 prompts drawn at random, then on 128, 256, ...; those that an
     anytime-valid test shows not to be the best are dropped, and it ends when one is left, when the first is within the
@@ -303,10 +360,14 @@ def choose(
 
     Args:
         candidates: By name, log p(y_i|x_i) of the same R rows `(R,)` in nats, or a `ScoreTable`, or its folder; or
-            `(P, k)` booleans, which of k samples to each prompt a verifier accepts. With `adaptive` also a function
-            that is called with row numbers and gives log p of these rows alone: it is called for one candidate after
-            the other, in an order that needs no model twice in a row.
+            judged samples of the same P prompts: what `evaluate_best_of_n` gives, a `SuccessProfile`, or `(P, k)`
+            booleans, which of k samples to each prompt a verifier accepts; for RL any rewards. With `adaptive` also a
+            function that is called with row numbers and gives log p of these rows alone: it is called for one
+            candidate after the other, in an order that needs no model twice in a row.
         samples: N, the samples that will be drawn; with several, the first decides and the others are picked for too.
+            For RL the samples of a group.
+        purpose: What the samples are drawn for: to take the best of them, or for RL that compares the rewards of a
+            group. The signal at the start says whether RL begins to learn, and not where it ends.
         reference_logprobs: `(R,)` log D(y|x), nats; 0 where y is the single right answer; None if it is not known.
         groups: `(R,)` the prompt of each row, if prompts repeat.
         interval_lows: By name, `(R,)` what `score_responses(..., intervals=True)` adds: choose for stratified samples.
@@ -329,6 +390,13 @@ def choose(
         >>> choice = choose({"early": early, "late": late}, samples=64, reference_logprobs=np.zeros(500))
         >>> choice.winner, choice.left, choice.cross_entropy_choice, round(choice.losses["late"], 3)
         ('early', ('early',), 'late', 0.094)
+        >>> verdicts = {name: rng.random((300, 16)) < rng.beta(*law, (300, 1))
+        ...     for name, law in {"narrow": (0.3, 0.2), "wide": (1.0, 2.0)}.items()}
+        >>> choose(verdicts, samples=1).winner, choose(verdicts, samples=8).winner
+        ('narrow', 'wide')
+        >>> rl = choose(verdicts, samples=8, purpose="rl")
+        >>> rl.winner, rl.loss_name, rl.losses["wide"] < rl.losses["narrow"]
+        ('wide', '1 - signal_8', True)
 
     References:
         Theorem M of `functional.miss_profile`; `functional.choice` for the confidences.
@@ -336,18 +404,23 @@ def choose(
     if not isinstance(candidates, Mapping) or not candidates:
         raise ValueError("`candidates` must map at least one name to log-probabilities, a score table or verdicts.")
     levels = check_samples(samples)
+    check_purpose(purpose, levels)
     named = by_name(candidates, "candidates")
+    judged = _judged(named)
+    if purpose == "rl" and judged is None:
+        raise ValueError(
+            '`purpose="rl"` is decided by rewards of samples: give what `evaluate_best_of_n` gives, a '
+            "`SuccessProfile`, or `(P, k)` rewards of k samples to each prompt as `candidates`."
+        )
     codes = None if groups is None else group_codes(groups)
+    losses = None if judged is None else _Losses.of_judged(judged, levels, purpose)
     if adaptive:
         if interval_lows is not None:
             raise ValueError("`adaptive` is of independent samples: leave out `interval_lows`, or `adaptive`.")
-        return _choose_adaptively(named, levels, reference_logprobs, codes, tolerance, seed)
+        return _choose_adaptively(named, levels, losses, reference_logprobs, codes, tolerance, seed)
     if interval_lows is not None:
         losses = _Losses.of_intervals(named, by_name(interval_lows, "interval_lows"), reference_logprobs)
-    elif _are_verdicts(named):
-        losses = _Losses.of_verdicts(named)
-    else:
-        losses = _Losses.of_logprobs(named, reference_logprobs)
+    losses = losses or _Losses.of_logprobs(named, reference_logprobs)
     decisions = [decide(losses.at(level), groups=codes, tolerance=tolerance, seed=seed) for level in levels]
     return _choice(tuple(named), levels, losses, decisions, codes, tolerance)
 
@@ -355,16 +428,15 @@ def choose(
 def _choose_adaptively(
     named: Mapping[str, Any],
     levels: Sequence[float],
+    judged: _Losses | None,
     reference: ArrayLike | None,
     codes: NDArray[np.uint64] | None,
     tolerance: float,
     seed: int,
 ) -> Choice:
-    if _are_verdicts(named):
-        sources: list[Callable[[NDArray[np.intp]], FloatArray]] = [
-            partial(_taken, table) for table in _Losses.of_verdicts(named).rows
-        ]
-        size = len(next(iter(named.values())))
+    if judged is not None:
+        sources: list[Callable[[NDArray[np.intp]], FloatArray]] = [partial(_taken, table) for table in judged.rows]
+        size = len(judged.rows[0])
     elif reference is not None:
         sources = _scorers(named, size := np.size(reference))
     else:
@@ -376,18 +448,22 @@ def _choose_adaptively(
     if codes.size != size:
         raise ValueError(f"`groups` must have one label a row, {size} in all, but has {codes.size}.")
     order = prompt_order(codes, seed)
-    known = None if _are_verdicts(named) else np.asarray(reference, dtype=np.float64)[order]
+    known = np.empty(0) if judged is not None else np.asarray(reference, dtype=np.float64)[order]
+
+    def losses_of(rows: list[FloatArray], start: int = 0) -> _Losses:
+        return _Losses.of_first_rows(rows, known[start:]) if judged is None else judged.on(rows)
+
     seen: list[list[FloatArray]] = [[] for _ in named]
 
     def score(m: int, start: int, stop: int) -> FloatArray:
         seen[m].append(sources[m](order[start:stop]))
-        new = _Losses.of_rows(seen[m][-1:], None if known is None else known[start:stop])
+        new = losses_of(seen[m][-1:], start)
         return np.stack([new.at(level)[0] for level in levels])
 
     first_rows = np.flatnonzero(np.diff(codes[order], prepend=codes[order[:1]] + np.uint64(1)))
     prompt_rows = np.diff(np.append(first_rows, size))
     race = race_by_loss(score, len(named), prompt_rows, tolerance=tolerance, seed=seed)
-    losses = _Losses.of_rows([np.concatenate(parts) for parts in seen], known)
+    losses = losses_of([np.concatenate(parts) for parts in seen])
     return _choice(tuple(named), levels, losses, race.decisions, codes[order], tolerance)
 
 
@@ -457,9 +533,11 @@ def _choice(
 class _Losses:
     """What each candidate loses on each row that it was scored on, for any number of samples."""
 
-    def __init__(self, rule: Rule, rows: list[FloatArray], logprobs: list[FloatArray] | None) -> None:
+    def __init__(
+        self, rule: Rule, rows: list[FloatArray], logprobs: list[FloatArray] | None, levels: Sequence[int] = ()
+    ) -> None:
         self.rule: Rule = rule
-        self.rows, self._logprobs = rows, logprobs
+        self.rows, self._logprobs, self._levels = rows, logprobs, levels
 
     @classmethod
     def of_logprobs(cls, named: Mapping[str, Any], reference: ArrayLike | None) -> _Losses:
@@ -469,16 +547,32 @@ class _Losses:
         return cls("miss", [log_ratios(reference, values) for values in logprobs], logprobs)
 
     @classmethod
-    def of_verdicts(cls, named: Mapping[str, Any]) -> _Losses:
-        tables = [np.asarray(values) for values in named.values()]
-        shapes = {name: table.shape for name, table in zip(named, tables)}
-        if len(set(shapes.values())) > 1:
-            raise ValueError(f"`candidates` must have verdicts on the same prompts and samples, but have {shapes}.")
-        return cls("pass", [1 - pass_at_n(table) for table in tables], None)
+    def of_judged(cls, judged: Mapping[str, Judged], levels: Sequence[float], purpose: Purpose) -> _Losses:
+        """Losses for those numbers of samples that are asked for and some more: a column for each."""
+        first, *others = judged.items()
+        for name, other in others:
+            if list(other.prompts) != list(first[1].prompts) or other.is_stratified != first[1].is_stratified:
+                raise ValueError(
+                    f"`candidates` must have verdicts on the same prompts in the same order, sampled in one way, but "
+                    f"those of {first[0]!r} and {name!r} are not."
+                )
+        k = min(one.k for one in judged.values())
+        bad = next((level for level in levels if level != int(level) or level > k), None)
+        if bad is not None:
+            raise ValueError(
+                f"`samples` must be a whole number up to the {k} verdicts a prompt, but is {bad:g}: beyond them "
+                f"{'the signal' if purpose == 'rl' else 'Pass@N'} is not known."
+            )
+        least = 2 if purpose == "rl" else 1
+        sizes = sorted({2**power for power in range(least - 1, k.bit_length())} | {k, *map(int, levels)})
+        share = "mixed" if purpose == "rl" else "passes"
+        tables = [np.stack([1 - getattr(one, share)(n) for n in sizes], axis=1) for one in judged.values()]
+        rule: Rule = "signal" if purpose == "rl" else "stratified pass" if first[1].is_stratified else "pass"
+        return cls(rule, tables, None, sizes)
 
     @classmethod
     def of_intervals(cls, named: Mapping[str, Any], lows: Mapping[str, Any], reference: ArrayLike | None) -> _Losses:
-        if _are_verdicts(named) or reference is None or np.any(reference):
+        if _judged(named) is not None or reference is None or np.any(reference):
             raise ValueError(
                 "`interval_lows` are of single right answers: give log-probabilities of them as `candidates`, and "
                 "`reference_logprobs` of 0."
@@ -490,14 +584,18 @@ class _Losses:
         return cls("stratified pass", begins, logprobs)
 
     @classmethod
-    def of_rows(cls, rows: list[FloatArray], reference: FloatArray | None) -> _Losses:
-        """Of the first rows, of each candidate as many as there are: log p where log D is given, else 1 - Pass@N."""
-        if reference is None:
-            return cls("pass", rows, None)
+    def of_first_rows(cls, rows: list[FloatArray], reference: FloatArray) -> _Losses:
+        """Of the first rows, of each candidate as many as there are log p of."""
         return cls("miss", [log_ratios(reference[: values.size], values) for values in rows], rows)
+
+    def on(self, rows: list[FloatArray]) -> _Losses:
+        """The same of other rows of verdicts."""
+        return _Losses(self.rule, rows, None, self._levels)
 
     def at(self, samples: float) -> list[FloatArray]:
         """Of each candidate the losses with so many samples."""
+        if self._levels:
+            return [table[:, self._levels.index(int(samples))] for table in self.rows]
         if self.rule == "stratified pass" and self._logprobs is not None:
             if samples != int(samples):
                 raise ValueError(f"`samples` must be a whole number of stratified samples, but is {samples:g}.")
@@ -505,19 +603,12 @@ class _Losses:
             return [1 - stratified_pass_probabilities(*pair, n=int(samples)) for pair in pairs]
         if self.rule == "miss":
             return [miss_values(ratios, samples) for ratios in self.rows]
-        if self.rule == "soft tournament":
-            return list(envelope_losses(self.rows, samples))
-        if samples != int(samples) or samples > self.rows[0].shape[1]:
-            raise ValueError(
-                f"`samples` must be a whole number up to the {self.rows[0].shape[1]} verdicts a prompt, but is "
-                f"{samples:g}: beyond them Pass@N is not known."
-            )
-        return [table[:, int(samples) - 1] for table in self.rows]
+        return list(envelope_losses(self.rows, samples))
 
     def grid(self, levels: Sequence[float]) -> FloatArray:
         """Numbers of samples to draw losses over."""
-        if self.rule == "pass":
-            return np.arange(1.0, self.rows[0].shape[1] + 1)
+        if self._levels:
+            return np.array(self._levels, dtype=np.float64)
         grid = np.unique(np.append(np.exp2(np.linspace(0, max(6.0, np.log2(max(levels)) + 2), 41)), levels))
         return np.unique(grid.round()) if self.rule == "stratified pass" else grid
 
@@ -528,15 +619,41 @@ class _Losses:
         return comparable_means([-np.minimum(values, 0.0) for values in self._logprobs], base)
 
 
-def _are_verdicts(named: Mapping[str, Any]) -> bool:
-    kinds = {name: np.ndim(values) == 2 for name, values in named.items() if not isinstance(values, (str, PathLike))}
-    tables = [name for name, is_table in kinds.items() if is_table]
-    if tables and len(tables) < len(named):
+class _Table:
+    """`(P, k)` verdicts or rewards as `Judged` samples of prompts that have no names."""
+
+    is_stratified = False
+
+    def __init__(self, rewards: Any) -> None:
+        self.rewards = np.asarray(rewards)
+        self.prompts = range(len(self.rewards))
+        self.k = self.rewards.shape[1]
+
+    @cached_property
+    def _every_pass(self) -> FloatArray:
+        return pass_at_n(self.rewards)
+
+    def passes(self, n: int) -> FloatArray:
+        return self._every_pass[:, n - 1]
+
+    def mixed(self, group_size: int) -> FloatArray:
+        return 1 - equal_reward_probability(self.rewards, group_size)
+
+
+def _judged(named: Mapping[str, Any]) -> dict[str, Judged] | None:
+    """The candidates as judged samples of prompts; None where they are log-probabilities."""
+    judged: dict[str, Judged] = {}
+    for name, values in named.items():
+        if isinstance(values, Judged):
+            judged[name] = values
+        elif not isinstance(values, (str, PathLike)) and np.ndim(values) == 2:
+            judged[name] = _Table(values)
+    if judged and len(judged) < len(named):
         raise ValueError(
             "`candidates` must all be log-probabilities or all be verdicts, but only "
-            f"{', '.join(map(repr, tables))} {'has' if len(tables) == 1 else 'have'} a table of verdicts."
+            f"{', '.join(map(repr, judged))} {'has' if len(judged) == 1 else 'have'} a table of verdicts."
         )
-    return bool(tables)
+    return judged or None
 
 
 def _pick(samples: float, names: Sequence[str], decision: Decision) -> Pick:

@@ -14,12 +14,15 @@ from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
+from hf_coverage import evaluate_best_of_n
 from hf_coverage.cli import app
+from hf_coverage.commands import score
 from hf_coverage.commands.follow import RunFolder
 from hf_coverage.commands.score_folder import read_measured
 from hf_coverage.measure.engine import ScoringEngine
 from hf_coverage.measure.score_table import ScoreTable
 from hf_coverage.select.choose import choose
+from tests.commands.own_verdicts import even
 from tests.processes import Job
 from tests.processes import run as run_job
 
@@ -74,7 +77,10 @@ def test_from_checkpoints_to_a_decision(run):
     assert {"choice.png", "report.html"} <= {path.name for path in (run / "choice").iterdir()}
     assert expected.sentence in " ".join(output.split())
     assert "miss_8" in output
-    assert expected.sentence.split(" (")[0] in (run / "choice" / "report.html").read_text()
+    page = (run / "choice" / "report.html").read_text()
+    assert expected.sentence.split(" (")[0] in page
+    assert "budget" not in page  # none was asked for
+    assert "turn" not in facts  # nothing is followed
 
 
 def test_scores_are_used_again_and_a_plain_corpus_has_its_own_rule(run):
@@ -86,6 +92,127 @@ def test_scores_are_used_again_and_a_plain_corpus_has_its_own_rule(run):
     assert "Scoring" not in again
     losses = json.loads((run / "again" / "choice.json").read_text())["losses"]
     assert list(losses.values()) == list(facts["losses"].values())
+
+
+JUDGED = "--verifier tests.commands.own_verdicts:even --k 8 --max-new-tokens 2 --batch-size 8"
+
+
+@pytest.fixture
+def judged(run, monkeypatch):
+    """The same, and verifiers that are called in this process."""
+    monkeypatch.setattr("hf_coverage.decode.verifier_runner.runs_in_worker", lambda *_: False)
+    monkeypatch.setattr("hf_coverage.decode.sample_verdicts.runs_in_worker", lambda *_: False)
+    return run
+
+
+def test_from_checkpoints_to_a_decision_by_verdicts(judged, monkeypatch):
+    command = f"run/checkpoint-10 run/checkpoint-20 {OPTIONS} {JUDGED} --samples 4,1 --link best"
+    output = " ".join(invoke(command).split())
+    results = {}
+    for step in (10, 20):
+        model = GPT2LMHeadModel.from_pretrained(f"run/checkpoint-{step}")
+        corpus = Dataset.from_json("corpus.jsonl")
+        results[f"checkpoint-{step}"] = evaluate_best_of_n(
+            model.eval(), None, corpus, even, k=8, max_new_tokens=2, batch_size=8, timeout=None, progress=False
+        )
+    expected = choose(results, (4, 1))
+    facts = json.loads(Path("choice/choice.json").read_text())
+    assert (facts["losses"], facts["rule"]) == (expected.losses, "pass")
+    assert facts["pick"]["within"] == pytest.approx(expected.within)
+    assert expected.sentence in output
+    best = json.loads(Path("choice/best_checkpoint.json").read_text())
+    assert (best["metric"], Path("best").resolve().name) == ("fail_4", expected.winner)
+    page = Path("choice/report.html").read_text()
+    assert "a verifier accepts at least one of N samples" in page
+    assert "Cov_N" not in page
+    assert "budget" not in page
+    assert "<td>even</td>" in page  # the verifier, among what it takes to run it again
+    # what was sampled is not sampled again, whatever it is chosen for and whoever judges it
+    monkeypatch.setattr("hf_coverage.commands.score.load_model", None)
+    invoke(command)
+    assert json.loads(Path("choice/choice.json").read_text()) == facts
+    for_rl = command.replace("--samples 4,1", "--for rl --group-size 4,2")
+    output = " ".join(invoke(for_rl).split())
+    facts = json.loads(Path("choice/choice.json").read_text())
+    expected = choose(results, (4, 2), purpose="rl")
+    assert (facts["losses"], facts["rule"]) == (expected.losses, "signal")
+    assert "to start RL from, with groups of 4" in Path("choice/report.html").read_text()
+    assert "1 - signal_4" in output
+    invoke(command.replace(":even", ":second"))
+    other = json.loads(Path("choice/choice.json").read_text())["losses"]
+    folders = " ".join(f"choice/samples/run__checkpoint-{step}" for step in (10, 20))
+    options = OPTIONS.replace("choice", "again")
+    invoke(f"{folders} {options} {JUDGED.replace(':even', ':second')} --samples 4")
+    assert list(json.loads(Path("again/choice.json").read_text())["losses"].values()) == list(other.values())
+    assert not Path("again/best_checkpoint.json").exists()
+
+
+def test_checkpoints_join_later_and_one_that_was_changed_is_refused(judged, monkeypatch):
+    loaded, load = [], score.load_model
+    monkeypatch.setattr(score, "load_model", lambda name, *rest: loaded.append(name) or load(name, *rest))
+    invoke(f"run/checkpoint-10 {OPTIONS} {JUDGED} --samples 4")
+    invoke(f"run/checkpoint-10 run/checkpoint-20 {OPTIONS} {JUDGED} --samples 4")
+    assert loaded == ["run/checkpoint-10", "run/checkpoint-20"]
+    checkpoint("run/checkpoint-10", 30)
+    output = invoke(f"run/checkpoint-10 {OPTIONS} {JUDGED} --samples 4", code=1)
+    assert "choice/samples/run__checkpoint-10 holds samples of something else (weights was" in output
+
+
+def test_stratified_samples_are_judged_in_blocks(judged):
+    command = f"run/checkpoint-10 run/checkpoint-20 {OPTIONS} {JUDGED} --samples 4"
+    invoke(f"{command} --stratified")
+    facts = json.loads(Path("choice/choice.json").read_text())
+    assert facts["rule"] == "stratified pass"
+    assert "stratified samples count in whole blocks" in invoke(f"{command} --samples 3 --stratified", code=2)
+
+
+def test_groups_of_prompts_are_what_is_resampled(judged):
+    rows = Dataset.from_json("corpus.jsonl")
+    rows.add_column("family", [row // 4 for row in range(len(rows))]).to_json("families.jsonl")
+    options = OPTIONS.replace("corpus", "families")
+    output = invoke(f"run/checkpoint-10 run/checkpoint-20 {options} {JUDGED} --samples 4 --group-by family")
+    assert "of 2 candidates on 3 prompts" in " ".join(output.split())
+    wrong = invoke(f"run/checkpoint-10 {options} {JUDGED} --samples 4 --group-by none", code=1)
+    assert "`--group-by` must be a column of the data" in wrong
+
+
+def test_a_verifier_that_fails_chooses_nothing(judged):
+    output = invoke(
+        f"run/checkpoint-10 run/checkpoint-20 {OPTIONS} {JUDGED.replace('even', 'broken')} --samples 4", code=1
+    )
+    assert "judged none of 96 responses" in " ".join(output.split())
+    assert not Path("choice/choice.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--for rl", "`--for rl` chooses by rewards of samples: give a `--verifier`"),
+        ("--group-size 4", "`--group-size` is of RL: give `--for rl`"),
+        (f"{JUDGED} --for rl --samples 4", "`--samples` are of Best-of-N: with `--for rl` give `--group-size`"),
+        (f"{JUDGED} --for rl --group-size 1", "`--group-size` must be at least 2"),
+        (
+            f"{JUDGED} --for rl --group-size 9",
+            "whole numbers up to `--k` 8, the samples that are judged, but there is 9",
+        ),
+        (f"{JUDGED} --samples 16", "whole numbers up to `--k` 8, the samples that are judged, but there is 16"),
+        (f"{JUDGED} --samples 2.5", "but there is 2.5"),
+        (f"{JUDGED} --for rl --stratified", "`--for rl` is of independent samples: leave out `--stratified`"),
+        (f"{JUDGED} --samples 4 --adaptive", "`--adaptive` is of scores: with `--verifier` every checkpoint"),
+        ("--verifier reward-model:none --samples 4", "Pass@N needs a `--threshold`"),
+        (f"{JUDGED} --samples 4 --append-eos", "`--append-eos` is of responses that are scored"),
+    ],
+)
+def test_what_goes_with_a_verifier_and_what_does_not(judged, options, message):
+    output = invoke(f"run/checkpoint-10 {OPTIONS} {options}", code=2)
+    assert message in " ".join(output.replace("│", " ").split())
+
+
+def test_options_of_samples_need_a_verifier(judged):
+    output = " ".join(invoke(f"run/checkpoint-10 {OPTIONS} --k 8", code=1).split())
+    assert "`--k` is of samples that are judged: give a `--verifier` too" in output
+    without = f"run/checkpoint-10 --output-dir choice {JUDGED} --samples 4"
+    assert "`--verifier` needs `--data`" in " ".join(invoke(without, code=2).replace("│", " ").split())
 
 
 def test_flags_out_of_range_are_named(run):
@@ -314,6 +441,7 @@ def test_followed_checkpoints_are_scored_once_as_they_come_and_may_go(run, monke
     assert output.count("checkpoints, the last") == 3
     facts = json.loads(Path("choice/choice.json").read_text())
     assert facts["names"] == ["checkpoint-10", "checkpoint-20", "checkpoint-30"]
+    assert facts["turn"] is None
     best = json.loads(Path("choice/best_checkpoint.json").read_text())
     assert not best["best_model_checkpoint"].endswith("checkpoint-10")
     # again: what is there, gone or not, is scored, and it ends at once
@@ -339,6 +467,28 @@ def test_following_ends_with_ctrl_c(run, monkeypatch):
     assert json.loads(Path("choice/choice.json").read_text())["names"] == ["checkpoint-10", "checkpoint-20"]
 
 
+def test_a_followed_run_may_be_judged(judged, monkeypatch):
+    monkeypatch.setattr(
+        RunFolder,
+        "settled",
+        lambda self, known: [path for path in sorted(Path("run").iterdir()) if path.name not in known],
+    )
+    command = f"{FOLLOW.format(OPTIONS)} --until 20 {JUDGED}"
+    output = " ".join(invoke(command).split())
+    facts = json.loads(Path("choice/choice.json").read_text())
+    assert "2 checkpoints, the last checkpoint-20." in output
+    assert facts["names"] == ["checkpoint-10", "checkpoint-20"]
+    # the same as without following; what is there is not sampled again, though its checkpoint is gone
+    invoke(f"run/checkpoint-10 run/checkpoint-20 {OPTIONS.replace('dir choice', 'dir whole')} {JUDGED} --samples 8")
+    assert json.loads(Path("whole/choice.json").read_text()) == facts
+    shutil.rmtree("run/checkpoint-10")
+    monkeypatch.setattr("hf_coverage.commands.score.load_model", None)
+    invoke(command)
+    assert json.loads(Path("choice/choice.json").read_text()) == facts
+    other = invoke(command.replace("--k 8", "--k 16"), code=1)
+    assert "holds samples that were drawn otherwise (k changed)" in " ".join(other.split())
+
+
 def test_it_is_said_once_when_coverage_turns(run, monkeypatch):
     shutil.rmtree("run")
     rng = np.random.default_rng(0)
@@ -359,3 +509,18 @@ def test_it_is_said_once_when_coverage_turns(run, monkeypatch):
     output = " ".join(invoke(f"{FOLLOW.format(OPTIONS)} --until 4").split())
     assert output.count("Coverage is getting worse while cross-entropy improves. From step 2 to step 3") == 1
     assert "Coverage is getting worse" in Path("choice/report.html").read_text()
+    turn = json.loads(Path("choice/choice.json").read_text())["turn"]
+    assert turn["step"] == 3
+    assert turn["sentence"] in output
+
+
+@pytest.mark.slow
+def test_verdicts_of_two_ranks_are_those_of_one(run):
+    Path("script.py").write_text(SCRIPT)
+    asked = "--verifier tests.commands.own_verdicts:even --k 4 --samples 2 --max-new-tokens 2 --batch-size 4"
+    words = ["script.py", "choose", *shlex.split(f"run/checkpoint-10 run/checkpoint-20 {OPTIONS} {asked}")]
+    run_job(*words, ranks=2)
+    shutil.move("choice", "two")
+    run_job(*words)
+    for name in ("choice.json", *(f"samples/run__checkpoint-{step}/samples-00000.jsonl" for step in (10, 20))):
+        assert Path("two", name).read_bytes() == Path("choice", name).read_bytes()

@@ -15,6 +15,8 @@ COMMANDS = {
     "compare": "compare scores/student scores/other",
     "report": "report scores/student --card",
     "choose": "choose scores/student scores/other",
+    "choose-judged": "choose student other --data right.jsonl --verifier exact-match --k 4 --samples 2 "
+    "--max-new-tokens 2 --shard-rows 4 --batch-size 2",
     "tournament": "tournament scores/student scores/other --bootstrap 0",
     "best-of-n": "best-of-n student right.jsonl --k 4 --max-new-tokens 2 --shard-rows 4 --batch-size 2",
     "suggest": "suggest student --data corpus --n 4 --steps 10",

@@ -30,6 +30,7 @@ ALSO = {
     "texts": "sample text.txt --from texts --teacher teacher --prompt-tokens 3 --response-tokens 2",
     "pairs": "sample pairs.jsonl --from pairs --teacher teacher",
     "on-policy": "tournament student other --data corpus --on-policy",
+    "judged": "choose student other --data prompts.jsonl --verifier exact-match --answer-column prompt",
     "lora": "tune-ttt student --data corpus --n 4 --scope lora --lr 0.1",
 }
 NAMES = [
@@ -47,6 +48,9 @@ VALUES = ["nan", "inf", "-inf", "0", "-1", "1e300", "1000000000000", "1" + "0" *
 # What can be meant, of all these, and so goes on to the model.
 MEANT = {
     "seed": ["0", "1000000000000", "1" + "0" * 400],
+    "choose threshold": [],  # of nothing, without a verifier
+    "judged threshold": ["0", "-1", "1e300", "1000000000000"],
+    "judged samples": [],  # more than are judged
     "threshold": ["0", "-1", "1e300", "1000000000000"],
     "best-of-n n": [],
     "n": ["1e300", "1000000000000"],
@@ -125,7 +129,8 @@ def test_no_option_takes_what_cannot_be_meant(here, case):
         flag = option.opts[0]
         for value in VALUES:
             code, said = outcome([*words, flag, value])
-            if value in MEANT.get(f"{words[0]} {option.name}", MEANT.get(option.name, [])):
+            names = (f"{case} {option.name}", f"{words[0]} {option.name}", option.name)
+            if value in next((MEANT[name] for name in names if name in MEANT), []):
                 assert code is None, (flag, value, said)
             else:
                 assert code in (1, 2), (flag, value)

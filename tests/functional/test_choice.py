@@ -5,9 +5,11 @@ import math
 
 import numpy as np
 import pytest
-from scipy import signal, stats
+from scipy import signal, special, stats
 
+from hf_coverage.functional.best_of_n import pass_at_n
 from hf_coverage.functional.choice import decide
+from hf_coverage.functional.group_rewards import group_signal
 
 KINDS = ("nearly equal", "close", "distinct", "heavy-tailed", "class-dropping")
 _SPREAD = {"nearly equal": 0.01, "close": 0.1, "distinct": 0.6, "heavy-tailed": 0.1, "class-dropping": 0.05}
@@ -154,3 +156,46 @@ def test_bad_losses_are_named():
         decide([[0.0, 1.0], [0.5]])
     with pytest.raises(ValueError, match="`tolerance` must be a loss"):
         decide([[0.0, 1.0]], tolerance=1.0)
+
+
+def lost_by_law(law, n, group):
+    """1 - Pass@n, or the share of groups without a signal, of prompts whose chances follow a Beta law."""
+    a, b = law
+    wrong = np.exp(special.betaln(a, b + (group or n)) - special.betaln(a, b))
+    return wrong if group is None else wrong + np.exp(special.betaln(a + group, b) - special.betaln(a, b))
+
+
+def simulate_verdicts(k, n, group, prompts, repetitions, rng):
+    """As `simulate`, of four candidates that a verifier judges by k samples of each prompt."""
+    found = []
+    for repetition in range(repetitions):
+        if repetition % 10 == 0:
+            laws = np.stack([rng.uniform(0.2, 0.5, 4), rng.uniform(1, 2.5, 4)], axis=1)
+            truth = np.array([lost_by_law(law, n, group) for law in laws])
+        # what is hard is hard for all candidates
+        places = special.ndtr(0.7 * rng.normal(size=prompts) + math.sqrt(0.51) * rng.normal(size=(4, prompts)))
+        counts = rng.binomial(k, special.betaincinv(laws[:, :1], laws[:, 1:], places))
+        if group is None:
+            losses = [1 - pass_at_n(row, k=k)[:, n - 1] for row in counts]
+        else:
+            losses = [1 - group_signal(row, k, group).mixed for row in counts]
+        decision = decide(losses, seed=repetition)
+        best = int(np.argmin(truth))
+        found.append((truth[decision.pick] - truth[best] <= decision.within, best in decision.left))
+        found[-1] += (decision.probability_best, decision.pick == best)
+    return np.mean(found, axis=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [None, 8], ids=["pass@8", "signal of 8"])
+def test_what_is_stated_is_true_of_simulated_verdicts(group, capsys):
+    rng = np.random.default_rng(5)
+    lines = ["by verdicts on 16 samples: prompts, within holds, best is left, probability stated, came true"]
+    for prompts in (60, 250):
+        within, left, stated, true = simulate_verdicts(16, 8, group, prompts, 500, rng)
+        lines.append(f"{prompts:5} {within:.3f} {left:.3f} {stated:.3f} {true:.3f}")
+        assert within >= 0.93
+        assert left >= 0.92
+        assert stated <= true + 0.12
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from hf_coverage.inference import evaluation_callback
 from hf_coverage.measure import callback as callback_module
 from hf_coverage.measure import corpus_callback
 from hf_coverage.measure.callback import CoverageCallback, CoverageWarning
@@ -408,7 +409,7 @@ def word_tokenizer():
 def test_processes_that_were_given_different_things_are_refused_when_training_begins(
     tmp_path, monkeypatch, name, other
 ):
-    monkeypatch.setattr(corpus_callback, "gather_object", lambda own: [*own, own[0] | {name: other}])
+    monkeypatch.setattr(evaluation_callback, "gather_object", lambda own: [*own, own[0] | {name: other}])
     trainer = make_trainer(tmp_path, CoverageCallback(reference_corpus("samples"), n=(2,)))
     with pytest.raises(
         ValueError, match=rf"CoverageCallback the same, but `{name}` is .* on process 1: read the corpus"

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import default_compute_objective
 
+from hf_coverage.decode.success_callback import SuccessCallback
 from hf_coverage.measure.callback import CoverageCallback, CoverageWarning
 from hf_coverage.select.callback import TournamentCallback
 from tests.measure.callback_runs import (
@@ -24,15 +26,33 @@ from tests.measure.callback_runs import (
 
 N = (2, 4)
 
-FACTORIES = {
+QUESTIONS = Dataset.from_dict({"prompt": [[2 + row % 10, 2 + row // 2] for row in range(16)]})
+
+
+def begins_even(completions):
+    return [float(completion[0] % 2 == 0) for completion in completions]
+
+
+def success(**options):
+    return SuccessCallback(QUESTIONS, begins_even, k=4, max_new_tokens=2, timeout=None, **options)
+
+
+# Those that count evaluations, and so have something to remember in a checkpoint.
+COUNTING = {
     "coverage": lambda **options: CoverageCallback(reference_corpus(), N, **options),
     "coverage, plain corpus": lambda **options: CoverageCallback(reference_corpus("samples"), N, **options),
     "tournament": lambda **options: TournamentCallback(reference_corpus("samples"), N, **options),
 }
+FACTORIES = COUNTING | {"success": success}
 
 
 @pytest.fixture(params=FACTORIES.values(), ids=FACTORIES.keys())
 def make_callback(request):
+    return request.param
+
+
+@pytest.fixture(params=COUNTING.values(), ids=COUNTING.keys())
+def make_counting(request):
     return request.param
 
 
@@ -106,31 +126,33 @@ def test_model_and_generators_are_left_as_they_were(tmp_path, make_callback, tra
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_best_model_is_the_one_with_the_lowest_value(tmp_path, make_callback):
-    metric = make_callback().metric_names()[-1]
+def test_best_model_is_the_one_with_the_best_value(tmp_path, make_callback):
+    metric, greater = make_callback().metric_names()[-1], make_callback().greater_is_better
     trainer = make_trainer(
         tmp_path,
         make_callback(),
         load_best_model_at_end=True,
         metric_for_best_model=metric,
-        greater_is_better=False,
+        greater_is_better=greater,
         learning_rate=0.3,
     )
     trainer.train()
     assert trainer.evaluate()[f"eval_{metric}"] == trainer.state.best_metric
     values = values_of_checkpoints(trainer, f"eval_{metric}")
-    assert trainer.state.best_metric == min(values.values()) < max(values.values())
-    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{min(values, key=values.get)}")
+    best, worst = (max, min) if greater else (min, max)
+    assert trainer.state.best_metric == best(values.values()) != worst(values.values())
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best(values, key=values.get)}")
 
 
 def test_best_model_of_a_trainer_that_logs_a_copy_of_its_metrics(tmp_path, make_callback):
-    metric = make_callback().metric_names()[0]
-    best = {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": False}
+    metric, greater = make_callback().metric_names()[0], make_callback().greater_is_better
+    best = {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": greater}
     trainer = make_trainer(tmp_path, make_callback(), **best)
     log = trainer.log
     trainer.log = lambda logs, *args: log({**logs, "extra": 1.0}, *args)
     trainer.train()
-    assert trainer.state.best_metric == min(values_of_checkpoints(trainer, f"eval_{metric}").values())
+    best = max if greater else min
+    assert trainer.state.best_metric == best(values_of_checkpoints(trainer, f"eval_{metric}").values())
 
 
 @pytest.mark.parametrize("ours_first", [True, False])
@@ -141,7 +163,7 @@ def test_early_stopping_sees_the_metric(tmp_path, make_callback, ours_first):
         *((ours, stopping) if ours_first else (stopping, ours)),
         load_best_model_at_end=True,
         metric_for_best_model=ours.metric_names()[0],
-        greater_is_better=False,
+        greater_is_better=ours.greater_is_better,
         learning_rate=0.0,
     )
     trainer.train()
@@ -170,7 +192,7 @@ def test_dict_of_datasets(tmp_path, make_callback):
         eval_dataset={"code": token_rows(4, seed=6), "prose": token_rows(4, seed=7)},
         load_best_model_at_end=True,
         metric_for_best_model=f"eval_code_{metric}",
-        greater_is_better=False,
+        greater_is_better=callback.greater_is_better,
     )
     calls = []
     compute = callback.compute_metrics
@@ -217,35 +239,35 @@ def test_a_training_without_evaluations_is_warned_of(tmp_path, make_callback):
 
 
 @pytest.mark.parametrize("restore", [False, True])
-def test_resumed_run_equals_an_uninterrupted_one(tmp_path, make_callback, restore):
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path, make_counting, restore):
     settings = {"eval_steps": 1, "save_steps": 1, "restore_callback_states_from_checkpoint": restore}
-    whole = make_trainer(tmp_path / "whole", make_callback(every_n_evals=3), **settings)
+    whole = make_trainer(tmp_path / "whole", make_counting(every_n_evals=3), **settings)
     whole.train()
     folder = tmp_path / "parts"
     # Stop after evaluation 5, which an uncounted restart would take for the first one.
-    make_trainer(folder, make_callback(every_n_evals=3), StopAt(5), **settings).train()
+    make_trainer(folder, make_counting(every_n_evals=3), StopAt(5), **settings).train()
     moved = folder.rename(tmp_path / "moved")
-    resumed = make_trainer(moved, Recorder(), make_callback(every_n_evals=3), **settings)
+    resumed = make_trainer(moved, Recorder(), make_counting(every_n_evals=3), **settings)
     resumed.train(resume_from_checkpoint=str(moved / "checkpoint-5"))
-    key = f"eval_{make_callback().metric_names()[0]}"
+    key = f"eval_{make_counting().metric_names()[0]}"
     assert [entry["step"] for entry in coverage_history(whole, key)] == [1, 4, 7]
     assert without_times(coverage_history(whole, key)) == without_times(coverage_history(resumed, key))
-    ours = type(make_callback())
+    ours = type(make_counting())
     assert isinstance(resumed.callback_handler.callbacks[0], ours)
     assert saved_state(tmp_path / "whole", ours) == saved_state(moved, ours)
 
 
 @pytest.mark.parametrize("restore", [False, True])
-def test_several_are_resumed_each_from_its_own_state(tmp_path, make_callback, restore):
+def test_several_are_resumed_each_from_its_own_state(tmp_path, make_counting, restore):
     settings = {"eval_steps": 1, "save_steps": 1, "restore_callback_states_from_checkpoint": restore}
 
     def callbacks():
-        return make_callback(every_n_evals=3), make_callback(every_n_steps=2, name="own")
+        return make_counting(every_n_evals=3), make_counting(every_n_steps=2, name="own")
 
     make_trainer(tmp_path, *callbacks(), StopAt(5), **settings).train()
     resumed = make_trainer(tmp_path, *callbacks(), **settings)
     resumed.train(resume_from_checkpoint=True)
-    metric = make_callback().metric_names()[0]
+    metric = make_counting().metric_names()[0]
     assert [entry["step"] for entry in coverage_history(resumed, f"eval_{metric}")] == [1, 4, 7]
     assert [entry["step"] for entry in coverage_history(resumed, f"eval_own_{metric}")] == [2, 4, 6, 8]
     first, second = resumed.callback_handler.callbacks[:2]
@@ -253,13 +275,13 @@ def test_several_are_resumed_each_from_its_own_state(tmp_path, make_callback, re
 
 
 @pytest.mark.parametrize("restore", [False, True])
-def test_a_run_begun_without_the_callback_goes_on_with_it(tmp_path, make_callback, restore):
+def test_a_run_begun_without_the_callback_goes_on_with_it(tmp_path, make_counting, restore):
     make_trainer(tmp_path, StopAt(2)).train()
-    trainer = make_trainer(tmp_path, make_callback(), restore_callback_states_from_checkpoint=restore)
+    trainer = make_trainer(tmp_path, make_counting(), restore_callback_states_from_checkpoint=restore)
     trainer.train(resume_from_checkpoint=True)
-    key = f"eval_{make_callback().metric_names()[0]}"
+    key = f"eval_{make_counting().metric_names()[0]}"
     assert [entry["step"] for entry in coverage_history(trainer, key)] == [4, 6, 8]
-    assert saved_state(tmp_path, type(make_callback()))["attributes"]
+    assert saved_state(tmp_path, type(make_counting()))["attributes"]
 
 
 def values_of_checkpoints(trainer, key: str) -> dict[int, float]:
@@ -364,7 +386,7 @@ class Interrupt(TrainerCallback):
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
 def test_a_training_that_broke_off_is_over(tmp_path, make_callback, error):
-    callback = make_callback(every_n_evals=3)
+    callback = make_callback(**({"every_n_steps": 3} if make_callback is success else {"every_n_evals": 3}))
     trainer = make_trainer(tmp_path, callback, Interrupt(3, error))
     with pytest.raises(type(error)):
         trainer.train()
@@ -422,11 +444,14 @@ def test_one_that_joins_in_mid_run_is_saved_and_reports(tmp_path, make_callback)
     trainer.train()
     key = f"eval_{callback.metric_names()[0]}"
     assert [entry["step"] for entry in coverage_history(trainer, key)] == [4, 6, 8]
-    assert saved_state(tmp_path, type(callback))["attributes"]
+    if not isinstance(callback, SuccessCallback):
+        assert saved_state(tmp_path, type(callback))["attributes"]
 
 
 @pytest.mark.parametrize("schedule", [{}, {"every_n_evals": 2}, {"every_n_steps": 4}, {"every_n_steps": 3}], ids=str)
 def test_the_trainer_can_write_its_model_card(tmp_path, make_callback, schedule):
+    if make_callback is success and "every_n_evals" in schedule:
+        pytest.skip("it is at every evaluation or at steps of its own")
     trainer = make_trainer(tmp_path, make_callback(**schedule))
     trainer.train()
     trainer.create_model_card()
@@ -481,7 +506,8 @@ def test_a_search_that_sums_all_metrics_is_refused(tmp_path):
 def test_processes_with_different_corpora_are_refused(tmp_path, make_callback, monkeypatch):
     trainer = make_trainer(tmp_path, make_callback(), max_steps=2)
     monkeypatch.setattr(
-        "hf_coverage.measure.corpus_callback.gather_object", lambda own: [*own, own[0] | {"corpus": "other"}]
+        "hf_coverage.inference.evaluation_callback.gather_object",
+        lambda own: [*own, own[0] | {"corpus": "other", "prompts": "other"}],
     )
-    with pytest.raises(ValueError, match=r"`corpus` is '.*' on process 0 and 'other' on process 1"):
+    with pytest.raises(ValueError, match=r"`(corpus|prompts)` is '.*' on process 0 and 'other' on process 1"):
         trainer.train()

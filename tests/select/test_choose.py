@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from hf_coverage import CoverageProfile, choose
-from hf_coverage.functional.best_of_n import pass_at_n
+from hf_coverage import BestOfNResult, CoverageProfile, SuccessProfile, choose
+from hf_coverage.functional.best_of_n import best_of_blocks, pass_at_n
 from hf_coverage.functional.choice import decide
+from hf_coverage.functional.group_rewards import equal_reward_probability, group_signal
 from hf_coverage.functional.miss_profile import miss_values
 from hf_coverage.functional.tournament_soft import envelope_losses
 
@@ -58,6 +59,93 @@ def test_verdicts_are_1_less_pass_at_n():
         choose(verdicts, 9)
     with pytest.raises(ValueError, match="only 'weak' has a table of verdicts"):
         choose({"weak": verdicts["weak"], "wide": WIDE[:60]}, 4)
+
+
+JUDGED = {name: RNG.random((60, 8)) < RNG.beta(*law, (60, 1)) for name, law in {"a": (0.2, 1), "b": (1, 3)}.items()}
+
+
+def test_results_and_profiles_are_judged_samples_as_tables_are():
+    results = {name: BestOfNResult.from_rewards(table.astype(float)) for name, table in JUDGED.items()}
+    profiles = {name: result.success for name, result in results.items()}
+    for purpose in ("best-of-n", "rl"):
+        expected = choose(JUDGED, (4, 8), purpose=purpose)
+        for judged in (results, profiles):
+            found = choose(judged, (4, 8), purpose=purpose)
+            assert found.losses == pytest.approx(expected.losses, abs=1e-12)
+            assert found.within == pytest.approx(expected.within, abs=1e-9)
+            assert (found.rule, found.left, found.sentence) == (expected.rule, expected.left, expected.sentence)
+
+
+def test_for_rl_it_is_the_share_of_groups_without_a_signal():
+    choice = choose(JUDGED, (4, 8), purpose="rl", seed=2)
+    losses = {name: 1 - group_signal(table.sum(axis=1), 8, 4).mixed for name, table in JUDGED.items()}
+    assert (choice.rule, choice.metric_name, choice.loss_name) == ("signal", "no_signal_4", "1 - signal_4")
+    assert choice.losses == pytest.approx({name: values.mean() for name, values in losses.items()})
+    decision = decide(list(losses.values()), seed=2)
+    assert (choice.within, choice.probability_best) == pytest.approx((decision.within, decision.probability_best))
+    assert choice.sentence.startswith(f"{choice.winner} loses least of 2 candidates on 60 prompts: 1 - signal_4 = ")
+    assert "all get the same reward, so that RL learns nothing from them" in choice.sentence
+    # rewards need not say what is right
+    rewards = {"a": np.zeros((60, 8)), "b": RNG.choice([0.5, 0.7], (60, 8))}
+    choice = choose(rewards, 2, purpose="rl")
+    assert choice.losses["b"] == pytest.approx(equal_reward_probability(rewards["b"], 2).mean())
+    assert (choice.winner, choice.losses["a"]) == ("b", 1.0)
+
+
+def test_the_wide_one_wins_where_many_samples_are_drawn():
+    choice = choose(JUDGED, (1, 8))
+    by_hand = {n: min(JUDGED, key=lambda name: -pass_at_n(JUDGED[name])[:, n - 1].mean()) for n in (1, 8)}
+    assert [choice.winner, choice.others[0].winner] == [by_hand[1], by_hand[8]]
+
+
+def test_samples_may_be_more_of_one_candidate_and_groups_may_be_given():
+    table, groups = JUDGED["a"], [row // 2 for row in range(60)]
+    profile = SuccessProfile.from_counts(table[:, :4].sum(axis=1), 4)
+    choice = choose({"a": profile, "b": SuccessProfile.from_counts(JUDGED["b"].sum(axis=1), 8)}, 4, groups=groups)
+    losses = [1 - pass_at_n(table[:, :4])[:, 3], 1 - pass_at_n(JUDGED["b"])[:, 3]]
+    assert choice.within == pytest.approx(decide(losses, groups=groups).within)
+    assert choice.num_prompts == 30
+    with pytest.raises(ValueError, match="up to the 4 verdicts a prompt, but is 5: beyond them Pass@N is not known"):
+        choose({"a": profile, "b": JUDGED["b"]}, 5)
+
+
+def test_stratified_samples_count_in_blocks():
+    rewards = {name: table.astype(float) for name, table in JUDGED.items()}
+    results = {name: BestOfNResult.from_rewards(own, sampling="stratified") for name, own in rewards.items()}
+    choice = choose(results, 4)
+    assert (choice.rule, choice.metric_name) == ("stratified pass", "stratified_fail_4")
+    assert choice.losses == pytest.approx({name: 1 - best_of_blocks(own, 4).mean() for name, own in rewards.items()})
+    with pytest.raises(ValueError, match="a signal is of independent ones"):
+        choose(results, 4, purpose="rl")
+    with pytest.raises(ValueError, match="sampled in one way, but those of 'a' and 'b' are not"):
+        choose({"a": results["a"], "b": rewards["b"] > 0}, 4)
+
+
+def test_adaptively_for_rl():
+    rng = np.random.default_rng(0)
+    verdicts = {name: rng.random((600, 4)) < share for name, share in (("hopeless", 0.001), ("even", 0.5))}
+    choice = choose(verdicts, 4, purpose="rl", adaptive=True)
+    assert (choice.rule, choice.winner, choice.scored_rows["hopeless"]) == ("signal", "even", 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"candidates": TABLE}, r'`purpose="rl"` is decided by rewards of samples'),
+        ({"candidates": JUDGED, "samples": 1}, "`samples` must be groups of at least 2 for RL"),
+        ({"candidates": JUDGED, "samples": 9}, "up to the 8 verdicts a prompt, but is 9: beyond them the signal"),
+        ({"candidates": JUDGED, "samples": 2.5}, "whole number"),
+        ({"candidates": JUDGED, "purpose": "sft"}, '`purpose` must be "best-of-n" or "rl", got \'sft\''),
+        (
+            {"candidates": {"a": JUDGED["a"], "b": JUDGED["b"][:9]}},
+            "verdicts on the same prompts in the same order, .* but those of 'a' and 'b' are not",
+        ),
+        ({"candidates": JUDGED, "groups": [1]}, "one label a row"),
+    ],
+)
+def test_what_is_refused_for_rl(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        choose(**{"samples": 4, "purpose": "rl"} | arguments)
 
 
 def test_what_it_says_is_what_was_decided_on_the_losses():

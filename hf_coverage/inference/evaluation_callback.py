@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
@@ -24,6 +25,7 @@ _T = TypeVar("_T")
 
 # Trainers of TRL that log a `kl` of their own, to their reference model.
 _LOG_KL = {"GRPOTrainer", "KTOTrainer", "RLOOTrainer"}
+_DEFAULT = " (the default of TrainingArguments for names that do not end in `loss`)"
 # What modules of PEFT, and others like them, say of the part that is at work.
 _SWITCHES = ("training", "disable_adapters", "active_adapters", "scaling")
 
@@ -33,16 +35,21 @@ class CoverageWarning(UserWarning):
 
 
 class EvaluationCallback(TrainerCallback, ABC):
-    """Base of the callbacks that add metrics to an evaluation; lower is better for all of them.
+    """Base of the callbacks that add metrics to an evaluation.
 
     Args:
         every_n_evals: Report at the first evaluation of the training and at every n-th after it.
         every_n_steps: Instead, report at the training steps that n divides, whether or not an evaluation falls there.
         name: Put between prefix and metric, `eval_<name>_<metric>`, to tell several callbacks of a run apart.
 
+    Attributes:
+        greater_is_better: Whether higher values of the metrics are better; the same of all of a class.
+
     Raises:
         ValueError: If an interval is below 1, or both are set.
     """
+
+    greater_is_better = False
 
     def __init__(self, *, every_n_evals: int = 1, every_n_steps: int | None = None, name: str | None = None) -> None:
         for argument, value in (("every_n_evals", every_n_evals), ("every_n_steps", every_n_steps)):
@@ -71,6 +78,18 @@ class EvaluationCallback(TrainerCallback, ABC):
         self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module, processing_class: Any
     ) -> dict[str, float]:
         """The metrics of the model as it is now, the same Python floats on every process."""
+
+    def require_the_same(self, own: dict[str, Any]) -> None:
+        """Refuse processes whose corpora or arguments differ: their numbers would be of a mixture."""
+        first, *others = gather_object([own])
+        for process, other in enumerate(others, start=1):
+            differing = sorted(key for key in first if first[key] != other.get(key))
+            if differing:
+                raise ValueError(
+                    f"All processes must give the {type(self).__name__} the same, but `{differing[0]}` is "
+                    f"{first[differing[0]]!r} on process 0 and {other.get(differing[0])!r} on process {process}: read "
+                    "the corpus from one file, and seed what draws it."
+                )
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -259,11 +278,12 @@ class EvaluationCallback(TrainerCallback, ABC):
                 f'`metric_for_best_model="{metric}"` is read at every evaluation, but this {type(self).__name__} '
                 "reports it at some only; leave `every_n_evals` and `every_n_steps` at their defaults."
             )
-        if args.greater_is_better and state.is_world_process_zero:
+        if bool(args.greater_is_better) != self.greater_is_better and state.is_world_process_zero:
+            better, said = ("higher", "") if self.greater_is_better else ("lower", _DEFAULT)
             warnings.warn(
-                f'`metric_for_best_model="{metric}"` is better when it is lower, but `greater_is_better` is True '
-                "(the default of TrainingArguments for names that do not end in `loss`): the run would keep its worst "
-                "checkpoint. Set `greater_is_better=False`.",
+                f'`metric_for_best_model="{metric}"` is better when it is {better}, but `greater_is_better` is '
+                f"{not self.greater_is_better}{said}: the run would keep its worst checkpoint. Set "
+                f"`greater_is_better={self.greater_is_better}`.",
                 CoverageWarning,
                 stacklevel=2,
             )
