@@ -1,6 +1,7 @@
 """Options that several commands share, how dataclasses become options, and `--config`, which gives any from a file."""
 
 import inspect
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -69,6 +70,8 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         if value == "":
             raise typer.BadParameter(f"{path} has nothing for `{key}`: leave the line out, or give it a value.")
         parameter = parameters[name]
+        if isinstance(value, dict):  # what a command line gives as JSON
+            value = json.dumps(value)
         many = getattr(parameter, "multiple", False) or parameter.nargs == -1
         defaults[name] = [value] if many and not isinstance(value, list) else value
     context.default_map = {**(context.default_map or {}), **defaults}
@@ -248,7 +251,8 @@ def _field_options(group: Any) -> list[inspect.Parameter]:
     for one in fields(group):
         annotation = annotations[one.name]
         if "help" in one.metadata:
-            option = typer.Option(help=one.metadata["help"], rich_help_panel=_PANELS.get(group))
+            flags = [f"--{one.name.replace('_', '-')}"] if annotation is bool else []  # without a `--no-`
+            option = typer.Option(*flags, help=one.metadata["help"], rich_help_panel=_PANELS.get(group))
             annotation = Annotated[annotation, option]
         default = inspect.Parameter.empty if one.default is MISSING else one.default
         found.append(

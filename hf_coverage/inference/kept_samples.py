@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_coverage.functional.checks import check_count
 from hf_coverage.inference.fingerprint import config_fingerprint, digest, tokenizer_fingerprint, weight_fingerprint
+from hf_coverage.inference.loading import loading_facts
 from hf_coverage.inference.processes import on_main_process
 from hf_coverage.inference.shards import JsonShards
 
@@ -55,6 +56,8 @@ def sampling_facts(
         "dtype": str(sampler.model.dtype),
         "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
     }
+    loading = loading_facts(sampler.model)
+    facts |= {"loading": loading} if loading else {}
     return facts | {"stratified": True} if sampler.stratified else facts
 
 
