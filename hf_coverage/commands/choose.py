@@ -12,8 +12,9 @@ from hf_coverage.commands.checkpoint_scores import CheckpointScores, kept_scores
 from hf_coverage.commands.console import is_main_process, print_table, say
 from hf_coverage.commands.follow import RunFolder, step_of
 from hf_coverage.commands.inputs import decided_by_main_process, leave_job
-from hf_coverage.commands.options import BatchTokens, CorpusOptions, Stratified, output_folder, parse_n
+from hf_coverage.commands.options import BatchTokens, CorpusOptions, Revisions, Stratified, output_folder, parse_n
 from hf_coverage.commands.score_folder import Measured, on_same_rows, read_measured, require_intervals
+from hf_coverage.commands.suites import candidate_sources
 from hf_coverage.commands.tournament import checkpoint_of, write_winner
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.inference.loading import ModelOptions
@@ -35,6 +36,8 @@ hf-coverage choose RUN/checkpoint-* --data answers.jsonl --samples 8 --stratifie
 
 hf-coverage choose RUN/checkpoint-* --data corpus --adaptive --tolerance 0.005
 
+hf-coverage choose EleutherAI/pythia-160m --revisions 'step*000' --data corpus
+
 hf-coverage choose RUN --follow --data corpus --until 5000
 
 torchrun --nproc_per_node 2 -m hf_coverage choose RUN/checkpoint-* --data corpus
@@ -47,7 +50,7 @@ def choose(
     candidates: Annotated[
         list[str],
         typer.Argument(
-            help="Checkpoint folders or Hub ids; score folders as well. With --follow, the folder of one run.",
+            help="Checkpoint folders, Hub ids, ID@REVISION; score folders too. With --follow, the folder of one run.",
             metavar="CHECKPOINTS",
         ),
     ],
@@ -55,6 +58,7 @@ def choose(
         str | None,
         typer.Option("--data", "--corpus", help="Held-out prompts and responses: folder, file or Hub id."),
     ] = None,
+    revisions: Revisions = None,
     samples: Annotated[
         list[str] | None,
         typer.Option(
@@ -133,13 +137,13 @@ def choose(
     check_samples(levels)
     if not 0 <= tolerance < 1:
         raise typer.BadParameter(f"`--tolerance` must be a loss in [0, 1), but is {tolerance}.")
-    if follow and (adaptive or len(candidates) > 1 or data is None):
+    if follow and (adaptive or len(candidates) > 1 or data is None or revisions is not None):
         raise typer.BadParameter("`--follow` takes the folder of one run, needs `--data`, and is not `--adaptive`.")
     if until is not None and not follow:
         raise typer.BadParameter("`--until` says when `--follow` is to end: give both or none.")
     if stratified and (adaptive or follow):
         raise typer.BadParameter("`--stratified` is for whole score tables: leave out `--adaptive` and `--follow`.")
-    sources = [candidate.rstrip("/") for candidate in candidates]
+    sources = candidate_sources(candidates, revisions, loading.device)
     scoring: dict[str, Any] = {"batch_tokens": batch_tokens, "shard_rows": shard_rows}
     scoring |= {"intervals": True} if stratified else {}
     settings = _Settings(levels, tolerance, seed, output_dir, link)

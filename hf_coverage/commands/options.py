@@ -29,6 +29,7 @@ __all__ = [
     "CorpusOptions",
     "Levels",
     "Regret",
+    "Revisions",
     "Seed",
     "Sources",
     "Split",
@@ -147,6 +148,10 @@ Stratified = Annotated[
 BatchSize = Annotated[int, typer.Option(min=1, help="Responses sampled at once.")]
 TopK = Annotated[int | None, typer.Option(min=1, help="Keep the likeliest tokens, renormalised.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this mass, renormalised.")]
+Revisions = Annotated[
+    str | None,
+    typer.Option(help="Pattern of branches and tags, such as 'step*': a checkpoint each, of every Hub id given."),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 
 

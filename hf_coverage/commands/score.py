@@ -15,6 +15,8 @@ from hf_coverage.report.provenance import running_command
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from hf_coverage.inference.adapters import KeptBase
+
 __all__ = ["EXAMPLES", "load", "score", "score_into"]
 
 EXAMPLES = """\
@@ -65,9 +67,12 @@ def score(
     say(f"Next: hf-coverage profile {output_dir}")
 
 
-def load(model: str, loading: ModelOptions) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """A model and its tokenizer."""
-    return load_model(model, loading), load_tokenizer(model, loading)
+def load(
+    model: str, loading: ModelOptions, kept: "KeptBase | None" = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A model and its tokenizer; an adapter on its base, if that is kept from the model before."""
+    loaded = load_model(model, loading) if kept is None else kept.load(model, loading, load_model)
+    return loaded, load_tokenizer(model, loading)
 
 
 def score_into(
@@ -79,6 +84,7 @@ def score_into(
     reading: CorpusOptions,
     loading: ModelOptions,
     loaded: "tuple[PreTrainedModel, PreTrainedTokenizerBase] | None" = None,
+    kept: "KeptBase | None" = None,
     **options: Any,
 ) -> None:
     """Score a model on a corpus into a score folder; every process of a job calls it.
@@ -91,6 +97,7 @@ def score_into(
         reading: How the corpus is read.
         loading: How the model is loaded.
         loaded: The model and its tokenizer, where they have been loaded already.
+        kept: What loads them otherwise, where other models were loaded before.
         options: See `score_responses`.
     """
     from accelerate import PartialState
@@ -101,7 +108,7 @@ def score_into(
     rows, origin = read_corpus(corpus, reading)
     reference = read_reference(rows, reading.group_by)
     scored = score_responses(
-        *(loaded or load(model, loading)),
+        *(loaded or load(model, loading, kept)),
         rows,
         append_eos=reading.append_eos,
         output_dir=folder,

@@ -21,23 +21,33 @@ if TYPE_CHECKING:
 __all__ = [
     "ModelOptions",
     "changed_settings",
+    "commit_of",
+    "hub_parts",
     "join_job",
     "load_model",
     "load_tokenizer",
     "load_whole",
+    "loaded_commit",
     "loading_facts",
+    "mark_loading",
     "model_name",
+    "put_on",
+    "require_gathered",
     "require_there",
+    "resolve_base",
     "some",
+    "split_revision",
 ]
 
 _NUMBER = re.compile(r"\.\d+\.")  # of a layer, in the name of a weight
 _SUFFIXES = (".bin", ".csv", ".gguf", ".json", ".jsonl", ".parquet", ".pt", ".pth", ".safetensors", ".txt", ".yaml")
 _SHOWN = 4  # weights that an error names
+_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"  # of a repository on the Hub
+_SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
 _FIRST = ("dtype", "device", "revision", "gguf_file")
 """Options of the first release: in every key."""
 _NOTE = "_hf_coverage_loading"
-"""Attribute of a model that was loaded with others: which these were."""
+"""Attribute of a model that `load_model` loaded: how."""
 
 
 def _option(default: Any, text: str) -> Any:
@@ -132,6 +142,23 @@ class ModelOptions:
         found = changed_settings(replace(self, tokenizer=None), *_FIRST)
         return found | ({"model_kwargs": self.extra()} if self.model_kwargs is not None else {})
 
+    def of(self, name: str) -> tuple[str, "ModelOptions"]:
+        """A model's folder or Hub id and how it is loaded, from a name that may be `ID@REVISION`.
+
+        Raises:
+            ValueError: If there are two revisions.
+
+        Example:
+            >>> ModelOptions().of("org/model@step10")[0], ModelOptions().of("org/model@step10")[1].revision
+            ('org/model', 'step10')
+        """
+        place, revision = split_revision(name)
+        if revision is None:
+            return name, self
+        if self.revision not in (None, revision):
+            raise ValueError(f"{name} has a revision, and `revision` is {self.revision}: give one of them.")
+        return place, replace(self, revision=revision)
+
     def for_another_model(self) -> "ModelOptions":
         """The same for a model that is loaded beside the first: without what says where the first one's files are."""
         return replace(self, revision=None, gguf_file=None, adapter=None, subfolder=None)
@@ -156,6 +183,7 @@ def load_model(name: str, options: ModelOptions) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    name, options = options.of(name)
     state = join_job(options.device)
     if not state.is_main_process:
         logging.disable_progress_bar()
@@ -175,8 +203,19 @@ def load_model(name: str, options: ModelOptions) -> "PreTrainedModel":
         _require_quantized(model, options.quantization)
     if "device_map" not in how and not options.tp:
         model = model.to(device)
-    setattr(model, _NOTE, {key: value for key, value in options.key().items() if key not in _FIRST})
+    mark_loading(model, name, options)
     return model.eval()
+
+
+def mark_loading(model: "nn.Module", name: str, options: ModelOptions) -> None:
+    """Note on a model what it was loaded with and from which commit, for `loading_facts` and `loaded_commit`."""
+    options_set = {key: value for key, value in options.key().items() if key not in _FIRST}
+    setattr(model, _NOTE, {"commit": commit_of(name, options), "options": options_set})
+
+
+def loaded_commit(model: "nn.Module") -> str | None:
+    """The commit on the Hub that a model is of, where that is known."""
+    return getattr(model, _NOTE, {}).get("commit") or getattr(model.config, "_commit_hash", None)
 
 
 def loading_facts(model: "nn.Module") -> dict[str, Any]:
@@ -190,7 +229,7 @@ def loading_facts(model: "nn.Module") -> dict[str, Any]:
     from hf_coverage.inference.forward import unwrap
 
     model = unwrap(model)
-    found = dict(getattr(model, _NOTE, {}))
+    found = dict(getattr(model, _NOTE, {}).get("options", {}))
     if isinstance(model, PreTrainedModel):
         own = model.config.get_text_config()._attn_implementation
         found |= {} if own in (None, model.get_correct_attn_implementation(None)) else {"attn_implementation": own}
@@ -217,21 +256,23 @@ def load_whole(kind: Any, name: str | PathLike[str], *, adapter: str | None = No
     """
     name = str(name)
     require_there(name)
+    require_gathered(name)
     base = _base_of(name, how.get("revision"), how.get("subfolder"))
     if base is not None:
         if adapter is not None:
             raise ValueError(f"`adapter` {adapter} is for a model, but {name} is an adapter itself: give its base.")
         model = load_whole(kind, base.name, **base.how(how))
-        _put_on(model, name, how)
+        put_on(model, name, how)
         return model
     with _explained(f"The checkpoint {name}", how):
         model, report = kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **how)
     _require_whole(how.get("gguf_file") or name, model, report)
     if adapter is not None:
-        require_there(adapter)
-        if _base_of(adapter, None, None) is None:
+        place, revision = split_revision(adapter)
+        require_there(place)
+        if _base_of(place, revision, None) is None:
             raise ValueError(f"`adapter` {adapter} is no adapter of PEFT: it has no adapter_config.json.")
-        _put_on(model, adapter, {})
+        put_on(model, place, {"revision": revision})
     return model
 
 
@@ -243,9 +284,11 @@ def load_tokenizer(name: str, options: ModelOptions) -> "PreTrainedTokenizerBase
     from transformers import AutoTokenizer
 
     how: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
-    source = options.tokenizer or name
+    source, revision = split_revision(options.tokenizer or name)
     require_there(source)
+    how |= {"revision": revision} if revision is not None else {}
     if options.tokenizer is None:
+        source, options = options.of(name)
         how |= {"revision": options.revision, "gguf_file": options.gguf_file}
         how |= {"subfolder": options.subfolder} if options.subfolder is not None else {}
         base = _base_of(source, options.revision, options.subfolder)
@@ -272,7 +315,8 @@ def require_there(name: str) -> None:
     path = Path(name)
     if path.exists():
         return
-    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) and path.suffix.lower() not in _SUFFIXES
+    place, revision = split_revision(name)
+    is_id = re.fullmatch(_ID, place) and (revision is not None or path.suffix.lower() not in _SUFFIXES)
     if not is_id:
         raise FileNotFoundError(f"there is no file or folder {name}: check the path.")
     if "/" in name and path.parent.is_dir():
@@ -286,7 +330,86 @@ def model_name(name: str, options: ModelOptions) -> str:
     """What a model is called in tables: its Hub id, its folder's or its GGUF file's name."""
     if options.gguf_file is not None:
         return Path(options.gguf_file).stem
-    return Path(name).resolve().name if Path(name).exists() else name
+    if not Path(name).exists():
+        return name
+    place, commit = hub_parts(str(Path(name).resolve()))
+    return Path(name).resolve().name if commit is None else f"{place}@{commit}"
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """A repository on the Hub and its revision, of a name that is `ID@REVISION` and no path; else the name, and None.
+
+    Example:
+        >>> split_revision("EleutherAI/pythia-160m@step1000"), split_revision("runs/checkpoint-10")
+        (('EleutherAI/pythia-160m', 'step1000'), ('runs/checkpoint-10', None))
+    """
+    place, at, revision = name.partition("@")
+    if not at or not revision or Path(name).exists() or not re.fullmatch(_ID, place):
+        return name, None
+    return place, revision
+
+
+def hub_parts(name: str) -> tuple[str, str | None]:
+    """What `split_revision` gives; of a snapshot's folder in the Hub's cache, its repository and revision as well.
+
+    A snapshot's revision is the branch or tag that leads to it, where the cache knows one, or else its commit.
+    """
+    snapshot = _SNAPSHOT.search(Path(name).as_posix())
+    if snapshot is not None:
+        refs = Path(name).parents[1] / "refs"
+        known = [ref for ref in sorted(refs.rglob("*")) if ref.is_file() and ref.read_text() == snapshot["commit"]]
+        revision = known[0].relative_to(refs).as_posix() if known else snapshot["commit"][:8]
+        return snapshot["id"].replace("--", "/"), revision
+    return split_revision(name)
+
+
+def commit_of(name: str, options: ModelOptions) -> str | None:
+    """The commit that a model's name leads to now; None for a folder, or where it has no configuration."""
+    from transformers.utils import cached_file, extract_commit_hash
+
+    place, options = options.of(name)
+    if Path(place).exists():
+        return None
+    require_there(place)
+    missing = {"_raise_exceptions_for_missing_entries": False}
+    for file in ("config.json", "adapter_config.json"):
+        found = cached_file(place, file, revision=options.revision, subfolder=options.subfolder or "", **missing)
+        if found is not None:
+            return extract_commit_hash(found, None)
+    return None
+
+
+def resolve_base(name: str, options: ModelOptions) -> tuple[str, ModelOptions] | None:
+    """The model that an adapter is for, and how it is loaded; None for what is no adapter."""
+    place, options = options.of(name)
+    base = _base_of(place, options.revision, options.subfolder)
+    if base is None:
+        return None
+    return base.name, replace(options, revision=base.revision, subfolder=None, gguf_file=None)
+
+
+def require_gathered(name: str) -> None:
+    """Refuse a folder that holds parts of a model, as many processes wrote them, and no model.
+
+    Raises:
+        ValueError: If so; says how to make one of it.
+    """
+    folder = Path(name)
+    if not folder.is_dir() or any(any(folder.glob(f"*{suffix}")) for suffix in (".safetensors", ".bin", ".gguf")):
+        return
+    shards = next(folder.glob("*/*.distcp"), None) or next(folder.glob("*.distcp"), None)
+    if shards is not None:
+        raise ValueError(
+            f"{name} holds the shards of a model, as FSDP writes them: make one of them with `accelerate "
+            f"merge-weights {shards.parent} OUTPUT`, put config.json and the tokenizer's files beside it, and give "
+            "OUTPUT."
+        )
+    if any(folder.glob("*/*model_states.pt")):
+        raise ValueError(
+            f"{name} holds the parts of a model, as DeepSpeed writes them: make one of them with `python "
+            f"{folder / 'zero_to_fp32.py'} {name} OUTPUT --safe_serialization`, put config.json and the tokenizer's "
+            "files beside it, and give OUTPUT."
+        )
 
 
 def join_job(device: str | None) -> "PartialState":
@@ -425,7 +548,7 @@ def _base_of(name: str, revision: str | None, subfolder: str | None) -> _Base | 
     return _Base(facts["base_model_name_or_path"], facts.get("revision"))
 
 
-def _put_on(model: "PreTrainedModel", adapter: str, how: Mapping[str, Any]) -> None:
+def put_on(model: "PreTrainedModel", adapter: str, how: Mapping[str, Any]) -> None:
     """Put an adapter on a model, whole."""
     places = {name: how[name] for name in ("revision", "subfolder") if how.get(name) is not None}
     with _explained(f"The adapter {adapter}", {}):
