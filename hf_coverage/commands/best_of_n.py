@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_coverage.commands.console import is_main_process, print_table, say
-from hf_coverage.commands.inputs import check_number_of_responses, leave_job, read_dataset
-from hf_coverage.commands.options import BatchSize, Seed, Split, TopK, TopP, output_folder, parse_n
+from hf_coverage.commands.corpus_shapes import with_system_prompt
+from hf_coverage.commands.inputs import check_number_of_responses, leave_job, read_responses
+from hf_coverage.commands.options import BatchSize, RowOptions, Seed, TopK, TopP, output_folder, parse_n
 from hf_coverage.commands.score_folder import read_measured
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer, model_name
@@ -80,6 +81,11 @@ def best_of_n(
     temperature: Annotated[float, typer.Option(help="Temperature; 1 is the model itself.")] = 1.0,
     top_k: TopK = None,
     top_p: TopP = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Text that ends a response and is no part of it; may be given several times."),
+    ] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="Ask as a chat that begins with this.")] = None,
     batch_size: BatchSize = 16,
     seed: Seed = 0,
     threshold: Annotated[
@@ -87,10 +93,6 @@ def best_of_n(
         typer.Option(help="Least reward that solves a prompt; by default 1, and none for a reward model."),
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for one response, after which its verifier is killed.")] = 10,
-    answer_column: Annotated[
-        str | None,
-        typer.Option(help="Column of right answers; by default `answer`, or else `completion`."),
-    ] = None,
     predict: Annotated[
         list[str] | None,
         typer.Option(help="N beyond k to say Pass@N for, comma-separated: the range that the samples allow."),
@@ -109,12 +111,11 @@ def best_of_n(
         str | None,
         typer.Option(help="Score folder of the same model and prompts: show beside it what coverage predicts."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use that many rows of the data, from its start.")] = None,
     shard_rows: Annotated[
         int, typer.Option(min=1, help="Responses between two writes: what an interruption costs.")
     ] = 256,
-    split: Split = None,
     *,
+    reading: RowOptions,
     loading: ModelOptions,
 ) -> None:
     """Measure what Best-of-N achieves: sample k responses to each prompt, judge them, report every N up to k.
@@ -142,8 +143,14 @@ def best_of_n(
     check_timeout(timeout)
     Sampling(max_new_tokens, temperature, top_k, top_p)  # what cannot be is said before a model is loaded
     *_, folder = written_folders(model, output_dir)
-    rows = read_dataset(data, split, limit=limit)
-    column = answer_column or ("answer" if "answer" in rows.column_names else "completion")
+    rows = read_responses(data, reading, pairs=False)
+    rows = rows if system_prompt is None else with_system_prompt(rows, system_prompt)
+    column = reading.answer_column or ("answer" if "answer" in rows.column_names else "completion")
+    if verifier in ("exact-match", "math-verify") and column not in rows.column_names:
+        raise ValueError(
+            f"`--verifier {verifier}` compares with right answers, and the data have no column `answer` or "
+            f"`completion` among {rows.column_names}: name it with `--answer-column`."
+        )
     if threshold is None and not verifier.startswith("reward-model:"):
         threshold = 1.0
     farther = [] if predict is None else _beyond(predict)
@@ -172,6 +179,7 @@ def best_of_n(
             "temperature": temperature,
             "top_k": top_k,
         }
+        sampling |= {"stop": stop} if stop else {}
         sampling |= {"top_p": top_p, "seed": seed, "shard_rows": shard_rows, "output_dir": folder}
         words, weights = load_tokenizer(model, loading), load_model(model, loading)
         result = _evaluate(weights, words, rows, chosen, judging | sampling | {"name": model_name(model, loading)})

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_coverage.commands.console import is_main_process
-from hf_coverage.commands.inputs import decided_by_main_process, read_dataset
+from hf_coverage.commands.inputs import decided_by_main_process, read_responses
 from hf_coverage.commands.made_of import checkpoint_facts, folder_names, made_otherwise, write_made_of
 from hf_coverage.commands.options import CorpusOptions
 from hf_coverage.commands.score import load, score_into
@@ -77,7 +77,7 @@ class CheckpointScores:
 
         if self._data is None:
             return load_reference(self.folders[0])[0]
-        return read_reference(read_dataset(self._data, self._reading.split), self._reading.group_by)
+        return read_reference(read_responses(self._data, self._reading), self._reading.group_by)
 
     def score_all(self) -> list[Path]:
         """Score those checkpoints whose scores are not there, and give the score folder of each."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_coverage.commands.console import is_main_process, say
-from hf_coverage.commands.inputs import decided_by_main_process, read_dataset
+from hf_coverage.commands.inputs import decided_by_main_process, read_responses
 from hf_coverage.commands.made_of import SINCE, checkpoint_facts, folder_names, made_otherwise, write_made_of
 from hf_coverage.commands.options import CorpusOptions
 from hf_coverage.commands.score_folder import is_score_folder
@@ -138,7 +138,7 @@ def _prompts(
     """Token ids of the prompts to continue, and how many tokens a response may have."""
     from hf_coverage.measure.corpus import encode_corpus
 
-    encoded = encode_corpus(read_dataset(data, reading.split), tokenizer, append_eos=reading.append_eos)
+    encoded = encode_corpus(read_responses(data, reading), tokenizer, append_eos=reading.append_eos)
     rows = np.arange(len(encoded))
     if generations.number is not None and generations.number < len(rows):
         rows = np.sort(np.random.default_rng(generations.seed).choice(rows, generations.number, replace=False))

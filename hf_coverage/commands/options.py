@@ -30,6 +30,7 @@ __all__ = [
     "Levels",
     "Regret",
     "Revisions",
+    "RowOptions",
     "Seed",
     "Sources",
     "Split",
@@ -47,6 +48,8 @@ DEFAULT_N = "2,4,8,16"
 
 _MOST = 10**9
 """The largest size that is taken for meant."""
+
+_ROWS = "Rows and columns"
 
 _PANELS = {ModelOptions: "Loading the model"}
 
@@ -156,16 +159,52 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 
 
 @dataclass(frozen=True)
-class CorpusOptions:
-    """How a reference corpus is read.
+class RowOptions:
+    """Which rows of a data set are read, and which of their columns.
 
     Attributes:
         split: Of a data set that has several.
+        prompt_column: Column of prompts; None for what is usual.
+        completion_column: Column of responses; None for what is usual.
+        answer_column: Column of single right answers.
+        limit: How many rows of the data are used.
+        shuffle_seed: Seed of the order that they are taken in; None for theirs.
+    """
+
+    split: Split = None
+    prompt_column: Annotated[
+        str | None,
+        typer.Option(help="Column of prompts; by default `prompt`, or what is usual.", rich_help_panel=_ROWS),
+    ] = None
+    completion_column: Annotated[
+        str | None,
+        typer.Option(help="Column of responses; by default `completion`, or what is usual.", rich_help_panel=_ROWS),
+    ] = None
+    answer_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of single right answers: what verifiers compare with (by default `answer`, or else "
+            "`completion`); scoring takes it for the response, with D(y|x) = 1.",
+            rich_help_panel=_ROWS,
+        ),
+    ] = None
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use that many rows of the data, from its start.", rich_help_panel=_ROWS)
+    ] = None
+    shuffle_seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed to shuffle the rows with first.", rich_help_panel=_ROWS)
+    ] = None
+
+
+@dataclass(frozen=True)
+class CorpusOptions(RowOptions):
+    """How a reference corpus is read.
+
+    Attributes:
         append_eos: Whether the end-of-sequence token is part of every response.
         group_by: Column whose equal values make rows dependent; None for `document`, or else `prompt`.
     """
 
-    split: Split = None
     append_eos: AppendEos = False
     group_by: Annotated[
         str | None,
@@ -222,7 +261,7 @@ def _check_number(parameter: inspect.Parameter, value: Any) -> None:
     flag = f"--{parameter.name.replace('_', '-')}"
     if isinstance(value, float) and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is no finite number: give one, or leave it out.", param_hint=flag)
-    if type(value) is int and value > _MOST and parameter.name != "seed":
+    if type(value) is int and value > _MOST and parameter.name not in ("seed", "shuffle_seed"):
         text = f"{value:,} is taken for a typing error: give at most {_MOST:,}."
         raise typer.BadParameter(text, param_hint=flag)
 
