@@ -146,11 +146,6 @@ def best_of_n(
     rows = read_responses(data, reading, pairs=False)
     rows = rows if system_prompt is None else with_system_prompt(rows, system_prompt)
     column = reading.answer_column or ("answer" if "answer" in rows.column_names else "completion")
-    if verifier in ("exact-match", "math-verify") and column not in rows.column_names:
-        raise ValueError(
-            f"`--verifier {verifier}` compares with right answers, and the data have no column `answer` or "
-            f"`completion` among {rows.column_names}: name it with `--answer-column`."
-        )
     if threshold is None and not verifier.startswith("reward-model:"):
         threshold = 1.0
     farther = [] if predict is None else _beyond(predict)
@@ -172,6 +167,11 @@ def best_of_n(
         if n is not None:
             _levels(n, k, stratified=how is HowDrawn.stratified)  # before anything is sampled
         check_number_of_responses(len(rows), k, max_new_tokens)
+        if verifier in ("exact-match", "math-verify") and column not in rows.column_names:
+            raise ValueError(
+                f"`--verifier {verifier}` compares with right answers, and the data have no column `answer` or "
+                f"`completion` among {rows.column_names}: name it with `--answer-column`."
+            )
         sampling: dict[str, Any] = {
             "k": k,
             "max_new_tokens": max_new_tokens,

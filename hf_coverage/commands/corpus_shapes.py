@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Read", "read_rows", "with_system_prompt"]
+__all__ = ["Read", "read_rows", "split_answers", "with_system_prompt"]
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 """Who speaks in a row of ShareGPT, as chat templates call it."""
@@ -67,6 +67,42 @@ def read_rows(
     if pairs and answer is not None:
         rows = _with(rows, reference_logprob=[0.0] * len(rows))
     return Read(rows, taken)
+
+
+def split_answers(rows: Dataset, separator: str) -> Dataset:
+    """A row for each problem, with the answer that follows the reasoning in its responses, and one such reasoning.
+
+    Args:
+        rows: Prompts and responses, of text or chats.
+        separator: What ends a reasoning, such as `</think>`.
+
+    Raises:
+        ValueError: If a response lacks the separator, or a problem has two answers.
+    """
+    first: dict[str, int] = {}
+    kept: list[int] = []
+    reasonings: list[str] = []
+    answers: list[str] = []
+    plain = rows.with_format(None)
+    for row, (prompt, completion) in enumerate(zip(plain["prompt"][:], plain["completion"][:])):
+        text = completion if isinstance(completion, str) else completion[-1].get("content")
+        reasoning, found, answer = str(text).partition(separator)
+        if not found:
+            raise ValueError(
+                f"Row {row}: the response has no {separator!r}, so it is not known where its answer begins: drop the "
+                "row, or name a column of answers with `--answer-column`."
+            )
+        place = first.setdefault(repr(prompt), len(answers))
+        if place == len(answers):
+            kept.append(row)
+            reasonings.append(reasoning)
+            answers.append(answer)
+        elif answers[place] != answer:
+            raise ValueError(
+                f"Row {row}: the same prompt has another answer in row {kept[place]}, and one alone is right: name a "
+                "column of answers with `--answer-column`."
+            )
+    return _with(rows.select(kept).remove_columns("completion"), answer=answers, reasoning=reasonings)
 
 
 def with_system_prompt(rows: Dataset, text: str) -> Dataset:

@@ -146,7 +146,7 @@ def sample(
         raise typer.BadParameter(
             f"`--stratified` is of sampled responses, and `--from {kind.value}` has none: leave it out."
         )
-    rows = _rows(kind, str(source), column, reading)
+    rows: Any = _rows(kind, str(source), column, reading)
     if kind is Source.prompts:
         check_number_of_responses(len(rows), k, max_new_tokens)
     words = None if teacher is None and loading.tokenizer is None else load_tokenizer(str(teacher), loading)
@@ -171,7 +171,7 @@ def sample(
     if is_main_process():
         asked = {"command": running_command(), "source": source, "from": kind.value, "teacher": teacher}
         # windows and samples are token ids, which contain their end already: nothing is appended when they are scored
-        final = {"append_eos": append_eos and kind in (Source.pairs, Source.lm_eval)}
+        final: dict[str, Any] = {"append_eos": append_eos and kind in (Source.pairs, Source.lm_eval)}
         if kind is Source.lm_eval:
             final |= {"from": what, **{name: value for name, value in task._asdict().items() if value}}
         _write(corpus, output_dir, words, asked | settings | final)

@@ -128,7 +128,10 @@ def test_an_interrupted_command_goes_on_with_what_is_there(problems, work):
     ("options", "message"),
     [
         ("--verifier exact", "`verifier` 'exact' is not known"),
-        ("--verifier math-verify --answer-column solution", "`verifier` needs `solution`, which is no column"),
+        (
+            "--verifier math-verify --answer-column solution",
+            "`--answer-column` must be one of the data's columns, ['prompt', 'completion']",
+        ),
         ("--verifier absent.py:f", "there is no file absent.py"),
         ("--k 4 --n 8", "`n` must be whole numbers from 1 to k = 4"),
         ("--profile scores/student --k 2 --max-new-tokens 1", "`profile` must be of the same prompts"),

@@ -3,13 +3,14 @@
 import json
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 
+from hf_coverage import score_answers
 from hf_coverage.commands import inputs
-from hf_coverage.commands.corpus_shapes import read_rows, with_system_prompt
+from hf_coverage.commands.corpus_shapes import read_rows, split_answers, with_system_prompt
 from hf_coverage.commands.inputs import read_responses
 from hf_coverage.commands.options import RowOptions
-from tests.commands.shell import error_line, invoke
+from tests.commands.shell import error_line, invoke, load
 from tests.commands.test_option_values import COMMANDS, TO_A_MODEL
 
 SIZE = 10
@@ -206,3 +207,36 @@ def test_a_response_ends_before_what_stops_it(work):
     assert not any("cat" in row["text"] or "red" in row["text"] for row in stopped)
     assert any(len(row["ids"]) < 8 and not row["finished"] for row in stopped)
     assert "stop" in error_line(f"{command} -o plain --stop cat")
+
+
+def test_answers_are_what_follows_the_reasoning_a_row_for_each_problem():
+    traces = {"prompt": ["a", "b", "a"], "completion": ["x # 1", "y # 2", "z # 1"]}
+    rows = split_answers(Dataset.from_dict(traces), "#")
+    assert rows.to_dict() == {"prompt": ["a", "b"], "answer": [" 1", " 2"], "reasoning": ["x ", "y "]}
+    said = [[assistant(text)] for text in traces["completion"]]
+    chats_ = Dataset.from_dict({"prompt": [[user(text)] for text in traces["prompt"]], "completion": said})
+    assert split_answers(chats_, "#")["answer"][:] == [" 1", " 2"]
+    with pytest.raises(ValueError, match="Row 2: the same prompt has another answer in row 0, and one alone is right"):
+        split_answers(Dataset.from_dict(traces | {"completion": ["x # 1", "y # 2", "z # 3"]}), "#")
+    with pytest.raises(ValueError, match="Row 1: the response has no '#', so it is not known where its answer begins"):
+        split_answers(Dataset.from_dict(traces | {"completion": ["x # 1", "y", "z # 1"]}), "#")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_answers_are_scored_with_the_model_s_own_reasoning_averaged_out(work):
+    model, tokenizer = load(work, "student")
+    written(work, {"problem": ASKED, "generations": [["blue on cat", "red on cat"]] * SIZE})
+    invoke("score student rows.jsonl --reasonings 8 --max-reasoning-tokens 6 --separator on -o answers --device cpu")
+    found = load_from_disk("answers")
+    assert found["answer"][:] == [" cat"] * SIZE
+    corpus = Dataset.from_dict({"prompt": ASKED, "answer": [" cat"] * SIZE})
+    how = {"separator": "on", "samples": 8, "max_reasoning_tokens": 6, "progress": False}
+    assert found["answer_logprob"][:] == score_answers(model, tokenizer, corpus, **how)["answer_logprob"][:]
+    written(work, {"question": ASKED, "answer": SAID, "short": [" cat"] * SIZE}, "named.jsonl")
+    invoke(
+        "score student named.jsonl --answer-column short --reasonings 8 --max-reasoning-tokens 6 --separator on "
+        "-o named --device cpu"
+    )
+    assert load_from_disk("named")["answer_logprob"][:] == found["answer_logprob"][:]
+    assert "answers" in invoke("profile answers --n 2 -o profiles")
+    assert "is not empty: choose another folder" in error_line("score student rows.jsonl --reasonings 8 -o answers")
