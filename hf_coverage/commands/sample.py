@@ -194,7 +194,8 @@ def _check_source(kind: Source, source: str | None, task: TaskOptions, reading: 
             else f"`--from {kind.value}` needs a source of {kind.value}."
         )
     own = {"num_fewshot", "target", "include_path", "system_prompt", "chat", "multiturn"}
-    given = [name for name in TaskOptions._fields if name in own and getattr(task, name) not in (None, False)]
+    set_ones = {name for name, value in task._asdict().items() if value is not None and value is not False}
+    given = [name for name in TaskOptions._fields if name in own & set_ones]
     if given and kind is not Source.lm_eval:
         flags = {"chat": "apply-chat-template", "multiturn": "fewshot-as-multiturn"}
         flag = flags.get(given[0], given[0].replace("_", "-"))

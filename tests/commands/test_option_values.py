@@ -49,6 +49,7 @@ VALUES = ["nan", "inf", "-inf", "0", "-1", "1e300", "1000000000000", "1" + "0" *
 # What can be meant, of all these, and so goes on to the model.
 MEANT = {
     "seed": ["0", "1000000000000", "1" + "0" * 400],
+    "shuffle_seed": ["0", "1000000000000", "1" + "0" * 400],
     "threshold": ["0", "-1", "1e300", "1000000000000"],
     "best-of-n n": [],
     "n": ["1e300", "1000000000000"],
@@ -63,6 +64,7 @@ MEANT = {
     "tune-ttt radius": ["1e300", "1000000000000"],
     "decay": ["0"],
     "interval": ["0"],
+    "stop": VALUES[:-1],  # any text
     "predict": ["1000000000000"],
     "lam": ["0", "1e300", "1000000000000"],
 }
