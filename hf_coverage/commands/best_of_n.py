@@ -20,6 +20,8 @@ from hf_coverage.report.provenance import running_command
 from hf_coverage.report.table import Cell, Column, Interval, Table
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from hf_coverage.decode.best_of_n_result import BestOfNResult, Prediction
     from hf_coverage.measure.profile import CoverageProfile
 
@@ -114,6 +116,9 @@ def best_of_n(
     shard_rows: Annotated[
         int, typer.Option(min=1, help="Responses between two writes: what an interruption costs.")
     ] = 256,
+    log_samples: Annotated[
+        bool, typer.Option("--log-samples", help="Also write every prompt with its samples and rewards as JSON.")
+    ] = False,
     *,
     reading: RowOptions,
     loading: ModelOptions,
@@ -133,8 +138,9 @@ def best_of_n(
     --network none`), or let the verifier send the code to a service for it, such as E2B. `unshare -rn` takes away the
     network alone.
 
-    Writes best_of_n-VERIFIER.json, best_of_n-VERIFIER.png and the results as JSON; another verifier of the same name
-    gets -2 behind it. If no response could be judged, nothing of these is written and the exit code is 1.
+    Writes best_of_n-VERIFIER.json, its picture, results as lm-evaluation-harness writes them, and entries for a model
+    card as YAML; another verifier of the same name gets -2 behind it. If no response could be judged, nothing of these
+    is written and the exit code is 1.
     """
     from hf_coverage.decode.verifier_runner import check_timeout
     from hf_coverage.decode.verifiers import named_verifier
@@ -187,7 +193,9 @@ def best_of_n(
     if is_main_process():
         _check_groups(result.is_stratified, wants_independent, result.k, group_size if write_prompts else 1)
         levels = result.levels() if n is None else _levels(n, result.k, stratified=result.is_stratified)
-        _report(result, levels, measured, folder, farther)
+        kept = Path(model) if _holds_samples(model) else folder
+        logged = (rows, _responses(kept), column) if log_samples else None
+        _report(result, levels, measured, folder, farther, data, logged)
         if write_prompts is not None:
             _write_prompts(result, rows, group_size, min_signal, write_prompts)
 
@@ -248,8 +256,11 @@ def _report(
     profile: "CoverageProfile | None",
     folder: Path,
     farther: list[int],
+    data: str,
+    logged: "tuple[Dataset, dict[tuple[int, int], str], str] | None",
 ) -> None:
-    from hf_coverage.report.results import write_results
+    from hf_coverage.report.card import success_eval_results, write_model_index
+    from hf_coverage.report.results import success_results, write_results, write_success_samples
 
     _require_judged(result)
     folder.mkdir(parents=True, exist_ok=True)
@@ -263,15 +274,29 @@ def _report(
     name = _name(result, folder)
     result.to_json(folder / f"{name}.json")
     result.plot(folder / f"{name}.png", profile=profile)
-    metrics = {f"{key},none": value for key, value in result.metrics(levels).items()}
     facts = {"command": running_command(), "verifier": result.verifier, "threshold": result.threshold}
-    content: dict[str, Any] = {"results": {result.name: {"alias": result.name} | metrics}, "errors": result.errors}
-    content |= {"config": facts | result.settings, "n-samples": {result.name: {"original": result.num_prompts}}}
+    content = success_results(result, levels, config=facts | result.settings)
     content |= {
         name: _cells(table) for name, table in (("signal", groups), ("predicted", beyond)) if table is not None
     }
     path = write_results(folder, content)
+    card = write_model_index(
+        folder / f"{name}.model-index.yaml", result.name, success_eval_results(result, levels, data=data)
+    )
+    if logged is not None:
+        say(f"Samples in {write_success_samples(path, result, *logged)}.")
+    say(f"Entries for a model card in {card}.")
     say(f"Plot in {folder / name}.png, all rewards in {folder / name}.json, metrics in {path}.")
+
+
+def _responses(folder: Path) -> dict[tuple[int, int], str]:
+    """The texts of kept samples, by the number of the prompt and of the sample."""
+    found = {}
+    for shard in sorted(folder.glob("samples-*.jsonl")):
+        for line in shard.read_text(encoding="utf-8").splitlines():
+            sample = json.loads(line)
+            found[sample["prompt"], sample["sample"]] = sample["text"]
+    return found
 
 
 def _require_judged(result: "BestOfNResult") -> None:
