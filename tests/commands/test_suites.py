@@ -113,7 +113,7 @@ def adapters(work):
     for number in range(3):
         torch.manual_seed(number)
         wrapped = {"target_modules": ["c_attn"]} if number < 2 else {"target_modules": ["c_proj"]}
-        wrapped |= {"modules_to_save": ["ln_f"]} if number == 2 else {}
+        wrapped |= {"modules_to_save": ["ln_f"]} if number == 1 else {}  # not the last: it is taken off
         adapted = get_peft_model(
             GPT2LMHeadModel.from_pretrained(work / "student"),
             LoraConfig(init_lora_weights=False, fan_in_fan_out=True, **wrapped),
