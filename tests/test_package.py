@@ -200,7 +200,7 @@ def test_the_package_imports_what_it_declares_and_nothing_else(declared):
 
 
 @pytest.mark.parametrize(
-    ("folder", "extras"), [("recipes", ["", "recipes"]), ("tests", ["", "math", "recipes", "test"])]
+    ("folder", "extras"), [("recipes", ["", "recipes"]), ("tests", ["", "math", "quantization", "recipes", "test"])]
 )
 def test_recipes_and_tests_import_what_is_declared(declared, folder, extras):
     paths = sorted((PACKAGE.parent / folder).rglob("*.py"))

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_coverage.commands.console import is_main_process, print_table, say
-from hf_coverage.commands.inputs import check_number_of_responses, leave_job, read_dataset
-from hf_coverage.commands.options import BatchSize, Seed, Split, TopK, TopP, output_folder, parse_n
+from hf_coverage.commands.corpus_shapes import with_system_prompt
+from hf_coverage.commands.inputs import answer_column, check_number_of_responses, leave_job, read_responses
+from hf_coverage.commands.options import BatchSize, RowOptions, Seed, TopK, TopP, output_folder, parse_n
 from hf_coverage.commands.score_folder import read_measured
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer, model_name
@@ -19,6 +20,8 @@ from hf_coverage.report.provenance import running_command
 from hf_coverage.report.table import Cell, Column, Interval, Table
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from hf_coverage.decode.best_of_n_result import BestOfNResult, Prediction
     from hf_coverage.measure.profile import CoverageProfile
 
@@ -80,6 +83,11 @@ def best_of_n(
     temperature: Annotated[float, typer.Option(help="Temperature; 1 is the model itself.")] = 1.0,
     top_k: TopK = None,
     top_p: TopP = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Text that ends a response and is no part of it; may be given several times."),
+    ] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="Ask as a chat that begins with this.")] = None,
     batch_size: BatchSize = 16,
     seed: Seed = 0,
     threshold: Annotated[
@@ -87,10 +95,6 @@ def best_of_n(
         typer.Option(help="Least reward that solves a prompt; by default 1, and none for a reward model."),
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for one response, after which its verifier is killed.")] = 10,
-    answer_column: Annotated[
-        str | None,
-        typer.Option(help="Column of right answers; by default `answer`, or else `completion`."),
-    ] = None,
     predict: Annotated[
         list[str] | None,
         typer.Option(help="N beyond k to say Pass@N for, comma-separated: the range that the samples allow."),
@@ -109,12 +113,14 @@ def best_of_n(
         str | None,
         typer.Option(help="Score folder of the same model and prompts: show beside it what coverage predicts."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use that many rows of the data, from its start.")] = None,
     shard_rows: Annotated[
         int, typer.Option(min=1, help="Responses between two writes: what an interruption costs.")
     ] = 256,
-    split: Split = None,
+    log_samples: Annotated[
+        bool, typer.Option("--log-samples", help="Also write every prompt with its samples and rewards as JSON.")
+    ] = False,
     *,
+    reading: RowOptions,
     loading: ModelOptions,
 ) -> None:
     """Measure what Best-of-N achieves: sample k responses to each prompt, judge them, report every N up to k.
@@ -132,8 +138,9 @@ def best_of_n(
     --network none`), or let the verifier send the code to a service for it, such as E2B. `unshare -rn` takes away the
     network alone.
 
-    Writes best_of_n-VERIFIER.json, best_of_n-VERIFIER.png and the results as JSON; another verifier of the same name
-    gets -2 behind it. If no response could be judged, nothing of these is written and the exit code is 1.
+    Writes best_of_n-VERIFIER.json, its picture, results as lm-evaluation-harness writes them, and entries for a model
+    card as YAML; another verifier of the same name gets -2 behind it. If no response could be judged, nothing of these
+    is written and the exit code is 1.
     """
     from hf_coverage.decode.verifier_runner import check_timeout
     from hf_coverage.decode.verifiers import named_verifier
@@ -142,8 +149,9 @@ def best_of_n(
     check_timeout(timeout)
     Sampling(max_new_tokens, temperature, top_k, top_p)  # what cannot be is said before a model is loaded
     *_, folder = written_folders(model, output_dir)
-    rows = read_dataset(data, split, limit=limit)
-    column = answer_column or ("answer" if "answer" in rows.column_names else "completion")
+    rows = read_responses(data, reading, pairs=False)
+    rows = rows if system_prompt is None else with_system_prompt(rows, system_prompt)
+    column = answer_column(rows, verifier, reading)
     if threshold is None and not verifier.startswith("reward-model:"):
         threshold = 1.0
     farther = [] if predict is None else _beyond(predict)
@@ -172,6 +180,7 @@ def best_of_n(
             "temperature": temperature,
             "top_k": top_k,
         }
+        sampling |= {"stop": stop} if stop else {}
         sampling |= {"top_p": top_p, "seed": seed, "shard_rows": shard_rows, "output_dir": folder}
         words, weights = load_tokenizer(model, loading), load_model(model, loading)
         result = _evaluate(weights, words, rows, chosen, judging | sampling | {"name": model_name(model, loading)})
@@ -179,7 +188,9 @@ def best_of_n(
     if is_main_process():
         _check_groups(result.is_stratified, wants_independent, result.k, group_size if write_prompts else 1)
         levels = result.levels() if n is None else _levels(n, result.k, stratified=result.is_stratified)
-        _report(result, levels, measured, folder, farther)
+        kept = Path(model) if _holds_samples(model) else folder
+        logged = (rows, _responses(kept), column) if log_samples else None
+        _report(result, levels, measured, folder, farther, data, logged)
         if write_prompts is not None:
             _write_prompts(result, rows, group_size, min_signal, write_prompts)
 
@@ -240,8 +251,11 @@ def _report(
     profile: "CoverageProfile | None",
     folder: Path,
     farther: list[int],
+    data: str,
+    logged: "tuple[Dataset, dict[tuple[int, int], str], str] | None",
 ) -> None:
-    from hf_coverage.report.results import write_results
+    from hf_coverage.report.card import success_eval_results, write_model_index
+    from hf_coverage.report.results import success_results, write_results, write_success_samples
 
     require_judged(result)
     folder.mkdir(parents=True, exist_ok=True)
@@ -255,15 +269,29 @@ def _report(
     name = _name(result, folder)
     result.to_json(folder / f"{name}.json")
     result.plot(folder / f"{name}.png", profile=profile)
-    metrics = {f"{key},none": value for key, value in result.metrics(levels).items()}
     facts = {"command": running_command(), "verifier": result.verifier, "threshold": result.threshold}
-    content: dict[str, Any] = {"results": {result.name: {"alias": result.name} | metrics}, "errors": result.errors}
-    content |= {"config": facts | result.settings, "n-samples": {result.name: {"original": result.num_prompts}}}
+    content = success_results(result, levels, config=facts | result.settings)
     content |= {
         name: _cells(table) for name, table in (("signal", groups), ("predicted", beyond)) if table is not None
     }
     path = write_results(folder, content)
+    card = write_model_index(
+        folder / f"{name}.model-index.yaml", result.name, success_eval_results(result, levels, data=data)
+    )
+    if logged is not None:
+        say(f"Samples in {write_success_samples(path, result, *logged)}.")
+    say(f"Entries for a model card in {card}.")
     say(f"Plot in {folder / name}.png, all rewards in {folder / name}.json, metrics in {path}.")
+
+
+def _responses(folder: Path) -> dict[tuple[int, int], str]:
+    """The texts of kept samples, by the number of the prompt and of the sample."""
+    found = {}
+    for shard in sorted(folder.glob("samples-*.jsonl")):
+        for line in shard.read_text(encoding="utf-8").splitlines():
+            sample = json.loads(line)
+            found[sample["prompt"], sample["sample"]] = sample["text"]
+    return found
 
 
 def require_judged(result: "BestOfNResult") -> None:

@@ -12,8 +12,9 @@ from hf_coverage.commands.console import is_main_process
 from hf_coverage.commands.inputs import check_number_of_responses, decided_by_main_process
 from hf_coverage.commands.made_of import checkpoint_facts, folder_names, made_otherwise, write_made_of
 from hf_coverage.commands.score import load
+from hf_coverage.inference.adapters import KeptBase
 from hf_coverage.inference.files import read_facts
-from hf_coverage.inference.loading import ModelOptions
+from hf_coverage.inference.loading import ModelOptions, require_gathered
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,7 +44,6 @@ class JudgingOptions:
         batch_size: Responses sampled at once.
         threshold: Least reward that solves a prompt.
         timeout: Seconds for one response.
-        answer_column: Column of right answers.
     """
 
     verifier: Annotated[
@@ -81,12 +81,6 @@ class JudgingOptions:
         float,
         typer.Option(help="Seconds for one response, after which its verifier is killed.", rich_help_panel=_PANEL),
     ] = 10
-    answer_column: Annotated[
-        str | None,
-        typer.Option(
-            help="Column of right answers; by default `answer`, or else `completion`.", rich_help_panel=_PANEL
-        ),
-    ] = None
 
     def check(self) -> None:
         """Refuse what cannot be meant before anything is read; ValueError."""
@@ -126,6 +120,7 @@ class CheckpointSamples:
         names: What to call them.
         samples: Where their samples go.
         rows: The prompts, and what the verifier reads.
+        answers: Its column of right answers.
         options: How they are sampled and judged.
         loading: How models are loaded.
         shard_rows: Responses between two writes.
@@ -141,6 +136,7 @@ class CheckpointSamples:
         names: Sequence[str],
         samples: Path,
         rows: "Dataset",
+        answers: str,
         options: JudgingOptions,
         loading: ModelOptions,
         *,
@@ -151,8 +147,7 @@ class CheckpointSamples:
 
         self._sources, self._names, self._rows, self._loading = sources, names, rows, loading
         self._drawing, self._shard_rows = options.sampling() | drawing, shard_rows
-        column = options.answer_column or ("answer" if "answer" in rows.column_names else "completion")
-        self._verifier = named_verifier(str(options.verifier), column=column, device=loading.device)
+        self._verifier = named_verifier(str(options.verifier), column=answers, device=loading.device)
         self._judging = {"threshold": options.solving, "timeout": options.timeout, "batch_size": options.batch_size}
         self._done = [holds_samples(source) for source in sources]
         self.folders = [
@@ -160,12 +155,17 @@ class CheckpointSamples:
             for source, done, folder in zip(sources, self._done, folder_names(sources))
         ]
         self._loaded: tuple[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None
+        self._kept = KeptBase()
+        for source, done in zip(sources, self._done):  # all of them, before the first is sampled
+            if not done:
+                require_gathered(source)
         check_number_of_responses(len(rows) * self._done.count(False), options.k, options.max_new_tokens)
 
     def judge_all(self) -> "dict[str, BestOfNResult]":
         """Sample those checkpoints whose samples are not there, and judge the samples of each."""
         results = {name: self._judge(place) for place, name in enumerate(self._names)}
         self._loaded = None
+        self._kept.drop()
         return results
 
     def load(self, place: int) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -173,7 +173,7 @@ class CheckpointSamples:
         source = self._sources[place]
         if self._loaded is None or self._loaded[0] != source:
             self._loaded = None  # before another one takes its place
-            self._loaded = source, load(source, self._loading)
+            self._loaded = source, load(source, self._loading, self._kept)
         return self._loaded[1]
 
     def _judge(self, place: int) -> "BestOfNResult":
@@ -183,8 +183,9 @@ class CheckpointSamples:
         judging: dict[str, Any] = self._judging | {"progress": is_main_process()}
         if self._done[place]:
             return judge_best_of_n(folder, self._rows, self._verifier, **judging)
-        made_of = {"loading": self._loading.key(), "tokenizer": self._loading.tokenizer, "sampling": self._drawing}
-        made_of |= checkpoint_facts(source)
+        made_of = {"loading": self._loading.key(), "sampling": self._drawing}
+        facts = partial(checkpoint_facts, source, self._loading)
+        made_of |= decided_by_main_process(facts, self._loading.device)
         if decided_by_main_process(partial(_is_kept, folder, made_of), self._loading.device):
             return judge_best_of_n(folder, self._rows, self._verifier, **judging)
         model, tokenizer = self.load(place)
@@ -229,7 +230,7 @@ def known_samples(samples: Path, run: Path, sampling: dict[str, Any]) -> dict[st
 
 def _is_kept(folder: Path, made_of: dict[str, Any]) -> bool:
     """Whether a folder holds all samples of this very checkpoint."""
-    return bool(made_of["files"]) and made_otherwise(folder / _KEPT, made_of) == []
+    return bool(made_of["files"] or "commit" in made_of) and made_otherwise(folder / _KEPT, made_of) == []
 
 
 def _flag(name: str) -> str:

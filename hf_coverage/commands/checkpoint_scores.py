@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_coverage.commands.console import is_main_process
-from hf_coverage.commands.inputs import decided_by_main_process, read_dataset
+from hf_coverage.commands.inputs import decided_by_main_process, read_responses
 from hf_coverage.commands.made_of import checkpoint_facts, folder_names, made_otherwise, write_made_of
 from hf_coverage.commands.options import CorpusOptions
 from hf_coverage.commands.score import load, score_into
 from hf_coverage.commands.score_folder import is_score_folder
+from hf_coverage.inference.adapters import KeptBase
 from hf_coverage.inference.files import read_facts
-from hf_coverage.inference.loading import ModelOptions
+from hf_coverage.inference.loading import ModelOptions, require_gathered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,9 +62,13 @@ class CheckpointScores:
         own = [scores / folder for folder in folder_names(sources)]
         self.folders = [Path(source) if done else folder for source, done, folder in zip(sources, self._done, own)]
         self._loaded: tuple[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None
+        self._kept = KeptBase()
         if data is None and not all(self._done):
             source = sources[self._done.index(False)]
             raise ValueError(f"{source} is no score folder: give the corpus to score it on, `--data`.")
+        for source, done in zip(sources, self._done):  # all of them, before the first is scored
+            if not done:
+                require_gathered(source)
 
     @cached_property
     def reference(self) -> "Reference":
@@ -72,13 +77,14 @@ class CheckpointScores:
 
         if self._data is None:
             return load_reference(self.folders[0])[0]
-        return read_reference(read_dataset(self._data, self._reading.split), self._reading.group_by)
+        return read_reference(read_responses(self._data, self._reading), self._reading.group_by)
 
     def score_all(self) -> list[Path]:
         """Score those checkpoints whose scores are not there, and give the score folder of each."""
         for place in range(len(self._sources)):
             self._score(place, None)
         self._loaded = None
+        self._kept.drop()
         return self.folders
 
     def load(self, place: int) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -86,7 +92,7 @@ class CheckpointScores:
         source = self._sources[place]
         if self._loaded is None or self._loaded[0] != source:
             self._loaded = None  # before another one takes its place
-            self._loaded = source, load(source, self._loading)
+            self._loaded = source, load(source, self._loading, self._kept)
         return self._loaded[1]
 
     def logprobs(self, place: int, rows: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -100,7 +106,9 @@ class CheckpointScores:
         source, folder = self._sources[place], self.folders[place]
         if self._done[place]:
             return
-        made_of = self._facts | checkpoint_facts(source)
+        made_of = self._facts | decided_by_main_process(
+            partial(checkpoint_facts, source, self._loading), self._loading.device
+        )
         if decided_by_main_process(partial(_is_kept, folder, made_of, rows), self._loading.device):
             return
         score_into(
@@ -144,7 +152,7 @@ def kept_scores(scores: Path, run: Path) -> dict[str, Path]:
 
 def _is_kept(folder: Path, made_of: dict[str, Any], rows: NDArray[np.int64] | None) -> bool:
     """Whether a folder holds the scores of this very checkpoint on this very corpus: all, or those of some rows."""
-    if not made_of["files"] or made_otherwise(folder / _KEPT, made_of) != []:
+    if not (made_of["files"] or "commit" in made_of) or made_otherwise(folder / _KEPT, made_of) != []:
         return False
     from hf_coverage.measure.score_table import ScoreTable
 

@@ -15,9 +15,10 @@ from hf_coverage.commands.checkpoint_samples import CheckpointSamples, JudgingOp
 from hf_coverage.commands.checkpoint_scores import CheckpointScores, kept_scores
 from hf_coverage.commands.console import is_main_process, print_table, say
 from hf_coverage.commands.follow import RunFolder, step_of
-from hf_coverage.commands.inputs import decided_by_main_process, leave_job, read_dataset
-from hf_coverage.commands.options import BatchTokens, CorpusOptions, Stratified, output_folder, parse_n
+from hf_coverage.commands.inputs import answer_column, decided_by_main_process, leave_job, read_responses
+from hf_coverage.commands.options import BatchTokens, CorpusOptions, Revisions, Stratified, output_folder, parse_n
 from hf_coverage.commands.score_folder import Measured, on_same_rows, read_measured, require_intervals
+from hf_coverage.commands.suites import candidate_sources
 from hf_coverage.commands.tournament import checkpoint_of, write_winner
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.inference.loading import ModelOptions
@@ -50,6 +51,8 @@ hf-coverage choose RUN/checkpoint-* --data problems.jsonl --verifier math-verify
 
 hf-coverage choose RUN/checkpoint-* --data corpus --adaptive --tolerance 0.005
 
+hf-coverage choose EleutherAI/pythia-160m --revisions 'step*000' --data corpus
+
 hf-coverage choose RUN --follow --data corpus --until 5000
 
 torchrun --nproc_per_node 2 -m hf_coverage choose RUN/checkpoint-* --data corpus
@@ -70,8 +73,8 @@ def choose(
     candidates: Annotated[
         list[str],
         typer.Argument(
-            help="Checkpoint folders or Hub ids; score folders as well, or with --verifier folders of samples. With "
-            "--follow, the folder of one run.",
+            help="Checkpoint folders, Hub ids, ID@REVISION; score folders too, or with --verifier folders of samples. "
+            "With --follow, the folder of one run.",
             metavar="CHECKPOINTS",
         ),
     ],
@@ -79,6 +82,7 @@ def choose(
         str | None,
         typer.Option("--data", "--corpus", help="Held-out prompts and responses: folder, file or Hub id."),
     ] = None,
+    revisions: Revisions = None,
     samples: Annotated[
         list[str] | None,
         typer.Option(
@@ -180,13 +184,13 @@ def choose(
     judging.check()
     if not 0 <= tolerance < 1:
         raise typer.BadParameter(f"`--tolerance` must be a loss in [0, 1), but is {tolerance}.")
-    if follow and (adaptive or len(candidates) > 1 or data is None):
+    if follow and (adaptive or len(candidates) > 1 or data is None or revisions is not None):
         raise typer.BadParameter("`--follow` takes the folder of one run, needs `--data`, and is not `--adaptive`.")
     if until is not None and not follow:
         raise typer.BadParameter("`--until` says when `--follow` is to end: give both or none.")
     if stratified and judging.verifier is None and (adaptive or follow):
         raise typer.BadParameter("`--stratified` is for whole score tables: leave out `--adaptive` and `--follow`.")
-    sources = [candidate.rstrip("/") for candidate in candidates]
+    sources = candidate_sources(candidates, revisions, loading.device)
     settings = _Settings(levels, tolerance, seed, output_dir, link)
     if judging.verifier is not None:
         _check_judged(levels, judging.k, data, stratified, adaptive, reading)
@@ -194,13 +198,14 @@ def choose(
             raise typer.BadParameter("`--for rl` is of independent samples: leave out `--stratified`.")
         if judging.solving is None and purpose is Purpose.best_of_n:
             raise typer.BadParameter("Pass@N needs a `--threshold`: the least reward that solves a prompt.")
-        rows = read_dataset(str(data), reading.split)
+        rows = read_responses(str(data), reading, pairs=False)
         group_by = reading.group_by or ("document" if "document" in rows.column_names else "prompt")
         if group_by not in rows.column_names:
             raise ValueError(f"`--group-by` must be a column of the data, {rows.column_names}, but is {group_by!r}.")
         drawing: dict[str, Any] = {"seed": seed, "sampling": "stratified" if stratified else "independent"}
-        kept = partial(CheckpointSamples, samples=output_dir / "samples", rows=rows, options=judging, loading=loading)
-        drawn = partial(kept, shard_rows=shard_rows, **drawing)
+        answers = answer_column(rows, judging.verifier, reading)
+        drawn = partial(CheckpointSamples, samples=output_dir / "samples", rows=rows, answers=answers, options=judging)
+        drawn = partial(drawn, loading=loading, shard_rows=shard_rows, **drawing)
         report = partial(_report_judged, rows=rows, group_by=group_by, purpose=purpose, settings=settings)
         if follow:
             run = Path(sources[0])

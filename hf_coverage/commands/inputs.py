@@ -3,10 +3,12 @@
 import json
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hf_coverage.commands.options import CorpusOptions
+from hf_coverage.commands.console import say
+from hf_coverage.commands.options import CorpusOptions, RowOptions
 from hf_coverage.inference.loading import join_job, require_there
 
 if TYPE_CHECKING:
@@ -14,13 +16,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ORIGIN",
+    "answer_column",
     "check_number_of_responses",
     "check_origin",
     "decided_by_main_process",
     "leave_job",
+    "read_chosen",
     "read_corpus",
     "read_dataset",
     "read_origin",
+    "read_responses",
     "write_origin",
 ]
 
@@ -34,16 +39,13 @@ _MOST_TOKENS = 10**11  # a month of sampling on a GPU
 _READERS = {".jsonl": "from_json", ".json": "from_json", ".parquet": "from_parquet", ".csv": "from_csv"}
 
 
-def read_dataset(
-    source: str, split: str | None = None, *, document: bool = False, limit: int | None = None
-) -> "Dataset":
+def read_dataset(source: str, split: str | None = None, *, document: bool = False) -> "Dataset":
     """A data set from a folder that `save_to_disk` wrote, from a file, or from the Hub.
 
     Args:
         source: Folder, `.jsonl`, `.json`, `.parquet`, `.csv` or `.txt` file, or Hub id.
         split: Which split, where there are several.
         document: Whether a text file is one document; otherwise each of its lines is a row.
-        limit: How many rows to read at the most, from the start.
 
     Raises:
         ValueError: If the file's format is unknown or its content unreadable, or `split` is needed or unknown.
@@ -78,12 +80,60 @@ def read_dataset(
         if split not in found and not (split is None and len(found) == 1):
             raise ValueError(f"`split` must be one of {', '.join(found)} for {source}, but is {split!r}.")
         found = found[split or next(iter(found))]
-    return found if limit is None else found.select(range(min(limit, len(found))))
+    return found
+
+
+def read_chosen(source: str, options: RowOptions, *, document: bool = False) -> "Dataset":
+    """Those rows of a data set that are asked for, in the order that is asked for; see `read_dataset`."""
+    import numpy as np
+
+    found = read_dataset(source, options.split, document=document)
+    if options.shuffle_seed is not None:
+        found = found.select(np.random.default_rng(options.shuffle_seed).permutation(len(found)))
+    return found if options.limit is None else found.select(range(min(options.limit, len(found))))
+
+
+def read_responses(source: str, options: RowOptions, *, pairs: bool = True) -> "Dataset":
+    """Rows of prompts and responses, whatever their columns are called; says what these were taken for.
+
+    Args:
+        source: See `read_dataset`.
+        options: Which rows and columns.
+        pairs: Whether responses are needed, see `corpus_shapes.read_rows`.
+    """
+    from hf_coverage.commands.corpus_shapes import read_rows
+
+    columns = {"prompt": options.prompt_column, "completion": options.completion_column}
+    rows, taken = read_rows(read_chosen(source, options), **columns, answer=options.answer_column, pairs=pairs)
+    if taken is not None:
+        _announce(f"{source}: took {taken}.")
+    return rows
+
+
+def answer_column(rows: "Dataset", verifier: str, options: RowOptions) -> str:
+    """The column that a verifier compares responses with.
+
+    Raises:
+        ValueError: If it needs right answers, and there are none.
+    """
+    column = options.answer_column or ("answer" if "answer" in rows.column_names else "completion")
+    if verifier in ("exact-match", "math-verify") and column not in rows.column_names:
+        raise ValueError(
+            f"`--verifier {verifier}` compares with right answers, and the data have no column `answer` or "
+            f"`completion` among {rows.column_names}: name it with `--answer-column`."
+        )
+    return column
+
+
+@cache
+def _announce(text: str) -> None:
+    """Once, however often a command reads its corpus."""
+    say(text)
 
 
 def read_corpus(source: str, reading: CorpusOptions) -> "tuple[Dataset, dict[str, Any]]":
-    """A reference corpus, and what `write_origin` left beside it; see `read_dataset` and `check_origin`."""
-    return read_dataset(source, reading.split), check_origin(source, append_eos=reading.append_eos)
+    """A reference corpus, and what `write_origin` left beside it; see `read_responses` and `check_origin`."""
+    return read_responses(source, reading), check_origin(source, append_eos=reading.append_eos)
 
 
 def read_origin(source: str) -> dict[str, Any]:

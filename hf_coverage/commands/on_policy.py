@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_coverage.commands.console import is_main_process, say
-from hf_coverage.commands.inputs import decided_by_main_process, read_dataset
-from hf_coverage.commands.made_of import checkpoint_facts, folder_names, made_otherwise, write_made_of
+from hf_coverage.commands.inputs import decided_by_main_process, read_responses
+from hf_coverage.commands.made_of import SINCE, checkpoint_facts, folder_names, made_otherwise, write_made_of
 from hf_coverage.commands.options import CorpusOptions
 from hf_coverage.commands.score_folder import is_score_folder
+from hf_coverage.inference.adapters import KeptBase
 from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -88,14 +89,17 @@ def offset_arguments(
     tokenizer = _common_tokenizer(sources, loading)
     prompts, length = _prompts(data, tokenizer, generations, reading)
     keys = folder_names(sources)
-    models = [checkpoint_facts(source) | {"loading": loading.key()} for source in sources]
+    models = decided_by_main_process(
+        lambda: [checkpoint_facts(source, loading) | {"loading": loading.key()} for source in sources], loading.device
+    )
+    kept = KeptBase()
     asked = generations.facts() | {"max_new_tokens": length}
     asked["prompts"] = blake2b(json.dumps(prompts).encode(), digest_size=16).hexdigest()
     for source, key, model in zip(sources, keys, models):
-        _generate(source, folder / key, model | asked, prompts, tokenizer, loading, scoring["shard_rows"])
+        _generate(source, folder / key, model | asked, prompts, tokenizer, loading, scoring["shard_rows"], kept)
     for source, key, model in zip(sources, keys, models):
         others = [folder / other for other in keys if other != key]
-        _score(source, others, key, model | asked, tokenizer, loading, **scoring)
+        _score(source, others, key, model | asked, tokenizer, loading, kept, **scoring)
     if not is_main_process():
         return {}
     written = {name: load_from_disk(folder / key) for name, key in zip(names, keys)}
@@ -134,7 +138,7 @@ def _prompts(
     """Token ids of the prompts to continue, and how many tokens a response may have."""
     from hf_coverage.measure.corpus import encode_corpus
 
-    encoded = encode_corpus(read_dataset(data, reading.split), tokenizer, append_eos=reading.append_eos)
+    encoded = encode_corpus(read_responses(data, reading), tokenizer, append_eos=reading.append_eos)
     rows = np.arange(len(encoded))
     if generations.number is not None and generations.number < len(rows):
         rows = np.sort(np.random.default_rng(generations.seed).choice(rows, generations.number, replace=False))
@@ -149,6 +153,7 @@ def _generate(
     tokenizer: "PreTrainedTokenizerBase | None",
     loading: ModelOptions,
     shard_rows: int,
+    kept: KeptBase,
 ) -> None:
     """Write one response to each prompt into a folder, unless they are there; what an interruption left goes on."""
     from accelerate import PartialState
@@ -160,7 +165,7 @@ def _generate(
         return
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     responses = sample_corpus(
-        load_model(source, loading),
+        kept.load(source, loading, load_model),
         tokenizer,
         prompts,
         k=1,
@@ -189,6 +194,7 @@ def _score(
     made_of: dict[str, Any],
     tokenizer: "PreTrainedTokenizerBase | None",
     loading: ModelOptions,
+    kept: KeptBase,
     **scoring: Any,
 ) -> None:
     """Score the others' responses under a candidate into `other / "scores" / key`, those that are not scored yet."""
@@ -204,7 +210,7 @@ def _score(
     ]
     if not missing:
         return
-    model = load_model(source, loading)
+    model = kept.load(source, loading, load_model)
     for other in missing:
         score_responses(
             model,
@@ -222,7 +228,7 @@ def _score(
 
 def _is_kept(folder: Path, made_of: dict[str, Any]) -> bool:
     """Whether a folder is finished, and was made of the very same; otherwise the user has to decide."""
-    changed = made_otherwise(folder / _KEPT, made_of)
+    changed = made_otherwise(folder / _KEPT, made_of, since=SINCE)
     if changed:
         raise ValueError(
             f"{folder} was made otherwise ({', '.join(changed)} changed): choose another `--output-dir`, or remove it."

@@ -1,6 +1,7 @@
 """Options that several commands share, how dataclasses become options, and `--config`, which gives any from a file."""
 
 import inspect
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,8 @@ __all__ = [
     "CorpusOptions",
     "Levels",
     "Regret",
+    "Revisions",
+    "RowOptions",
     "Seed",
     "Sources",
     "Split",
@@ -45,6 +48,8 @@ DEFAULT_N = "2,4,8,16"
 
 _MOST = 10**9
 """The largest size that is taken for meant."""
+
+_ROWS = "Rows and columns"
 
 _PANELS = {ModelOptions: "Loading the model"}
 
@@ -69,6 +74,8 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         if value == "":
             raise typer.BadParameter(f"{path} has nothing for `{key}`: leave the line out, or give it a value.")
         parameter = parameters[name]
+        if isinstance(value, dict):  # what a command line gives as JSON
+            value = json.dumps(value)
         many = getattr(parameter, "multiple", False) or parameter.nargs == -1
         defaults[name] = [value] if many and not isinstance(value, list) else value
     context.default_map = {**(context.default_map or {}), **defaults}
@@ -144,20 +151,60 @@ Stratified = Annotated[
 BatchSize = Annotated[int, typer.Option(min=1, help="Responses sampled at once.")]
 TopK = Annotated[int | None, typer.Option(min=1, help="Keep the likeliest tokens, renormalised.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this mass, renormalised.")]
+Revisions = Annotated[
+    str | None,
+    typer.Option(help="Pattern of branches and tags, such as 'step*': a checkpoint each, of every Hub id given."),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 
 
 @dataclass(frozen=True)
-class CorpusOptions:
-    """How a reference corpus is read.
+class RowOptions:
+    """Which rows of a data set are read, and which of their columns.
 
     Attributes:
         split: Of a data set that has several.
+        prompt_column: Column of prompts; None for what is usual.
+        completion_column: Column of responses; None for what is usual.
+        answer_column: Column of single right answers.
+        limit: How many rows of the data are used.
+        shuffle_seed: Seed of the order that they are taken in; None for theirs.
+    """
+
+    split: Split = None
+    prompt_column: Annotated[
+        str | None,
+        typer.Option(help="Column of prompts; by default `prompt`, or what is usual.", rich_help_panel=_ROWS),
+    ] = None
+    completion_column: Annotated[
+        str | None,
+        typer.Option(help="Column of responses; by default `completion`, or what is usual.", rich_help_panel=_ROWS),
+    ] = None
+    answer_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of single right answers: what verifiers compare with (by default `answer`, or else "
+            "`completion`); scoring takes it for the response, with D(y|x) = 1.",
+            rich_help_panel=_ROWS,
+        ),
+    ] = None
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use that many rows of the data, from its start.", rich_help_panel=_ROWS)
+    ] = None
+    shuffle_seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed to shuffle the rows with first.", rich_help_panel=_ROWS)
+    ] = None
+
+
+@dataclass(frozen=True)
+class CorpusOptions(RowOptions):
+    """How a reference corpus is read.
+
+    Attributes:
         append_eos: Whether the end-of-sequence token is part of every response.
         group_by: Column whose equal values make rows dependent; None for `document`, or else `prompt`.
     """
 
-    split: Split = None
     append_eos: AppendEos = False
     group_by: Annotated[
         str | None,
@@ -214,7 +261,7 @@ def _check_number(parameter: inspect.Parameter, value: Any) -> None:
     flag = f"--{parameter.name.replace('_', '-')}"
     if isinstance(value, float) and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is no finite number: give one, or leave it out.", param_hint=flag)
-    if type(value) is int and value > _MOST and parameter.name != "seed":
+    if type(value) is int and value > _MOST and parameter.name not in ("seed", "shuffle_seed"):
         text = f"{value:,} is taken for a typing error: give at most {_MOST:,}."
         raise typer.BadParameter(text, param_hint=flag)
 
@@ -248,7 +295,8 @@ def _field_options(group: Any) -> list[inspect.Parameter]:
     for one in fields(group):
         annotation = annotations[one.name]
         if "help" in one.metadata:
-            option = typer.Option(help=one.metadata["help"], rich_help_panel=_PANELS.get(group))
+            flags = [f"--{one.name.replace('_', '-')}"] if annotation is bool else []  # without a `--no-`
+            option = typer.Option(*flags, help=one.metadata["help"], rich_help_panel=_PANELS.get(group))
             annotation = Annotated[annotation, option]
         default = inspect.Parameter.empty if one.default is MISSING else one.default
         found.append(

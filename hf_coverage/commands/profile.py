@@ -21,6 +21,7 @@ from hf_coverage.commands.options import (
 from hf_coverage.commands.score import score_into
 from hf_coverage.commands.score_folder import Measured, is_score_folder, read_measured, require_intervals
 from hf_coverage.functional.checks import check_regret
+from hf_coverage.inference.adapters import KeptBase
 from hf_coverage.inference.loading import ModelOptions, model_name
 from hf_coverage.report.provenance import running_command
 
@@ -101,14 +102,15 @@ def collect(
         loading: How models are loaded.
         intervals: Whether the intervals of responses are needed, for Pass@N of stratified samples.
     """
-    measured = []
+    measured, kept = [], KeptBase()
     for source in sources:
         if corpus is None or is_score_folder(source):
             measured.append(read_measured(source, reading.group_by))
             continue
         name = model_name(source, loading)
         folder = output_dir / "scores" / name.replace("/", "__")
-        score_into(folder, source, corpus, name=name, reading=reading, loading=loading, intervals=intervals)
+        how: dict[str, Any] = {"reading": reading, "loading": loading, "kept": kept, "intervals": intervals}
+        score_into(folder, source, corpus, name=name, **how)
         measured.append(read_measured(str(folder)))
     if intervals:
         require_intervals(measured)

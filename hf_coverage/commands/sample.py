@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_coverage.commands.console import is_main_process, say
-from hf_coverage.commands.inputs import check_number_of_responses, read_dataset, write_origin
-from hf_coverage.commands.options import AppendEos, BatchSize, Seed, Split, TopK, TopP, output_folder
+from hf_coverage.commands.inputs import check_number_of_responses, read_chosen, read_responses, write_origin
+from hf_coverage.commands.lm_eval_tasks import TaskOptions, task_rows
+from hf_coverage.commands.options import AppendEos, BatchSize, RowOptions, Seed, TopK, TopP, output_folder
 from hf_coverage.inference.folder_lock import LOCK_FILES
 from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer
 from hf_coverage.report.provenance import running_command, versions
@@ -33,8 +34,14 @@ hf-coverage sample wiki.txt --from texts --tokenizer gpt2 --prompt-tokens 192 --
 Prompts and completions that a teacher wrote, scored by it:
 
 hf-coverage sample pairs.jsonl --from pairs --teacher Qwen/Qwen3-1.7B --append-eos --output-dir corpus
+
+A task of lm-evaluation-harness, its prompts and right responses:
+
+hf-coverage sample --from lm-eval:gsm8k --num-fewshot 5 --limit 200 --output-dir corpus
 """
 
+
+_TASK = "Tasks of lm-evaluation-harness"
 
 _UNFINISHED = ".unfinished"
 """In the folder of a corpus: what was sampled or scored of it so far."""
@@ -46,23 +53,28 @@ class Source(str, Enum):
     prompts = "prompts"
     texts = "texts"
     pairs = "pairs"
+    lm_eval = "lm-eval"
 
 
 def sample(
-    source: Annotated[str, typer.Argument(help="Prompts, texts or pairs: folder, .jsonl, .parquet, .txt, or Hub id.")],
+    source: Annotated[
+        str | None,
+        typer.Argument(help="Prompts, texts or pairs: folder, .jsonl, .parquet, .txt, or Hub id.", show_default=False),
+    ] = None,
+    *,
     output_dir: Annotated[Path, output_folder("Folder for the corpus; new or empty, or that of an interrupted run.")],
-    kind: Annotated[
-        Source,
+    what: Annotated[
+        str,
         typer.Option(
             "--from",
-            help="`prompts`: the teacher samples responses. `texts`: cut windows. `pairs`: the teacher scores them.",
+            help="`prompts`: the teacher samples responses. `texts`: cut windows. `pairs`: the teacher scores them. "
+            "`lm-eval:TASK`: prompts and right responses of a task, which a teacher scores if there is one.",
         ),
-    ] = Source.prompts,
+    ] = "prompts",
     teacher: Annotated[str | None, typer.Option(help="Folder or Hub id of the model that is the reference.")] = None,
     column: Annotated[
         str | None, typer.Option(help="Column of prompts or texts; by default `prompt`, or else `text`.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use that many rows of the source, from its start.")] = None,
     k: Annotated[int, typer.Option("--k", min=1, help="Responses for each prompt.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a response.")] = 64,
     stratified: Annotated[
@@ -82,13 +94,27 @@ def sample(
         int | None, typer.Option(min=1, help="Tokens between windows; by default the response's.")
     ] = None,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Keep that many windows, chosen at random.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question.", rich_help_panel=_TASK)
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Field of a document that is its response.", rich_help_panel=_TASK)
+    ] = None,
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option("--apply-chat-template", help="Write prompts as the tokenizer's chats.", rich_help_panel=_TASK),
+    ] = False,
+    fewshot_as_multiturn: Annotated[
+        bool, typer.Option("--fewshot-as-multiturn", help="Examples are turns of the chat.", rich_help_panel=_TASK)
+    ] = False,
+    system_prompt: Annotated[str | None, typer.Option(help="What comes first.", rich_help_panel=_TASK)] = None,
+    include_path: Annotated[str | None, typer.Option(help="Folder of further tasks.", rich_help_panel=_TASK)] = None,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
     shard_rows: Annotated[
         int, typer.Option(min=1, help="Responses between two writes: what an interruption costs.")
     ] = 256,
-    split: Split = None,
-    *,
+    reading: RowOptions,
     loading: ModelOptions,
     append_eos: AppendEos = False,
 ) -> None:
@@ -103,15 +129,29 @@ def sample(
     from hf_coverage.inference.sampler import Sampling
 
     Sampling(max_new_tokens, temperature, top_k, top_p)  # what cannot be is said before a model is loaded
+    kind, name = _kind(what)
+    task = TaskOptions(
+        num_fewshot,
+        target,
+        include_path,
+        system_prompt,
+        apply_chat_template,
+        fewshot_as_multiturn,
+        reading.limit,
+        seed,
+    )
     _check_choice(kind, teacher, loading.tokenizer, output_dir)
+    _check_source(kind, source, task, reading)
     if stratified and kind is not Source.prompts:
         raise typer.BadParameter(
             f"`--stratified` is of sampled responses, and `--from {kind.value}` has none: leave it out."
         )
-    rows = read_dataset(source, split, document=kind is Source.texts, limit=limit)
+    rows: Any = _rows(kind, str(source), column, reading)
     if kind is Source.prompts:
         check_number_of_responses(len(rows), k, max_new_tokens)
-    words = load_tokenizer(str(teacher), loading)
+    words = None if teacher is None and loading.tokenizer is None else load_tokenizer(str(teacher), loading)
+    if kind is Source.lm_eval:
+        rows = task_rows(name, task, words)
 
     def load() -> Any:
         return None if teacher is None else load_model(teacher, loading)
@@ -131,15 +171,58 @@ def sample(
     if is_main_process():
         asked = {"command": running_command(), "source": source, "from": kind.value, "teacher": teacher}
         # windows and samples are token ids, which contain their end already: nothing is appended when they are scored
-        final = {"append_eos": append_eos and kind is Source.pairs}
+        final: dict[str, Any] = {"append_eos": append_eos and kind in (Source.pairs, Source.lm_eval)}
+        if kind is Source.lm_eval:
+            final |= {"from": what, **{name: value for name, value in task._asdict().items() if value}}
         _write(corpus, output_dir, words, asked | settings | final)
     _report(corpus, output_dir)
 
 
+def _kind(what: str) -> tuple[Source, str]:
+    kind, colon, name = what.partition(":")
+    known = [one.value for one in Source]
+    if kind not in known or (kind == "lm-eval") != bool(name) or (colon and not name):
+        raise typer.BadParameter(f"`--from` must be one of {', '.join(known)}:TASK, but is {what!r}.")
+    return Source(kind), name
+
+
+def _check_source(kind: Source, source: str | None, task: TaskOptions, reading: RowOptions) -> None:
+    if (source is None) != (kind is Source.lm_eval):
+        raise typer.BadParameter(
+            "`--from lm-eval:TASK` has its own data: leave the source out."
+            if source is not None
+            else f"`--from {kind.value}` needs a source of {kind.value}."
+        )
+    own = {"num_fewshot", "target", "include_path", "system_prompt", "chat", "multiturn"}
+    set_ones = {name for name, value in task._asdict().items() if value is not None and value is not False}
+    given = [name for name in TaskOptions._fields if name in own & set_ones]
+    if given and kind is not Source.lm_eval:
+        flags = {"chat": "apply-chat-template", "multiturn": "fewshot-as-multiturn"}
+        flag = flags.get(given[0], given[0].replace("_", "-"))
+        raise typer.BadParameter(f"`--{flag}` is for `--from lm-eval:TASK`: leave it out.")
+    if kind is Source.lm_eval and RowOptions(limit=reading.limit) != reading:
+        raise typer.BadParameter("`--from lm-eval:TASK` knows its rows and columns: give `--limit` and `--target`.")
+
+
+def _rows(kind: Source, source: str, column: str | None, reading: RowOptions) -> "Dataset | None":
+    """The rows of the source, by the columns that are named or usual."""
+    if kind is Source.lm_eval:
+        return None
+    if kind is Source.texts:
+        return read_chosen(source, reading, document=True)
+    if column is not None and reading.prompt_column is not None:
+        raise typer.BadParameter("`--column` and `--prompt-column` are one: give one of them.")
+    if kind is Source.prompts and reading.prompt_column is None:
+        rows = read_chosen(source, reading)
+        if column is not None or ("text" in rows.column_names and "prompt" not in rows.column_names):
+            return rows
+    return read_responses(source, reading, pairs=kind is Source.pairs)
+
+
 def _check_choice(kind: Source, teacher: str | None, tokenizer: str | None, output_dir: Path) -> None:
-    if kind is not Source.texts and teacher is None:
+    if kind in (Source.prompts, Source.pairs) and teacher is None:
         raise typer.BadParameter(f"`--from {kind.value}` needs a `--teacher`, the model that is the reference.")
-    if teacher is None and tokenizer is None:
+    if kind is Source.texts and teacher is None and tokenizer is None:
         raise typer.BadParameter("windows of text need a `--tokenizer`: that of the models to be judged.")
     there = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
     if there - {*LOCK_FILES} and _UNFINISHED not in there:
@@ -159,9 +242,12 @@ def _build(
     from hf_coverage.measure.corpus_columns import template_kwargs
 
     progress = is_main_process()
-    if kind is Source.pairs:
-        folder = keeping["output_dir"]
-        return teacher_scored_corpus(rows, load(), tokenizer, output_dir=folder, progress=progress, **settings)
+    if kind in (Source.pairs, Source.lm_eval):
+        folder, model = keeping["output_dir"], load()
+        if model is None:
+            _require_nothing_kept(folder)
+            return rows
+        return teacher_scored_corpus(rows, model, tokenizer, output_dir=folder, progress=progress, **settings)
     values = _column(rows, column)
     if kind is Source.prompts:
         own = template_kwargs(rows)
@@ -200,7 +286,9 @@ def _write(corpus: "Dataset", folder: Path, tokenizer: Any, facts: dict[str, Any
         try:
             with written_whole(folder) as part:
                 corpus.save_to_disk(part)
-                made = {"tokenizer_fingerprint": vocabulary_fingerprint(tokenizer), "versions": versions()}
+                made: dict[str, Any] = {"versions": versions()}
+                if tokenizer is not None:
+                    made = {"tokenizer_fingerprint": vocabulary_fingerprint(tokenizer)} | made
                 write_origin(part, facts | made)
         except BaseException:
             for path in folder.iterdir():  # which held nothing else

@@ -10,8 +10,9 @@ from hf_coverage.commands.checkpoint_scores import CheckpointScores
 from hf_coverage.commands.console import is_main_process, print_table, say
 from hf_coverage.commands.inputs import leave_job
 from hf_coverage.commands.on_policy import Generations, offset_arguments
-from hf_coverage.commands.options import BatchTokens, CorpusOptions, output_folder, parse_n
+from hf_coverage.commands.options import BatchTokens, CorpusOptions, Revisions, output_folder, parse_n
 from hf_coverage.commands.score_folder import on_same_rows, read_measured
+from hf_coverage.commands.suites import candidate_sources
 from hf_coverage.functional.checks import check_n, metric_key
 from hf_coverage.inference.loading import ModelOptions
 from hf_coverage.report.table import Cell, Column, Table
@@ -52,7 +53,7 @@ def tournament(
     candidates: Annotated[
         list[str],
         typer.Argument(
-            help="Checkpoint folders or Hub ids; score folders, and what TournamentCallback kept, as well.",
+            help="Checkpoint folders, Hub ids, ID@REVISION; score folders, and what TournamentCallback kept.",
             metavar="CHECKPOINTS",
         ),
     ],
@@ -60,6 +61,7 @@ def tournament(
         str | None,
         typer.Option("--data", "--corpus", help="Held-out prompts and responses: folder, file or Hub id."),
     ] = None,
+    revisions: Revisions = None,
     n: Annotated[
         float, typer.Option("--n", "-n", help="N of the challenges, a real number; the larger, the rarer they are.")
     ] = 16,
@@ -147,7 +149,7 @@ def tournament(
     if race is not None and not 0 < race < 1:
         raise typer.BadParameter(f"`--race` must lie strictly between 0 and 1, for example 0.99, but is {race}.")
     more = parse_n(sweep, "--sweep") if sweep else ()
-    sources = [candidate.rstrip("/") for candidate in candidates]
+    sources = candidate_sources(candidates, revisions, loading.device)
     names = distinct_names(sources)
     scoring = {"batch_tokens": batch_tokens, "shard_rows": shard_rows}
     offset: dict[str, Any] = {"edge": "soft"} if soft else {}

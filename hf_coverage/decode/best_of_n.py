@@ -43,6 +43,7 @@ def evaluate_best_of_n(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    stop: Sequence[str] = (),
     eos_token_id: int | Sequence[int] | None = None,
     batch_size: int = 16,
     seed: int = 0,
@@ -79,6 +80,7 @@ def evaluate_best_of_n(
         temperature: What logits are divided by; 1 is the model itself.
         top_k: Keep the k likeliest tokens of every step; None: all.
         top_p: Keep the likeliest tokens that together reach this mass; None: all.
+        stop: Texts that end a response and are no part of what is judged.
         eos_token_id: The tokens that end a response; None: those of the model's generation config, or else the
             tokenizer's.
         batch_size: Responses drawn at once, and judged at once by a verifier that runs in this process.
@@ -123,7 +125,7 @@ def evaluate_best_of_n(
     law = Sampling(max_new_tokens, temperature, top_k, top_p, end_token_ids(eos_token_id, model, tokenizer))
     sampler = Sampler(model, law, batch_size=batch_size, seed=seed, stratified=sampling == "stratified")
     prompts = table.encode(tokenizer)
-    facts = sampling_facts(sampler, prompts, tokenizer, k=k, shard_rows=shard_rows)
+    facts = sampling_facts(sampler, prompts, tokenizer, k=k, shard_rows=shard_rows, stop=stop)
     facts |= {"corpus": digest(table.codes.tolist())}
     facts |= {"about": {"model": name or _name(model)}}
     facts |= {"rounds": [k]} if sampler.stratified else {}
@@ -132,7 +134,8 @@ def evaluate_best_of_n(
         if output_dir is not None:
             facts, shards = on_main_process(partial(_open, output_dir, facts))
         size = facts["rows_per_shard"]
-        samples = kept_samples(sampler, prompts, tokenizer, shards, rounds=_rounds(facts), rows_per_shard=size)
+        rounds = _rounds(facts)
+        samples = kept_samples(sampler, prompts, tokenizer, shards, rounds=rounds, rows_per_shard=size, stop=stop)
         return _collect(samples, table, facts, judging, output_dir, threshold=threshold, progress=progress)
 
 

@@ -274,7 +274,10 @@ def _features(
                 bar.update(sum(len(batch.rows) for batch in together))
 
             found = map_over_processes(
-                lambda batch: _mean_states(forward, read, batch).numpy(), batches, after_round=keep_pace
+                lambda batch: _mean_states(forward, read, batch).numpy(),
+                batches,
+                after_round=keep_pace,
+                together=forward.split,
             )
     means = dict(chain.from_iterable(zip(batch.rows, values) for batch, values in zip(batches, found)))
     features = np.stack([means[index] for index in inverse])

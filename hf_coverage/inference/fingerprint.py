@@ -193,6 +193,10 @@ def _digest_value(value: Any) -> str:
     if not isinstance(value, Tensor):  # packed parameters of a quantised layer, or their settings
         parts = [_digest_value(part) for part in value] if isinstance(value, tuple) else [repr(value)]
         return _digest("".join(parts).encode())
+    if hasattr(value, "__tensor_flatten__"):  # of a library that quantises: tensors, and how they are read
+        names, settings = value.__tensor_flatten__()
+        parts = [_digest_value(getattr(value, name)) for name in names]
+        return _digest("".join([type(value).__name__, *names, *parts, repr(settings)]).encode())
     header = f"{tuple(value.shape)} {value.dtype}"
     if value.is_quantized:
         value = value.dequantize()

@@ -38,6 +38,7 @@ __all__ = [
     "input_device",
     "is_out_of_memory",
     "is_sharded",
+    "is_split",
     "refuse_zero3",
     "select_before",
     "unwrap",
@@ -112,6 +113,7 @@ class HeadForward:
         self.model = unwrap(model)
         self.head = find_head(self.model)
         self.sharded = is_sharded(self.model)
+        self.split = is_split(self.model)
         self.device = input_device(self.model)
         self._takes_use_cache = "use_cache" in inspect.signature(self.model.forward).parameters
 
@@ -225,6 +227,23 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
         isinstance(parameter, DTensor) for parameter in model.parameters()
     )
+
+
+def is_split(model: nn.Module) -> bool:
+    """Tell whether the processes of a job run one model together, each a part of every layer (tensor parallelism).
+
+    All of them have to make the same passes on the same tokens.
+
+    Raises:
+        RuntimeError: If only some of the processes do, so that there are several such models.
+    """
+    size = getattr(unwrap(model), "tp_size", None) or 1
+    if size not in (1, PartialState().num_processes):
+        raise RuntimeError(
+            f"A model must be split over all processes of a job, but it is over {size} of "
+            f"{PartialState().num_processes}: start {size} of them, or load it without tensor parallelism."
+        )
+    return size > 1
 
 
 def refuse_zero3() -> None:

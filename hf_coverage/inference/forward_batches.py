@@ -347,6 +347,7 @@ class BatchPasses:
         positions: Positions whose logits may exist at the same time.
         plain_head: Whether the models return what their heads give, so that these may be called alone.
         sharded: Whether all processes have to make the same number of passes.
+        split: Whether they have to make the same passes.
 
     Raises:
         ValueError: If a model has no output embeddings, the vocabularies differ, or `logits_memory` is too small.
@@ -371,6 +372,7 @@ class BatchPasses:
         self.positions = logits_memory // position_bytes
         self.plain_head = all(probe.plain_head for probe in probes)
         self.sharded = any(forward.sharded for forward in self.forwards)
+        self.split = any(forward.split for forward in self.forwards)
         # A head that can be called alone takes the positions of one pass in chunks; otherwise the pass is bounded.
         self._limits = Limits(batch_tokens, sys.maxsize if self.plain_head else self.positions)
         self._repeatable = all(probe.repeatable for probe in probes)

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from hf_coverage.functional.checks import check_count
 from hf_coverage.inference.fingerprint import config_fingerprint, digest, tokenizer_fingerprint, weight_fingerprint
+from hf_coverage.inference.loading import loading_facts
 from hf_coverage.inference.processes import on_main_process
 from hf_coverage.inference.shards import JsonShards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from hf_coverage.inference.sampler import Sample, Sampler
+    from hf_coverage.inference.sampler import Sample, Sampler, Stop
 
 __all__ = ["SAMPLE", "Rows", "code_books", "damaged", "kept_samples", "sampling_facts", "shard_sizes"]
 
@@ -27,7 +28,13 @@ SAMPLE = ("prompt", "sample", "ids", "logprob", "finished")
 
 
 def sampling_facts(
-    sampler: Sampler, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase | None, *, k: int, shard_rows: int
+    sampler: Sampler,
+    prompts: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    k: int,
+    shard_rows: int,
+    stop: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What decides k samples of each prompt, and how they are kept: the metadata of their shards.
 
@@ -37,6 +44,7 @@ def sampling_facts(
         tokenizer: Makes text of them; None for none.
         k: Samples of each prompt.
         shard_rows: Samples of a shard; made a number of whole batches.
+        stop: Texts that end a sample.
 
     Raises:
         ValueError: If `k` or `shard_rows` is below 1.
@@ -55,6 +63,9 @@ def sampling_facts(
         "dtype": str(sampler.model.dtype),
         "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
     }
+    loading = loading_facts(sampler.model)
+    facts |= {"loading": loading} if loading else {}
+    facts |= {"stop": list(stop)} if stop else {}
     return facts | {"stratified": True} if sampler.stratified else facts
 
 
@@ -67,6 +78,7 @@ def kept_samples(
     rounds: Sequence[int],
     rows_per_shard: int,
     books: Sequence[tuple[int, int]] | None = None,
+    stop: Sequence[str] = (),
 ) -> Iterator[Rows]:
     """Draw k samples of each prompt, those alone whose shards are not there; every process of a job calls it.
 
@@ -80,6 +92,7 @@ def kept_samples(
         rounds: How many samples of each prompt there are after each round in which they are drawn; the last is k.
         rows_per_shard: Samples of a shard, a number of whole batches.
         books: Where the codes of each prompt's samples are, see `code_books`; None: each prompt has its own.
+        stop: Texts that end a sample, and are no part of its `text`; they need a tokenizer.
 
     Yields:
         The samples of a shard, each with the numbers of its prompt and of itself; shortest prompts first in a round.
@@ -104,6 +117,7 @@ def kept_samples(
         return {"prompts": [prompts[prompt] for prompt, _ in places], "places": codes, "first_batch": first_batch}
 
     known: dict[int, list[Sample]] | None = None
+    ends = stops_at(stop, tokenizer)
     for index, (first_batch, places) in enumerate(parts):
         kept = None if shards is None else on_main_process(partial(shards.read, index, SAMPLE))
         if kept is not None:
@@ -112,17 +126,49 @@ def kept_samples(
             yield kept
             continue
         if known is None:
-            known = {number: batch for part in whole for number, batch in sampler.settle(**asked(*part)).items()}
-        samples = sampler.draw(**asked(first_batch, places), known=known)
+            known = {
+                number: batch for part in whole for number, batch in sampler.settle(**asked(*part), stop=ends).items()
+            }
+        samples = sampler.draw(**asked(first_batch, places), known=known, stop=ends)
         rows = [
             {"prompt": prompt, "sample": number} | asdict(sample) for (prompt, number), sample in zip(places, samples)
         ]
         if tokenizer is not None:
             texts = tokenizer.batch_decode([sample.ids for sample in samples], skip_special_tokens=True)
-            rows = [row | {"text": text} for row, text in zip(rows, texts)]
+            rows = [row | {"text": before(text, stop)} for row, text in zip(rows, texts)]
         if shards is not None:
             on_main_process(partial(shards.write, index, rows))
         yield rows
+
+
+def stops_at(stop: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> Stop | None:
+    """What tells from the tokens of a response that it holds one of some texts; None where there are none.
+
+    Raises:
+        ValueError: If there is no tokenizer, or a text is empty.
+    """
+    if not stop:
+        return None
+    if tokenizer is None or "" in stop:
+        raise ValueError("`stop` must be texts of one character or more, and needs a tokenizer.")
+    # A token is a byte at the least: what a text needs at the most, and as much for one that is cut in two.
+    tail = 2 * max(len(text.encode()) for text in stop) + 8
+
+    def reached(ids: list[int]) -> bool:
+        text = str(tokenizer.decode(ids[-tail:], skip_special_tokens=True))
+        return any(one in text for one in stop)
+
+    return reached
+
+
+def before(text: str, stop: Sequence[str]) -> str:
+    """A text up to the first of some texts in it.
+
+    Example:
+        >>> before("42 Q: what", ["Q:", "A:"])
+        '42 '
+    """
+    return text[: min((text.find(one) for one in stop if one in text), default=len(text))]
 
 
 def shard_sizes(num_prompts: int, rounds: Sequence[int], rows_per_shard: int) -> list[int]:

@@ -81,6 +81,7 @@ def map_over_processes(
     items: Sequence[_T],
     *,
     after_round: Callable[[Sequence[_T], _T | None], Any] | None = None,
+    together: bool = False,
 ) -> list[_R]:
     """Call a function with every item, each on one process of a job, and return all results on every process.
 
@@ -92,6 +93,8 @@ def map_over_processes(
         after_round: Called on every process after each round with the items of all processes in it, and with its own,
             None where there was none left. Here a process reports, and takes part in passes of a sharded model that
             the others have made, which wait for it.
+        together: Whether it takes all processes to call the function with an item, as with a model that is split over
+            them: then each calls it with every item, and a round has one.
 
     Returns:
         One result an item, in the order of the items.
@@ -102,7 +105,7 @@ def map_over_processes(
         ['list'] list
         [1, 4]
     """
-    size = PartialState().num_processes
+    size = 1 if together else PartialState().num_processes
 
     def run(own: Sequence[_T]) -> Iterator[_R]:
         for index, start in enumerate(range(0, len(items), size)):
@@ -112,4 +115,4 @@ def map_over_processes(
             if after_round is not None:
                 after_round(items[start : start + size], mine)
 
-    return split_over_processes(lambda own: list(run(own)), items)
+    return list(run(items)) if together else split_over_processes(lambda own: list(run(own)), items)

@@ -42,7 +42,15 @@ from transformers import (
 from hf_coverage.functional.checks import check_count
 from hf_coverage.functional.logprobs import token_logprobs
 from hf_coverage.inference.code_choice import CodeChoice, code_device, placed_codes
-from hf_coverage.inference.forward import inference, input_device, is_out_of_memory, is_sharded, refuse_zero3, unwrap
+from hf_coverage.inference.forward import (
+    inference,
+    input_device,
+    is_out_of_memory,
+    is_sharded,
+    is_split,
+    refuse_zero3,
+    unwrap,
+)
 from hf_coverage.inference.prefix_cache import CACHE, is_repeatable
 from hf_coverage.inference.processes import map_over_processes
 from hf_coverage.inference.self_check import Reading, Readout, agree, rounding
@@ -202,7 +210,7 @@ class Sampler:
                 f"`model` {type(self.model).__name__} is an encoder-decoder, whose responses do not go on from their "
                 "prompts; load a decoder with `AutoModelForCausalLM.from_pretrained`."
             )
-        self.sharded = is_sharded(self.model)
+        self.sharded, self.split = is_sharded(self.model), is_split(self.model)
         self.sampling = sampling
         self.batch_size = batch_size
         self.seed = seed
@@ -267,7 +275,7 @@ class Sampler:
                     self._draw_batch([asked[order[0]]], 0, stop)
                 bar.update(sum(len(rows) for _, rows in together))
 
-            drawn = map_over_processes(draw, numbered, after_round=keep_pace)
+            drawn = map_over_processes(draw, numbered, after_round=keep_pace, together=self.split)
         samples = dict(zip(chain.from_iterable(batches), chain.from_iterable(drawn)))
         return [samples[row] for row in range(len(prompts))]
 
@@ -601,7 +609,8 @@ def read_prompts(model: PreTrainedModel, prompts: Sequence[list[int]]) -> Cache 
     config = GenerationConfig(max_new_tokens=1, use_cache=True, return_dict_in_generate=True, pad_token_id=0)
     with own_config(model, config):
         # By `generate` itself, which knows what each architecture wants; the token that it finds is not needed.
-        read = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+        device = input_device(model)  # `model.device` may be that of parts that are not loaded
+        read = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=config)
     cache = read.get(CACHE)
     if not is_repeatable(cache):
         return None

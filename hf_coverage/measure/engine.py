@@ -165,7 +165,8 @@ class ScoringEngine:
             advance(sum(tokens_read(corpus, row) for batch in together for row in batch.rows))
 
         score_batch = partial(self._score_batch, corpus, rules=rules)
-        found = map_over_processes(score_batch, batches, after_round=keep_pace)
+        split = self._passes.split
+        found = map_over_processes(score_batch, batches, after_round=keep_pace, together=split)
         return [
             _assemble([(batch.rows, values) for batch, values in zip(batches, own)], corpus, rows, self.options)
             for own in zip(*found)

@@ -31,6 +31,7 @@ from hf_coverage.inference.encoded_rows import EncodedCorpus
 from hf_coverage.inference.fingerprint import config_fingerprint, tokenizer_fingerprint, weight_fingerprint
 from hf_coverage.inference.forward import inference, unwrap
 from hf_coverage.inference.forward_batches import tokens_read
+from hf_coverage.inference.loading import loaded_commit, loading_facts
 from hf_coverage.inference.processes import on_main_process, writing_to
 from hf_coverage.measure.corpus import encode_corpus
 from hf_coverage.measure.engine import ScoringEngine, ScoringOptions, refuse_nan
@@ -438,15 +439,18 @@ def _describe_options(options: ScoringOptions) -> dict[str, Any]:
 
 
 def _describe_model(model: nn.Module) -> dict[str, Any]:
-    config = unwrap(model).config
+    model = unwrap(model)
     parameter = next(model.parameters())
+    loading = loading_facts(model)
     return {
-        "name": config._name_or_path,
-        "revision": getattr(config, "_commit_hash", None),
+        "name": model.config._name_or_path,
+        "revision": loaded_commit(model),
         "weights": weight_fingerprint(model),
         "config": config_fingerprint(model),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": parameter.device.type,
+        # of models that are loaded as ever nothing more is written down than ever
+        **({"loading": loading} if loading else {}),
     }
 
 

@@ -11,13 +11,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_coverage import __version__
-from hf_coverage.inference.files import written_whole
+from hf_coverage.decode.best_of_n_result import BestOfNResult
+from hf_coverage.inference.files import write_atomically, written_whole
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.report.summary import profile_table, summarize_profiles
 from hf_coverage.report.table import Table, escape_markdown
 from hf_coverage.report.wording import how_to_read, what_is_known
 
-__all__ = ["TAG", "coverage_eval_results", "write_model_card"]
+__all__ = ["TAG", "coverage_eval_results", "success_eval_results", "write_model_card", "write_model_index"]
 
 TAG = "hf-coverage"
 """The tag that all cards written here carry, and by which one is known that may be written over."""
@@ -125,6 +126,51 @@ def coverage_eval_results(
         for key, name, value, arguments in _entries(profile, n)
         if math.isfinite(value)
     ]
+
+
+def success_eval_results(
+    result: BestOfNResult, n: Sequence[int], *, data: str, data_fingerprint: str | None = None
+) -> list[EvalResult]:
+    """Entries of a card's model-index: Pass@N and the reward of the best of N samples.
+
+    Args:
+        result: What Best-of-N achieves with the model.
+        n: The N to report.
+        data: Name of the problems: a dataset's id on the Hub where it has one.
+        data_fingerprint: Hash of the problems.
+
+    Example:
+        >>> result = BestOfNResult.from_rewards([[1.0, 0.0], [1.0, 1.0]])
+        >>> [(one.metric_type, one.metric_value) for one in success_eval_results(result, [2], data="org/problems")]
+        [('pass@2', 1.0), ('best_of_2', 1.0)]
+    """
+    facts = {"num_prompts": result.num_prompts, "samples": result.k, "fingerprint": data_fingerprint}
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=re.sub(r"[^\w./-]+", "-", data).strip("-"),
+            dataset_name=data,
+            dataset_args={name: fact for name, fact in facts.items() if fact is not None},
+            metric_type=key,
+            metric_name=f"{key}, judged by {result.verifier} (higher is better)",
+            metric_value=round(value, 6),
+        )
+        for key, value in result.metrics(n).items()
+        if key != "failed" and not key.endswith("_stderr") and math.isfinite(value)
+    ]
+
+
+def write_model_index(path: str | PathLike[str], name: str, entries: Sequence[EvalResult]) -> Path:
+    """Write a card's model-index as YAML, to be put between the `---` lines of a model's README.md.
+
+    Args:
+        path: The file.
+        name: The model's name.
+        entries: What `coverage_eval_results` or `success_eval_results` gave.
+    """
+    data = ModelCardData(model_name=name, eval_results=list(entries))
+    write_atomically(Path(path), data.to_yaml() + "\n")
+    return Path(path)
 
 
 def _entries(profile: CoverageProfile, n: Sequence[float]) -> Iterator[tuple[str, str, float, dict[str, Any]]]:

@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_coverage.inference.evaluation_callback import CoverageWarning
 from hf_coverage.inference.files import write_atomically
-from hf_coverage.inference.loading import some
+from hf_coverage.inference.loading import hub_parts, some
 from hf_coverage.select.choose import Choice
 from hf_coverage.select.result import TournamentResult
 
@@ -59,7 +59,7 @@ def distinct_names(paths: Sequence[str | os.PathLike[str]], *, parts: int = 1) -
         >>> distinct_names(["runs/a/checkpoint-100", "runs/b/checkpoint-100"])
         ['a/checkpoint-100', 'b/checkpoint-100']
     """
-    split = [Path(path).absolute().parts for path in paths]
+    split = [_named_parts(os.fspath(path)) for path in paths]
     twice = next((path for path, own in zip(paths, split) if split.count(own) > 1), None)
     if twice is not None:
         raise ValueError(f"{twice} is given twice: give each candidate once.")
@@ -68,6 +68,13 @@ def distinct_names(paths: Sequence[str | os.PathLike[str]], *, parts: int = 1) -
         if len(set(names)) == len(names):
             return names
         parts += 1
+
+
+def _named_parts(path: str) -> tuple[str, ...]:
+    """What a path is called by: its parts, a revision of the Hub being the last of them."""
+    place, revision = hub_parts(path.rstrip("/"))
+    parts = Path(path if revision is None else place).absolute().parts
+    return parts if revision is None else (*parts, revision.replace("/", "-"))
 
 
 def checkpoint_signature(folder: str | os.PathLike[str]) -> dict[str, list[int]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from lm_eval.utils import make_table
 
 from hf_coverage import BestOfNResult, evaluate_best_of_n
 from hf_coverage.decode.verifiers import ExactMatch
@@ -128,7 +129,10 @@ def test_an_interrupted_command_goes_on_with_what_is_there(problems, work):
     ("options", "message"),
     [
         ("--verifier exact", "`verifier` 'exact' is not known"),
-        ("--verifier math-verify --answer-column solution", "`verifier` needs `solution`, which is no column"),
+        (
+            "--verifier math-verify --answer-column solution",
+            "`--answer-column` must be one of the data's columns, ['prompt', 'completion']",
+        ),
         ("--verifier absent.py:f", "there is no file absent.py"),
         ("--k 4 --n 8", "`n` must be whole numbers from 1 to k = 4"),
         ("--profile scores/student --k 2 --max-new-tokens 1", "`profile` must be of the same prompts"),
@@ -205,3 +209,28 @@ def test_what_cannot_be_said_of_groups_is_refused_before_sampling(work, monkeypa
     assert message in error_line(f"best-of-n student problems.jsonl --k 8 --max-new-tokens 2 -o out {options}")
     assert not Path("out").exists()
     assert not Path("keep.jsonl").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_samples_are_logged_with_the_entries_that_lm_eval_logs(work):
+    Dataset.from_dict({"prompt": PROMPTS[:3], "gold": ["cat sat", "dog", "on"]}).to_json("gold.jsonl")
+    command = "best-of-n student gold.jsonl --answer-column gold --k 4 --max-new-tokens 3 --device cpu --log-samples"
+    invoke(f"{command} -o out")
+    (path,) = (work / "out").glob("samples_student_*.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    result = BestOfNResult.from_json(work / "out" / "best_of_n-exact-match.json")
+    wanted = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics", "doc_hash"}
+    assert wanted | {"prompt_hash", "target_hash"} <= lines[0].keys()
+    for number, line in enumerate(lines):
+        assert (line["doc"]["prompt"], line["target"]) == (PROMPTS[number], line["doc"]["gold"])
+        assert line["resps"] == [line["filtered_resps"]]
+        assert line["reward"] == result.rewards[number].tolist()
+        assert line["pass@1"] == result.rewards[number].mean()
+        drawn = [json.loads(text) for text in (work / "out" / "samples-00000.jsonl").read_text().splitlines()]
+        own = {row["sample"]: row["text"] for row in drawn if row["prompt"] == number}
+        assert line["filtered_resps"] == [own[sample] for sample in range(4)]
+    assert "org" not in (work / "out" / "best_of_n-exact-match.model-index.yaml").read_text()
+    assert "pass@4" in make_table(results_in("out"))
+    invoke("best-of-n out gold.jsonl --answer-column gold --log-samples -o judged")  # without the model
+    (again,) = (work / "judged").glob("samples_student_*.jsonl")
+    assert [json.loads(line)["resps"] for line in again.read_text().splitlines()] == [line["resps"] for line in lines]

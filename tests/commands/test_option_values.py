@@ -51,6 +51,7 @@ MEANT = {
     "choose threshold": [],  # of nothing, without a verifier
     "judged threshold": ["0", "-1", "1e300", "1000000000000"],
     "judged samples": [],  # more than are judged
+    "shuffle_seed": ["0", "1000000000000", "1" + "0" * 400],
     "threshold": ["0", "-1", "1e300", "1000000000000"],
     "best-of-n n": [],
     "n": ["1e300", "1000000000000"],
@@ -65,6 +66,7 @@ MEANT = {
     "tune-ttt radius": ["1e300", "1000000000000"],
     "decay": ["0"],
     "interval": ["0"],
+    "stop": VALUES[:-1],  # any text
     "predict": ["1000000000000"],
     "lam": ["0", "1e300", "1000000000000"],
 }

@@ -47,7 +47,7 @@ def test_what_several_commands_share_has_the_same_help():
 class Later(ModelOptions):
     """What loading will look like with one more option."""
 
-    subfolder: str | None = None
+    kernels: str | None = None
 
 
 def run(function, *words):
@@ -95,8 +95,8 @@ def test_a_field_that_is_added_is_an_option_at_once():
         """Measure."""
         got.append(loading)
 
-    assert run(measure, "--subfolder", "weights", "--device", "cpu").exit_code == 0
-    assert got == [Later(device="cpu", subfolder="weights")]
+    assert run(measure, "--kernels", "fast", "--device", "cpu").exit_code == 0
+    assert got == [Later(device="cpu", kernels="fast")]
 
 
 def test_options_of_one_name_are_refused():
@@ -109,7 +109,7 @@ def test_options_of_one_name_are_refused():
 
 def test_an_option_added_later_is_in_keys_only_where_it_is_set():
     assert Later().key() == ModelOptions().key()
-    assert Later(subfolder="weights").key() == ModelOptions().key() | {"subfolder": "weights"}
+    assert Later(kernels="fast").key() == ModelOptions().key() | {"kernels": "fast"}
     assert ModelOptions(tokenizer="gpt2").key() == ModelOptions().key()  # decides what is scored, not what it is
 
 

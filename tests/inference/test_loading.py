@@ -65,11 +65,12 @@ def test_the_model_s_files_are_those_asked_for_and_another_tokenizer_s_and_model
     load_model("teacher", options.for_another_model())
     load_tokenizer("model", options)
     files = {"revision": "v2", "gguf_file": "q4.gguf"}
-    assert asked["model"] == {"dtype": "auto"} | files
-    assert asked["teacher"] == {"dtype": "auto", "revision": None, "gguf_file": None}
-    assert asked["words"] == {}
+    plain = {"dtype": "auto", "trust_remote_code": False, "adapter": None}
+    assert asked["model"] == plain | files
+    assert asked["teacher"] == plain | {"revision": None, "gguf_file": None}
+    assert asked["words"] == {"trust_remote_code": False}
     load_tokenizer("model", ModelOptions(revision="v2", gguf_file="q4.gguf"))
-    assert asked["model"] == files
+    assert asked["model"] == {"trust_remote_code": False} | files
 
 
 def test_models_are_called_after_their_hub_id_their_folder_or_their_file(folder, monkeypatch):

@@ -5,11 +5,13 @@ import subprocess
 from datetime import datetime
 
 import pytest
+from huggingface_hub import ModelCard
 from lm_eval.utils import make_table
 
-from hf_coverage import CoverageProfile
+from hf_coverage import BestOfNResult, CoverageProfile
+from hf_coverage.report.card import success_eval_results, write_model_index
 from hf_coverage.report.provenance import git_hash, provenance, versions
-from hf_coverage.report.results import coverage_results, write_results, write_samples
+from hf_coverage.report.results import coverage_results, success_results, write_results, write_samples
 
 PROFILE = CoverageProfile.from_logprobs([-1.0, -2.0, -9.0, -1.0], [-1.0] * 4, groups=list("aabb"), name="small")
 ZERO = CoverageProfile.from_logprobs([-1.0, -math.inf], [-1.0, -1.0], groups=list("aa"), name="zero")
@@ -93,3 +95,24 @@ def test_provenance_has_what_is_needed_to_run_it_again(monkeypatch):
     assert origin["seed"] == 3
     assert "corpus" not in origin
     assert all(version in origin["versions"] for version in versions().values())
+
+
+def test_best_of_n_opens_in_lm_eval_s_table_and_its_entries_in_a_card(tmp_path):
+    result = BestOfNResult.from_rewards([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]], name="org/model", verifier="exact-match")
+    read = json.loads(write_results(tmp_path, success_results(result, [1, 3])).read_text())
+    table = make_table(read)
+    assert "|org/model|" in table.replace(" ", "")
+    for metric in ("pass@1", "pass@3", "best_of_1", "best_of_3"):
+        assert f"|{metric}|↑|" in table.replace(" ", "")
+    assert "|failed|↓|0.0|" in table.replace(" ", "")
+    assert f"|pass@1|↑|0.5|±|{result.metrics([1])['pass@1_stderr']:.4f}|" in table.replace(" ", "")
+    one = write_results(tmp_path, success_results(BestOfNResult.from_rewards([[1.0, 0.0]]), [1]))
+    assert "N/A" in make_table(json.loads(one.read_text()))  # one prompt has no standard error
+
+    entries = success_eval_results(result, [1, 3], data="org/problems")
+    text = write_model_index(tmp_path / "index.yaml", "model", entries).read_text()
+    card = ModelCard(f"---\n{text}---\n# Model\n")
+    assert {(one.metric_type, one.metric_value) for one in card.data.eval_results} == {
+        ("pass@1", 0.5), ("pass@3", 1.0), ("best_of_1", 0.5), ("best_of_3", 1.0),
+    }  # fmt: skip
+    assert card.data.eval_results[0].dataset_type == "org/problems"
