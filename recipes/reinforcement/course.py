@@ -36,9 +36,7 @@ def main() -> None:
     settings, lab = read_lab(sys.argv[1:], __doc__)
     asked = settings.course
     found = {
-        task: {
-            name: lab.run(task, name, asked.steps, asked.seeds, asked.measure_after) for name in asked.objectives
-        }
+        task: {name: lab.run(task, name, asked.steps, asked.seeds, asked.measure_after) for name in asked.objectives}
         for task in asked.tasks
     }
     tables = [course_table(task, of_task, asked.steps) for task, of_task in found.items()]

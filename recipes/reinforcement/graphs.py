@@ -118,7 +118,9 @@ class Lab:
         found = checkpoints_of(Path(self.graphs.run))
         missing = sorted(set(steps) - found.keys())
         if missing:
-            raise ValueError(f"`steps` must be among those kept in {self.graphs.run}, {list(found)}, but has {missing}.")
+            raise ValueError(
+                f"`steps` must be among those kept in {self.graphs.run}, {list(found)}, but has {missing}."
+            )
         return StackedGPT2([load_graph_model(found[step]) for step in steps])
 
     def before(self, task: str, steps: Sequence[int], rows: int) -> FloatArray:

@@ -51,13 +51,13 @@ class StackedGPT2(nn.Module):
         drops = (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop)
         usual = not config.scale_attn_by_inverse_layer_idx and config.scale_attn_weights and config.tie_word_embeddings
         if any(drops) or not usual or config.activation_function != "gelu_pytorch_tanh":
-            raise ValueError("`models` must be GPT-2 with a tied head, the tanh GELU and no dropout: see recipes.pretrain.")
+            raise ValueError(
+                "`models` must be GPT-2 with a tied head, the tanh GELU and no dropout: see recipes.pretrain."
+            )
         self.num_layers, self.num_heads, self.eps = config.n_layer, config.n_head, config.layer_norm_epsilon
         states = [dict(model.transformer.named_parameters()) for model in models]
         self.weights = nn.ParameterDict(
-            {
-                name.replace(".", "/"): torch.stack([state[name].detach() for state in states]) for name in states[0]
-            }
+            {name.replace(".", "/"): torch.stack([state[name].detach() for state in states]) for name in states[0]}
         )
 
     def __len__(self) -> int:

@@ -82,6 +82,7 @@ def measures(logprobs: FloatArray, n: int, whose: str) -> dict[tuple[str, str], 
     """What can be measured of right answers with `(M, R)` log-probabilities, lower is better; D(right) is 1."""
     return {
         (KL, whose): -logprobs,
+        ("miss_1", whose): -np.expm1(logprobs),
         (f"Cov_{n}", whose): np.array([reached(-row, n) for row in logprobs], dtype=np.float64),
         (f"miss_{n}", whose): np.array([miss_values(-row, n) for row in logprobs]),
         (SIGNAL, whose): no_signal(logprobs, n),
@@ -191,16 +192,14 @@ def draw_starts(tasks: Mapping[str, Found], steps: list[int], path: Any) -> None
         for rule, mark in MARKS.items():
             if rule in found.guides:
                 pick, alike = found.choice(rule), rule[1] == OTHER or task == MIXTURE
-                name = "least KL of the mixture" if rule[0] == KL and alike else f"least {' '.join(rule)}"
+                name = f"most signal {rule[1]}" if rule[0] == SIGNAL else f"least KL {OTHER if alike else MINE}"
                 ax.plot(steps[pick], last[pick], mark, color="none", markeredgecolor="black", markersize=9, label=name)
         ax.set_title(task, fontsize=10)
         ax.set_xlabel("checkpoint of the fine-tuning that RL starts from")
         ax.set_ylim(0, 1)
     axes[0].set_ylabel("p(right), exact (higher is better)")
     shown = dict(zip(*reversed(axes[-1].get_legend_handles_labels())))
-    figure.legend(
-        shown.values(), shown.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
-    )
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     seeds = len(next(iter(tasks.values())).outcomes[0])
     figure.suptitle(f"Where should RL start? p(right) after it: mean and range of {seeds} seeds")
     save_figure(figure, path)
@@ -225,7 +224,7 @@ def draw_guides(tasks: Mapping[str, Found], path: Any) -> None:
         ax.set_xlabel("steps of RL")
     axes[0].set_ylabel("rank correlation (-1: a perfect guide)")
     shown = dict(zip(*reversed(axes[-1].get_legend_handles_labels())))
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     figure.suptitle("What, measured before RL, orders the checkpoints as p(right) after it does?")
     save_figure(figure, path)
 
