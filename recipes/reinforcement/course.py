@@ -3,10 +3,10 @@
     python -m recipes.reinforcement.course --config recipes/reinforcement/small.yaml
 
 Takes a run of `recipes.pretrain` and follows one long run of each objective: rewards as GRPO takes them, rewards whose
-gradient is that of Pass@k, and a bonus for responses that differ. With one right path to each prompt Pass@N, miss_N and
-Cov_N are exact. An objective on a task, all its starts and seeds together, is one piece; what was computed is kept, and
-a run that was stopped goes on where it was. Writes `course.md`, `course.json` and a figure for each task into
-`<output_dir>`.
+gradient is that of Pass@k, and a bonus for responses that differ. With one right path to each prompt Pass@N, miss_N
+and Cov_N are exact. An objective on a task, all its starts and seeds together, is one piece; what was computed is
+kept, and a run that was stopped goes on where it was. Writes `course.md`, `course.json` and a figure for each task
+into `<output_dir>`.
 """
 
 import sys

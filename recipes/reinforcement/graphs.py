@@ -1,4 +1,4 @@
-"""The tasks that models are reinforced on, the checkpoints that this begins from, and one run of several side by side."""
+"""The tasks that models are reinforced on, the checkpoints that this begins from, and runs side by side."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field

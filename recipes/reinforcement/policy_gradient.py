@@ -24,7 +24,7 @@ _EPS = 1e-4
 """TRL's, beside a standard deviation."""
 
 _LESSONS, _HELD_OUT = 0x726C, 0x7265
-"""Last words of seeds: rows to learn from and to measure on are others than a corpus or a training of that seed has."""
+"""Last words of seeds: rows to learn from and to measure on are not those of a corpus or a training of that seed."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Lessons:
-    """What R runs are given at each step: prompts `(steps, R, P, T)`, right paths `(steps, R, P, L)`, and by seed codes.
+    """What R runs are given at each step: prompts `(steps, R, P, T)`, right paths `(steps, R, P, L)`, and seeds.
 
     Runs of one seed have the same prompts and codes, whatever they begin from.
     """
@@ -143,7 +143,7 @@ class Objective:
     The mean of a group is always taken off: nothing is learnt where all are alike.
 
     Attributes:
-        name: `grpo`, `mean`, `pass@<k>` or `exploration <beta>`. `grpo` divides by the standard deviation of the group,
+        name: `grpo`, `mean`, `pass@<k>` or `exploration <beta>`. `grpo` divides by the group's standard deviation,
             as TRL does by default, `mean` by nothing; `pass@<k>` is `mean` of what `pass_at_k_rewards` makes of the
             rewards, as with `PassAtKReward` and `scale_rewards=False`; `exploration <beta>` adds beta times
             `elliptical_bonus` and divides by the standard deviation of the batch, as with `ExplorationReward` and

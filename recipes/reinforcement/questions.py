@@ -3,9 +3,9 @@
     python -m recipes.reinforcement.questions --config recipes/reinforcement/reasoning.yaml --questions.tasks gcd
 
 Takes runs of `recipes.choice.finetune`, whose adapters on the last layers are trained further; rewards are the task's
-own verdicts. Pass@N before and after is exact, of the answer as the corpus writes it, which takes no samples. A checkpoint
-of a task is one piece: what was computed is kept, and a run that was stopped goes on with the next one. Writes
-`questions.md` and `questions.json` of the pieces that were asked for into `<output_dir>`.
+own verdicts. Pass@N before and after is exact, of the answer as the corpus writes it, and takes no samples. A
+checkpoint of a task is one piece: what was computed is kept, and a run that was stopped goes on with the next one.
+Writes `questions.md` and `questions.json` of the pieces that were asked for into `<output_dir>`.
 """
 
 import sys

@@ -88,7 +88,7 @@ class StackedGPT2(nn.Module):
         Args:
             past: The prompts.
             tokens: The responses, or what comes next of them where `kept` holds their beginnings.
-            kept: Keys and values of each layer for the responses, which are read and replaced; begin with an empty list.
+            kept: Keys and values of each layer for the responses, read and replaced; begin with an empty list.
         """
         runs, rows, group, length = tokens.shape
         before = kept[0][0].shape[4] if kept else 0

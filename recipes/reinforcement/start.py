@@ -3,8 +3,8 @@
     python -m recipes.reinforcement.start --config recipes/reinforcement/small.yaml
 
 Takes a run of `recipes.pretrain`, reinforces its checkpoints on three tasks, and sets p(right) afterwards, which is
-exact, beside what was measured before. All checkpoints of a task and seed are one piece; what was computed is kept, and
-a run that was stopped goes on where it was. Writes `start.md`, `start.json`, `starts.png` and `guides.png` into
+exact, beside what was measured before. All checkpoints of a task and seed are one piece; what was computed is kept,
+and a run that was stopped goes on where it was. Writes `start.md`, `start.json`, `starts.png` and `guides.png` into
 `<output_dir>`.
 """
 
@@ -134,8 +134,9 @@ def guide_table(tasks: Mapping[str, Found]) -> Table:
     return Table(
         ["task", "measured before", "on prompts", *(f"after {step}" for step in outcomes)],
         rows,
-        f"Rank correlation over {count} checkpoints with p(right) after so many steps, mean over seeds: -1 is a perfect "
-        "guide, above 0 misleads. In brackets the range of a bootstrap over prompts, which is no confidence interval.",
+        f"Rank correlation over {count} checkpoints with p(right) after so many steps, mean over seeds: -1 is a "
+        "perfect guide, above 0 misleads. In brackets the range of a bootstrap over prompts, which is no confidence "
+        "interval.",
     )
 
 

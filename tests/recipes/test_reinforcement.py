@@ -212,7 +212,6 @@ def test_a_run_leaves_tables_and_goes_on_where_it_was(trained, monkeypatch):
         call(monkeypatch, start, trained, "--start.steps", "0", "7")
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`:FutureWarning")
 def test_grpo_from_an_adapter_leaves_tables_and_goes_on(tmp_path, monkeypatch):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
