@@ -7,16 +7,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import accumulate, pairwise
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from hf_coverage.functional.checks import check_count
-from hf_coverage.inference.fingerprint import config_fingerprint, digest, tokenizer_fingerprint, weight_fingerprint
+from hf_coverage.inference.fingerprint import digest, tokenizer_fingerprint
 from hf_coverage.inference.processes import on_main_process
 from hf_coverage.inference.shards import JsonShards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from hf_coverage.inference.remote import RemoteSampler
     from hf_coverage.inference.sampler import Sample, Sampler
 
 __all__ = ["SAMPLE", "Rows", "code_books", "damaged", "kept_samples", "sampling_facts", "shard_sizes"]
@@ -27,7 +29,13 @@ SAMPLE = ("prompt", "sample", "ids", "logprob", "finished")
 
 
 def sampling_facts(
-    sampler: Sampler, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase | None, *, k: int, shard_rows: int
+    sampler: Sampler | RemoteSampler,
+    prompts: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    k: int,
+    shard_rows: int,
+    folder: str | PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """What decides k samples of each prompt, and how they are kept: the metadata of their shards.
 
@@ -37,6 +45,7 @@ def sampling_facts(
         tokenizer: Makes text of them; None for none.
         k: Samples of each prompt.
         shard_rows: Samples of a shard; made a number of whole batches.
+        folder: Where the shards are or will be.
 
     Raises:
         ValueError: If `k` or `shard_rows` is below 1.
@@ -50,16 +59,14 @@ def sampling_facts(
         "sampling": asdict(sampler.sampling),
         "rows_per_shard": max(1, shard_rows // sampler.batch_size) * sampler.batch_size,
         "prompts": digest(prompts),
-        "weights": weight_fingerprint(sampler.model),
-        "config": config_fingerprint(sampler.model),
-        "dtype": str(sampler.model.dtype),
+        **sampler.model_facts(folder),
         "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
     }
     return facts | {"stratified": True} if sampler.stratified else facts
 
 
 def kept_samples(
-    sampler: Sampler,
+    sampler: Sampler | RemoteSampler,
     prompts: list[list[int]],
     tokenizer: PreTrainedTokenizerBase | None,
     shards: JsonShards | None,
