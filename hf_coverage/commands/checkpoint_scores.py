@@ -16,7 +16,7 @@ from hf_coverage.commands.options import CorpusOptions
 from hf_coverage.commands.score import load, score_into
 from hf_coverage.commands.score_folder import is_score_folder
 from hf_coverage.inference.files import read_facts
-from hf_coverage.inference.loading import ModelOptions
+from hf_coverage.inference.loading import ModelOptions, is_served
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,7 +100,7 @@ class CheckpointScores:
         source, folder = self._sources[place], self.folders[place]
         if self._done[place]:
             return
-        made_of = self._facts | checkpoint_facts(source)
+        made_of = self._facts | checkpoint_facts(source, served=is_served(self._loading))
         if decided_by_main_process(partial(_is_kept, folder, made_of, rows), self._loading.device):
             return
         score_into(

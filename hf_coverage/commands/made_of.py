@@ -23,8 +23,10 @@ def made_otherwise(record: Path, made_of: dict[str, Any]) -> list[str] | None:
     return sorted(name for name in before | made_of if before.get(name) != made_of.get(name))
 
 
-def checkpoint_facts(source: str) -> dict[str, Any]:
-    """Where a checkpoint is, and what tells whether it was touched since; nothing does for a Hub id."""
+def checkpoint_facts(source: str, *, served: bool = False) -> dict[str, Any]:
+    """Where a checkpoint is, and what tells whether it was touched since; nothing does for a Hub id, or a server's."""
+    if served:
+        return {"model": source, "files": []}
     from hf_coverage.select.checkpoints import checkpoint_signature
 
     return {"model": str(Path(source).absolute()), "files": checkpoint_signature(source)}

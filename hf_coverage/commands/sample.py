@@ -9,9 +9,18 @@ import typer
 
 from hf_coverage.commands.console import is_main_process, say
 from hf_coverage.commands.inputs import check_number_of_responses, read_dataset, write_origin
-from hf_coverage.commands.options import AppendEos, BatchSize, Seed, Split, TopK, TopP, output_folder
+from hf_coverage.commands.options import (
+    AppendEos,
+    BatchSize,
+    Seed,
+    Split,
+    TopK,
+    TopP,
+    output_folder,
+    refuse_at_server,
+)
 from hf_coverage.inference.folder_lock import LOCK_FILES
-from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer
+from hf_coverage.inference.loading import ServedOptions, is_served, load_model, load_tokenizer
 from hf_coverage.report.provenance import running_command, versions
 
 if TYPE_CHECKING:
@@ -89,7 +98,7 @@ def sample(
     ] = 256,
     split: Split = None,
     *,
-    loading: ModelOptions,
+    loading: ServedOptions,
     append_eos: AppendEos = False,
 ) -> None:
     """Make a reference corpus, the rows that models are judged on.
@@ -103,6 +112,9 @@ def sample(
     from hf_coverage.inference.sampler import Sampling
 
     Sampling(max_new_tokens, temperature, top_k, top_p)  # what cannot be is said before a model is loaded
+    refuse_at_server(loading, stratified=stratified)
+    if teacher is None and is_served(loading):
+        raise typer.BadParameter("`--base-url` serves a teacher: say which of its models it is with `--teacher`.")
     _check_choice(kind, teacher, loading.tokenizer, output_dir)
     if stratified and kind is not Source.prompts:
         raise typer.BadParameter(

@@ -7,9 +7,9 @@ import typer
 
 from hf_coverage.commands.console import is_main_process, say
 from hf_coverage.commands.inputs import read_corpus
-from hf_coverage.commands.options import BatchTokens, CorpusOptions, Stratified, output_folder
+from hf_coverage.commands.options import BatchTokens, CorpusOptions, Stratified, output_folder, refuse_at_server
 from hf_coverage.commands.score_folder import check_name
-from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer, model_name
+from hf_coverage.inference.loading import ModelOptions, ServedOptions, load_model, load_tokenizer, model_name
 from hf_coverage.report.provenance import running_command
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ hf-coverage score Qwen/Qwen3-0.6B corpus --output-dir scores/qwen3
 hf-coverage score ./checkpoint-500 corpus.jsonl --output-dir scores/checkpoint-500 --append-eos
 
 torchrun --nproc_per_node 2 -m hf_coverage score gpt2 corpus --output-dir scores/gpt2
+
+hf-coverage score NAME corpus --base-url http://127.0.0.1:8000/v1 --tokenizer Qwen/Qwen3-0.6B --output-dir scores/NAME
 """
 
 
@@ -35,7 +37,7 @@ def score(
     name: Annotated[str | None, typer.Option(help="What the model is called in tables.")] = None,
     *,
     reading: CorpusOptions,
-    loading: ModelOptions,
+    loading: ServedOptions,
     batch_tokens: BatchTokens = 4096,
     share_prefixes: Annotated[bool, typer.Option(help="Run the prompt of several responses once.")] = True,
     shard_rows: Annotated[
@@ -49,6 +51,7 @@ def score(
     The score folder can be profiled and compared without the model or the corpus. Run the same command again to go on
     after an interruption: what was scored is kept, and the result is the same to the byte.
     """
+    refuse_at_server(loading, stratified=stratified)
     score_into(
         output_dir,
         model,

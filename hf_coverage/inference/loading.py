@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hf_coverage.functional.checks import check_count
 from hf_coverage.inference.files import read_facts, reading
 
 if TYPE_CHECKING:
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ModelOptions",
+    "ServedOptions",
     "changed_settings",
+    "is_served",
     "join_job",
     "load_model",
     "load_tokenizer",
@@ -27,6 +30,7 @@ __all__ = [
 
 _NUMBER = re.compile(r"\.\d+\.")  # of a layer, in the name of a weight
 _SUFFIXES = (".bin", ".csv", ".gguf", ".json", ".jsonl", ".parquet", ".pt", ".pth", ".safetensors", ".txt", ".yaml")
+_MOST_TOLERANCE = 10.0  # nats a response
 _SHOWN = 4  # weights that an error names
 
 
@@ -69,6 +73,65 @@ class ModelOptions:
         return replace(self, revision=None, gguf_file=None)
 
 
+@dataclass(frozen=True)
+class ServedOptions(ModelOptions):
+    """How a model is loaded, or where it is served, for what only samples and scores; see `RemoteModel`.
+
+    Attributes:
+        base_url: Where the server is; the model's name is then the server's.
+        check_with: Folder or Hub id of the same model, loaded as the other options say, to compare the server with.
+        server_tolerance: Nats by which two readings of a response may differ.
+        concurrency: Requests at once.
+
+    Raises:
+        ValueError: If a number is out of its range, or there is a server and an option that loads a model.
+    """
+
+    base_url: str | None = _option(
+        None,
+        "Server that samples and scores, such as http://127.0.0.1:8000/v1; models' names are then the server's. Its "
+        "key is read from OPENAI_API_KEY.",
+    )
+    check_with: str | None = _option(
+        None, "Folder or Hub id of the server's model, loaded to compare the server with it first."
+    )
+    server_tolerance: float = _option(
+        1e-3, "Nats by which two readings of a response by a server may differ; some tenths for one in bfloat16."
+    )
+    concurrency: int = _option(64, "Requests to a server at once.")
+
+    def __post_init__(self) -> None:
+        check_count(self.concurrency, "concurrency")
+        if not 0 < self.server_tolerance <= _MOST_TOLERANCE:
+            raise ValueError(
+                f"`server_tolerance` must be above 0, and at most {_MOST_TOLERANCE:g} nats, got "
+                f"{self.server_tolerance}."
+            )
+        if self.base_url is None and self.check_with is not None:
+            raise ValueError("`--check-with` is compared with a server: give its `--base-url`, or leave it out.")
+        if self.base_url is None:
+            return
+        if self.tokenizer is None and self.check_with is None:
+            raise ValueError("`--base-url` needs the `--tokenizer` of the server's model: it is sent token ids.")
+        changed = [one.name for one in fields(ModelOptions) if getattr(self, one.name) != one.default]
+        wrong = [name for name in changed if name not in ("tokenizer", "device")]
+        if wrong and self.check_with is None:
+            raise ValueError(
+                f"`--{wrong[0].replace('_', '-')}` says how a model is loaded, which its server has done: leave it or "
+                "`--base-url` out, or give the copy that it is for with `--check-with`."
+            )
+
+    def key(self) -> dict[str, Any]:
+        """See `ModelOptions.key`; a server's model is known by what the server says, and not by where it is."""
+        own = {one.name: getattr(self, one.name) for one in fields(ModelOptions)}
+        return (ModelOptions(**own) if self.base_url is None else ModelOptions()).key()
+
+
+def is_served(options: ModelOptions) -> bool:
+    """Whether models are a server's."""
+    return isinstance(options, ServedOptions) and options.base_url is not None
+
+
 def changed_settings(options: Any, *always: str) -> dict[str, Any]:
     """Those fields of a dataclass that are named, and all others that differ from their default.
 
@@ -79,7 +142,7 @@ def changed_settings(options: Any, *always: str) -> dict[str, Any]:
 
 
 def load_model(name: str, options: ModelOptions) -> "PreTrainedModel":
-    """A causal language model, on its device and in evaluation mode.
+    """A causal language model, on its device and in evaluation mode; or a `RemoteModel`.
 
     Raises:
         ValueError: If the checkpoint is not whole, see `load_whole`.
@@ -89,11 +152,31 @@ def load_model(name: str, options: ModelOptions) -> "PreTrainedModel":
     from transformers.utils import logging
 
     state = join_job(options.device)
+    if isinstance(options, ServedOptions) and options.base_url is not None:
+        return _connect(name, options)
     if not state.is_main_process:
         logging.disable_progress_bar()
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     model = load_whole(AutoModelForCausalLM, name, dtype=dtype, revision=options.revision, gguf_file=options.gguf_file)
     return model.to(options.device or state.device).eval()
+
+
+def _connect(name: str, options: ServedOptions) -> Any:
+    """A server's model, after it has shown itself to be what it is taken for."""
+    from hf_coverage.inference.remote import RemoteModel
+
+    copy = None
+    if options.check_with is not None:
+        own = {one.name: getattr(options, one.name) for one in fields(ModelOptions)}
+        copy = load_model(options.check_with, ModelOptions(**own))
+    return RemoteModel(
+        str(options.base_url),
+        name,
+        tokenizer=load_tokenizer(name, options),
+        check_with=copy,
+        tolerance=options.server_tolerance,
+        concurrency=options.concurrency,
+    )
 
 
 def load_whole(kind: Any, name: str | PathLike[str], **how: Any) -> "PreTrainedModel":
@@ -131,7 +214,8 @@ def load_tokenizer(name: str, options: ModelOptions) -> "PreTrainedTokenizerBase
     how: dict[str, Any] = {}
     if options.tokenizer is None:
         how = {"revision": options.revision, "gguf_file": options.gguf_file}
-    source = options.tokenizer or name
+    copy = options.check_with if isinstance(options, ServedOptions) else None
+    source = options.tokenizer or copy or name
     require_there(source)
     with reading(f"The tokenizer of {source}", "Save or download it again, or name another one as `tokenizer`."):
         return AutoTokenizer.from_pretrained(source, **how)
@@ -165,6 +249,8 @@ def require_there(name: str) -> None:
 
 def model_name(name: str, options: ModelOptions) -> str:
     """What a model is called in tables: its Hub id, its folder's or its GGUF file's name."""
+    if is_served(options):
+        return name
     if options.gguf_file is not None:
         return Path(options.gguf_file).stem
     return Path(name).resolve().name if Path(name).exists() else name

@@ -150,13 +150,14 @@ class RemoteModel:
             "`AutoModelForCausalLM.from_pretrained`."
         )
 
-    def facts(self, folder: str | PathLike[str] | None = None) -> dict[str, Any]:
+    def facts(self, place: str | PathLike[str] | None = None) -> dict[str, Any]:
         """What is known of the model, as it is kept with what it wrote.
 
         Args:
-            folder: What may hold the same: the fingerprint there is taken for this one if they agree.
+            place: JSON file that may hold the same, or the folder of a table or of samples: the fingerprint there is
+                taken for this one if they agree, as they do to rounding.
         """
-        held = None if folder is None else _held_probes(Path(folder) / "metadata.json")
+        held = None if place is None else _held_probes(Path(place))
         same = held is not None and self._agree(held, self._probes)
         named = {"id": self.name, "root": self._root, "max_model_len": self._length}
         return named | {"probes": held if same else [round(value, 6) for value in self._probes]}
@@ -239,12 +240,11 @@ class RemoteModel:
         listed = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(listed, list) or not all(isinstance(one, dict) and "id" in one for one in listed):
             raise ValueError(f"{self.base_url}/models does not list models: give the address that ends in /v1.")
-        known = {one["id"]: one for one in listed}
-        if name is None and len(known) == 1:
-            name = next(iter(known))
-        if name not in known:
+        known = {str(one["id"]): one for one in listed}
+        chosen = next(iter(known)) if name is None and len(known) == 1 else str(name)
+        if chosen not in known:
             raise ValueError(f"`model` must be one of the server's, {', '.join(sorted(known))}, got {name!r}.")
-        return name, known[name].get("root"), known[name].get("max_model_len")
+        return chosen, known[chosen].get("root"), known[chosen].get("max_model_len")
 
     def _prove(self) -> None:
         """Ask the server what has to agree, see `RemoteModel`."""
@@ -289,7 +289,7 @@ class RemoteModel:
         from scipy.stats import chisquare
 
         size = 128
-        choices = self._choices(self._rows[0], n=size, max_tokens=1, logprobs=_TOP, seed=1)
+        choices = self._choices(self._rows[0][:2], n=size, max_tokens=1, logprobs=_TOP, seed=1)
         law = self._likeliest(choices[0])
         known = dict(sorted(law.items(), key=lambda item: -item[1])[:_TOP])  # without what is there for being drawn
         drawn = [self._sampled(choice)[0][0] for choice in choices]
@@ -458,11 +458,10 @@ class RemoteModel:
 
     def _likeliest(self, choice: Mapping[str, Any]) -> dict[int, float]:
         """The probabilities of the likeliest first tokens, and of the one that was drawn."""
-        logprobs = choice.get("logprobs")
-        lines = logprobs.get("top_logprobs") if isinstance(logprobs, dict) else None
         try:
-            return {int(name.removeprefix("token_id:")): math.exp(value) for name, value in lines[0].items()}
-        except (AttributeError, IndexError, TypeError, ValueError, OverflowError) as error:
+            first: dict[str, float] = dict(choice)["logprobs"]["top_logprobs"][0]
+            return {int(name.removeprefix("token_id:")): math.exp(value) for name, value in first.items()}
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise self._not_whole(f"the {_TOP} likeliest tokens as `top_logprobs`, by their ids", choice) from error
 
     def _value(self, line: Any, token: int) -> float:
@@ -651,8 +650,9 @@ def _seed(*entropy: int) -> int:
 
 
 def _held_probes(path: Path) -> list[float] | None:
-    """The fingerprint of a server's model in the metadata of a folder, or None."""
+    """The fingerprint of a server's model in a record or in the metadata of a folder, or None."""
     try:
+        path = path / "metadata.json" if path.is_dir() else path
         held = json.loads(path.read_text(encoding="utf-8"))
         probes = (held.get("served") or held["model"]["served"])["probes"]
         return probes if all(isinstance(value, float) for value in probes) else None

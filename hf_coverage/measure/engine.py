@@ -251,8 +251,8 @@ class ServedEngine:
             )
 
         values = split_over_processes(score, rows)
-        parts = [((row,), {"token_logprobs": value}) for row, value in zip(rows, values)]
-        return _assemble(parts, corpus, rows, self.options)
+        lines = {"token_logprobs": np.concatenate(values)}
+        return _assemble([(tuple(rows), lines)], corpus, rows, self.options)
 
     def score_rules(
         self,

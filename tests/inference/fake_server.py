@@ -1,10 +1,12 @@
-"""A server in this process that speaks vLLM's completions protocol, a tiny model behind it, and whatever goes wrong."""
+"""A server in this process that speaks vLLM's completions protocol, with a tiny model, and all that goes wrong."""
 
 import json
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList
@@ -13,8 +15,10 @@ from hf_coverage.inference.sampler import Sampling
 from tests.measure.small_tokenizers import gpt2_like
 
 EOS = gpt2_like().eos_token_id
+_SEEN = WeakKeyDictionary()
 
 
+@cache
 def tiny_model(seed=0):
     """A GPT-2 over the tokens of `gpt2_like` whose next tokens are neither sure nor all alike."""
     torch.manual_seed(seed)
@@ -45,6 +49,13 @@ class FakeServer:
         self.bodies, self.most, self.delay = [], 0, 0.0
         self._lock, self._now = threading.Lock(), 0
 
+    def _logits(self, line):
+        """Logits `(T, V)` of a line, which the tests ask for again and again."""
+        known = _SEEN.setdefault(self.model, {})
+        if tuple(line) not in known:
+            known[tuple(line)] = self.model(torch.tensor([line])).logits[0]
+        return known[tuple(line)]
+
     def handle(self, body):
         """Status, JSON, headers."""
         with self._lock:
@@ -73,7 +84,7 @@ class FakeServer:
         ids = body["prompt"] if isinstance(body["prompt"], list) else self.tokenizer(body["prompt"])["input_ids"]
         choice = {"prompt_token_ids": ids}
         if body.get("prompt_logprobs") is not None:
-            plain = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            plain = self._logits(ids).log_softmax(-1)
             lines = [{str(token): {"logprob": plain[place, token].item()}} for place, token in enumerate(ids[1:])]
             choice["prompt_logprobs"] = [None, *lines]
         seed, choices = body.get("seed") or 0, []
@@ -87,7 +98,7 @@ class FakeServer:
         steps, line, tokens, found, tops = LogitsProcessorList(law.processors()), list(ids), [], [], []
         ends = {*body.get("stop_token_ids", [])} | (set() if body["ignore_eos"] else {EOS})
         for _ in range(body["max_tokens"]):
-            logits = self.model(torch.tensor([line])).logits[:, -1]
+            logits = self._logits(line)[-1:]
             scores = steps(torch.tensor([line]), logits.clone())
             token = torch.multinomial(scores.softmax(-1), 1).item()
             shown = (scores if self.processed else logits).log_softmax(-1)[0]
@@ -135,10 +146,8 @@ def serving(server, port=0):
             pass
 
         def finish(self):
-            try:
+            with suppress(OSError, ValueError):  # closed above
                 super().finish()
-            except (OSError, ValueError):  # closed above
-                pass
 
     class Quiet(ThreadingHTTPServer):
         daemon_threads = True
