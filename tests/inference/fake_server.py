@@ -32,6 +32,7 @@ class FakeServer:
 
     Attributes:
         model: What answers; another one may be put in its place.
+        others: More models by their names.
         processed: Whether log-probabilities are of what is sampled from.
         defaults: What is put in the place of what a request says.
         fault: Called with the number of a completion (from 0) and what was asked; None, or `(status, body, headers)`.
@@ -41,19 +42,21 @@ class FakeServer:
         delay: Seconds that an answer takes.
     """
 
-    def __init__(self, model=None, *, name="tiny", processed=False, **defaults):
-        self.model = tiny_model() if model is None else model
-        self.tokenizer, self.name, self.root, self.length = gpt2_like(), name, "a/tiny", 128
+    def __init__(self, model=None, tokenizer=None, *, name="tiny", processed=False, **defaults):
+        self.model, self.others = tiny_model() if model is None else model, {}
+        self.tokenizer = gpt2_like() if tokenizer is None else tokenizer
+        self.name, self.root = name, "a/tiny"
         self.processed, self.defaults = processed, defaults
         self.fault = self.spoil = lambda number, body: None
         self.bodies, self.most, self.delay = [], 0, 0.0
         self._lock, self._now = threading.Lock(), 0
 
-    def _logits(self, line):
+    def _logits(self, line, name):
         """Logits `(T, V)` of a line, which the tests ask for again and again."""
-        known = _SEEN.setdefault(self.model, {})
+        model = self.others.get(name, self.model)
+        known = _SEEN.setdefault(model, {})
         if tuple(line) not in known:
-            known[tuple(line)] = self.model(torch.tensor([line])).logits[0]
+            known[tuple(line)] = model(torch.tensor([line])).logits[0]
         return known[tuple(line)]
 
     def handle(self, body):
@@ -77,14 +80,15 @@ class FakeServer:
                 self._now -= 1
 
     def models(self):
-        return {"data": [{"id": self.name, "root": self.root, "max_model_len": self.length}]}
+        facts = {"root": self.root, "max_model_len": self.model.config.n_positions}
+        return {"data": [{"id": name} | facts for name in (self.name, *self.others)]}
 
     @torch.no_grad()
     def _complete(self, body):
         ids = body["prompt"] if isinstance(body["prompt"], list) else self.tokenizer(body["prompt"])["input_ids"]
         choice = {"prompt_token_ids": ids}
         if body.get("prompt_logprobs") is not None:
-            plain = self._logits(ids).log_softmax(-1)
+            plain = self._logits(ids, body["model"]).log_softmax(-1)
             lines = [{str(token): {"logprob": plain[place, token].item()}} for place, token in enumerate(ids[1:])]
             choice["prompt_logprobs"] = [None, *lines]
         seed, choices = body.get("seed") or 0, []
@@ -98,14 +102,14 @@ class FakeServer:
         steps, line, tokens, found, tops = LogitsProcessorList(law.processors()), list(ids), [], [], []
         ends = {*body.get("stop_token_ids", [])} | (set() if body["ignore_eos"] else {EOS})
         for _ in range(body["max_tokens"]):
-            logits = self._logits(line)[-1:]
+            logits = self._logits(line, body["model"])[-1:]
             scores = steps(torch.tensor([line]), logits.clone())
             token = torch.multinomial(scores.softmax(-1), 1).item()
             shown = (scores if self.processed else logits).log_softmax(-1)[0]
             tokens.append(token)
             line.append(token)
             found.append(shown[token].item())
-            best = [token, *shown.topk(20).indices.tolist()]
+            best = [token, *shown.topk(min(20, len(shown))).indices.tolist()]
             tops.append({f"token_id:{one}": max(-9999.0, shown[one].item()) for one in best})
             if token in ends:
                 break
