@@ -30,8 +30,9 @@ def install() -> Path:
     with FileLock(folder / "lock"):
         if not made.exists() or made.read_text() != _VERSION:
             subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-            subprocess.run([python, "-m", "pip", "install", "-q", "--no-compile", _VERSION], check=True)
-            subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", *_UNUSED], check=True)
+            pip = [python, "-m", "pip", "-q"]
+            subprocess.run([*pip, "install", "--no-compile", _VERSION], check=True, env=_environment())
+            subprocess.run([*pip, "uninstall", "-y", *_UNUSED], check=True, env=_environment())
             made.write_text(_VERSION)
     return python
 
@@ -61,7 +62,7 @@ class VLLMServer:
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [*map(str, command), "--served-model-name", "served", *flags],
-                env=os.environ | own,
+                env=_environment() | own,
                 cwd=log.parent,
                 stdout=output,
                 stderr=output,
@@ -89,6 +90,11 @@ class VLLMServer:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without its packages."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 from datasets import load_from_disk
 
 from hf_coverage.measure.score_table import ScoreTable
-from tests.commands.shell import error_line, invoke, load
+from tests.commands.shell import PROMPTS, error_line, invoke, load
 from tests.inference.fake_server import FakeServer, serving
 
 OPTIONS = "--tokenizer teacher --base-url"
@@ -75,8 +75,10 @@ def test_what_a_server_wrote_is_used_again_while_it_has_the_same_models(work, se
 
 
 def test_best_of_n_of_a_server(work, server, url):
-    command = f"best-of-n served corpus --limit 5 --k 4 --max-new-tokens 3 {OPTIONS} {url}"
-    assert "served, 1 prompts" in invoke(f"{command} --temperature 1 -o best")
+    rows = [{"prompt": prompt, "answer": "."} for prompt in PROMPTS]
+    (work / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = f"best-of-n served answers.jsonl --k 4 --max-new-tokens 3 {OPTIONS} {url}"
+    assert "served, 5 prompts" in invoke(f"{command} --temperature 1 -o best")
     assert json.loads((work / "best" / "metadata.json").read_text())["served"]["id"] == "served"
     assert "--logprobs-mode processed_logprobs" in error_line(f"{command} --temperature .7 -o other")
 
