@@ -55,7 +55,6 @@ class VLLMServer:
         own |= {
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": "",
             "VLLM_CACHE_ROOT": str(log.parent),
         }
         self.url, self.log = f"http://127.0.0.1:{port}/v1", log
