@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_coverage.decode.success import SuccessProfile
     from hf_coverage.decode.success_callback import SuccessCallback
     from hf_coverage.functional.ttt_config import StepRule, TTTConfig
+    from hf_coverage.inference.remote import RemoteModel
     from hf_coverage.measure.answers import score_answers
     from hf_coverage.measure.builders import sample_corpus, single_answer_corpus, teacher_scored_corpus, windows_corpus
     from hf_coverage.measure.callback import CoverageCallback, CoverageWarning
@@ -65,6 +66,7 @@ _HOMES = {
     "NormalizedSGD": "optim.sgd",
     "PassAtKReward": "decode.pass_at_k_reward",
     "PredictivenessResult": "select.predictiveness",
+    "RemoteModel": "inference.remote",
     "ScoreTable": "measure.score_table",
     "SequenceLossMixin": "optim.trainer",
     "StepRule": "functional.ttt_config",
@@ -122,6 +124,7 @@ __all__ = [
     "NormalizedSGD",
     "PassAtKReward",
     "PredictivenessResult",
+    "RemoteModel",
     "ScoreTable",
     "SequenceLossMixin",
     "StepRule",

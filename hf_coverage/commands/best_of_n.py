@@ -12,10 +12,19 @@ import typer
 from hf_coverage.commands.console import is_main_process, print_table, say
 from hf_coverage.commands.corpus_shapes import with_system_prompt
 from hf_coverage.commands.inputs import answer_column, check_number_of_responses, leave_job, read_responses
-from hf_coverage.commands.options import BatchSize, RowOptions, Seed, TopK, TopP, output_folder, parse_n
+from hf_coverage.commands.options import (
+    BatchSize,
+    RowOptions,
+    Seed,
+    TopK,
+    TopP,
+    output_folder,
+    parse_n,
+    refuse_at_server,
+)
 from hf_coverage.commands.score_folder import read_measured
 from hf_coverage.functional.checks import metric_key
-from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer, model_name
+from hf_coverage.inference.loading import ServedOptions, load_model, load_tokenizer, model_name
 from hf_coverage.report.provenance import running_command
 from hf_coverage.report.table import Cell, Column, Interval, Table
 
@@ -41,6 +50,10 @@ hf-coverage best-of-n MODEL problems.jsonl --k 32 --predict 256,1024 --group-siz
 The samples kept in best_of_n, judged by a function of yours, without the model:
 
 hf-coverage best-of-n best_of_n problems.jsonl --verifier rewards.py:my_reward
+
+A model that vLLM serves, on its own machines, compared with a copy here before it is believed:
+
+hf-coverage best-of-n NAME problems.jsonl --base-url http://127.0.0.1:8000/v1 --check-with MODEL --k 64
 """
 
 
@@ -121,7 +134,7 @@ def best_of_n(
     ] = False,
     *,
     reading: RowOptions,
-    loading: ModelOptions,
+    loading: ServedOptions,
 ) -> None:
     """Measure what Best-of-N achieves: sample k responses to each prompt, judge them, report every N up to k.
 
@@ -146,6 +159,7 @@ def best_of_n(
     from hf_coverage.decode.verifiers import named_verifier
     from hf_coverage.inference.sampler import Sampling
 
+    refuse_at_server(loading, **{"sampling stratified": how is HowDrawn.stratified})
     check_timeout(timeout)
     Sampling(max_new_tokens, temperature, top_k, top_p)  # what cannot be is said before a model is loaded
     *_, folder = written_folders(model, output_dir)

@@ -16,12 +16,20 @@ from hf_coverage.commands.checkpoint_scores import CheckpointScores, kept_scores
 from hf_coverage.commands.console import is_main_process, print_table, say
 from hf_coverage.commands.follow import RunFolder, step_of
 from hf_coverage.commands.inputs import answer_column, decided_by_main_process, leave_job, read_responses
-from hf_coverage.commands.options import BatchTokens, CorpusOptions, Revisions, Stratified, output_folder, parse_n
+from hf_coverage.commands.options import (
+    BatchTokens,
+    CorpusOptions,
+    Revisions,
+    Stratified,
+    output_folder,
+    parse_n,
+    refuse_at_server,
+)
 from hf_coverage.commands.score_folder import Measured, on_same_rows, read_measured, require_intervals
 from hf_coverage.commands.suites import candidate_sources
 from hf_coverage.commands.tournament import checkpoint_of, write_winner
 from hf_coverage.functional.checks import metric_key
-from hf_coverage.inference.loading import ModelOptions
+from hf_coverage.inference.loading import ServedOptions
 from hf_coverage.report.provenance import provenance
 from hf_coverage.report.table import Cell, Column, Interval, Table
 
@@ -148,7 +156,7 @@ def choose(
     *,
     judging: JudgingOptions,
     reading: CorpusOptions,
-    loading: ModelOptions,
+    loading: ServedOptions,
     batch_tokens: BatchTokens = 4096,
     shard_rows: Annotated[
         int, typer.Option(min=1, help="Rows per file of the scores, or of samples: what an interruption costs.")
@@ -179,6 +187,7 @@ def choose(
     from hf_coverage.select.checkpoints import distinct_names
     from hf_coverage.select.choose import check_samples
 
+    refuse_at_server(loading, stratified=stratified, follow=follow, revisions=revisions is not None)
     levels = _levels(samples, group_size, purpose, judging)
     check_samples(levels)
     judging.check()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_coverage.inference.files import read_facts, write_atomically
-from hf_coverage.inference.loading import ModelOptions, commit_of, resolve_base
+from hf_coverage.inference.loading import ModelOptions, commit_of, is_served, resolve_base
 
 SINCE = ("adapter", "base", "commit", "own_tokenizer")
 """What `checkpoint_facts` says since it was asked for more than files."""
@@ -37,8 +37,10 @@ def made_otherwise(record: Path, made_of: dict[str, Any], *, since: Collection[s
 def checkpoint_facts(source: str, loading: ModelOptions) -> dict[str, Any]:
     """Where a checkpoint is, and what tells whether it was touched since: its files, or on the Hub the commit.
 
-    The same of the base of an adapter, and of what is put on it.
+    The same of the base of an adapter, and of what is put on it. Of a server's model nothing tells.
     """
+    if is_served(loading):
+        return {"model": source, "files": []}
     facts = _place_facts(source, loading)
     base = resolve_base(source, loading)
     facts |= {} if base is None else {"base": _place_facts(*base)}

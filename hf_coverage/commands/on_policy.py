@@ -17,7 +17,7 @@ from hf_coverage.commands.made_of import SINCE, checkpoint_facts, folder_names, 
 from hf_coverage.commands.options import CorpusOptions
 from hf_coverage.commands.score_folder import is_score_folder
 from hf_coverage.inference.adapters import KeptBase
-from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer
+from hf_coverage.inference.loading import ModelOptions, is_served, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,9 +89,7 @@ def offset_arguments(
     tokenizer = _common_tokenizer(sources, loading)
     prompts, length = _prompts(data, tokenizer, generations, reading)
     keys = folder_names(sources)
-    models = decided_by_main_process(
-        lambda: [checkpoint_facts(source, loading) | {"loading": loading.key()} for source in sources], loading.device
-    )
+    models = [_model_facts(source, folder / key / _KEPT, loading) for source, key in zip(sources, keys)]
     kept = KeptBase()
     asked = generations.facts() | {"max_new_tokens": length}
     asked["prompts"] = blake2b(json.dumps(prompts).encode(), digest_size=16).hexdigest()
@@ -143,6 +141,13 @@ def _prompts(
     if generations.number is not None and generations.number < len(rows):
         rows = np.sort(np.random.default_rng(generations.seed).choice(rows, generations.number, replace=False))
     return [encoded.prompts[row] for row in rows], generations.max_new_tokens or max(map(len, encoded.completions))
+
+
+def _model_facts(source: str, record: Path, loading: ModelOptions) -> dict[str, Any]:
+    """What a candidate is, on which what it wrote depends; of a server's model what the server tells."""
+    facts = decided_by_main_process(partial(checkpoint_facts, source, loading), loading.device)
+    facts |= {"loading": loading.key()}
+    return facts | {"served": load_model(source, loading).facts(record)} if is_served(loading) else facts
 
 
 def _generate(

@@ -16,7 +16,7 @@ import yaml
 
 from hf_coverage.functional.checks import check_n
 from hf_coverage.inference.folder_lock import folder_lock
-from hf_coverage.inference.loading import ModelOptions, changed_settings, join_job
+from hf_coverage.inference.loading import ModelOptions, ServedOptions, changed_settings, is_served, join_job
 from hf_coverage.report.provenance import running_command
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "output_folder",
     "parse_n",
     "read_config",
+    "refuse_at_server",
 ]
 
 DEFAULT_N = "2,4,8,16"
@@ -51,7 +52,7 @@ _MOST = 10**9
 
 _ROWS = "Rows and columns"
 
-_PANELS = {ModelOptions: "Loading the model"}
+_PANELS = {ModelOptions: "Loading the model", ServedOptions: "Loading the model"}
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -98,6 +99,16 @@ def parse_n(values: list[str] | None, flag: str = "--n") -> tuple[float, ...]:
 
 def _n_values(values: list[str] | None) -> Any:
     return list(map(str, parse_n(values)))
+
+
+def refuse_at_server(loading: ModelOptions, **asked: bool) -> None:
+    """Refuse what needs the model itself where `--base-url` leaves it at a server; the names are those of flags."""
+    wanted = next((name for name, value in asked.items() if value), None)
+    if is_served(loading) and wanted is not None:
+        raise typer.BadParameter(
+            f"`--{wanted.replace('_', '-')}` needs the model itself, and with `--base-url` it is a server's: leave "
+            "either out."
+        )
 
 
 def output_folder(text: str, *, show_default: bool | str = True) -> Any:

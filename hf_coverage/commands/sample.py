@@ -10,9 +10,18 @@ import typer
 from hf_coverage.commands.console import is_main_process, say
 from hf_coverage.commands.inputs import check_number_of_responses, read_chosen, read_responses, write_origin
 from hf_coverage.commands.lm_eval_tasks import TaskOptions, task_rows
-from hf_coverage.commands.options import AppendEos, BatchSize, RowOptions, Seed, TopK, TopP, output_folder
+from hf_coverage.commands.options import (
+    AppendEos,
+    BatchSize,
+    RowOptions,
+    Seed,
+    TopK,
+    TopP,
+    output_folder,
+    refuse_at_server,
+)
 from hf_coverage.inference.folder_lock import LOCK_FILES
-from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer
+from hf_coverage.inference.loading import ServedOptions, is_served, load_model, load_tokenizer
 from hf_coverage.report.provenance import running_command, versions
 
 if TYPE_CHECKING:
@@ -115,7 +124,7 @@ def sample(
         int, typer.Option(min=1, help="Responses between two writes: what an interruption costs.")
     ] = 256,
     reading: RowOptions,
-    loading: ModelOptions,
+    loading: ServedOptions,
     append_eos: AppendEos = False,
 ) -> None:
     """Make a reference corpus, the rows that models are judged on.
@@ -129,6 +138,7 @@ def sample(
     from hf_coverage.inference.sampler import Sampling
 
     Sampling(max_new_tokens, temperature, top_k, top_p)  # what cannot be is said before a model is loaded
+    refuse_at_server(loading, stratified=stratified)
     kind, name = _kind(what)
     task = TaskOptions(
         num_fewshot,
@@ -140,6 +150,8 @@ def sample(
         reading.limit,
         seed,
     )
+    if teacher is None and is_served(loading):
+        raise typer.BadParameter("`--base-url` serves a teacher: say which of its models it is with `--teacher`.")
     _check_choice(kind, teacher, loading.tokenizer, output_dir)
     _check_source(kind, source, task, reading)
     if stratified and kind is not Source.prompts:

@@ -7,9 +7,9 @@ import typer
 
 from hf_coverage.commands.console import is_main_process, say
 from hf_coverage.commands.inputs import read_corpus
-from hf_coverage.commands.options import BatchTokens, CorpusOptions, Stratified, output_folder
+from hf_coverage.commands.options import BatchTokens, CorpusOptions, Stratified, output_folder, refuse_at_server
 from hf_coverage.commands.score_folder import check_name
-from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer, model_name
+from hf_coverage.inference.loading import ModelOptions, ServedOptions, load_model, load_tokenizer, model_name
 from hf_coverage.report.provenance import running_command
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ hf-coverage score ./checkpoint-500 corpus.jsonl --output-dir scores/checkpoint-5
 
 torchrun --nproc_per_node 2 -m hf_coverage score gpt2 corpus --output-dir scores/gpt2
 
+hf-coverage score NAME corpus --base-url http://127.0.0.1:8000/v1 --tokenizer Qwen/Qwen3-0.6B --output-dir scores/NAME
+
 The answers of reasoning traces, the model's own reasoning averaged out:
 
 hf-coverage score Qwen/Qwen3-0.6B traces.jsonl --reasonings 16 --max-reasoning-tokens 1024 --output-dir answers
@@ -43,7 +45,7 @@ def score(
     name: Annotated[str | None, typer.Option(help="What the model is called in tables.")] = None,
     *,
     reading: CorpusOptions,
-    loading: ModelOptions,
+    loading: ServedOptions,
     batch_tokens: BatchTokens = 4096,
     share_prefixes: Annotated[bool, typer.Option(help="Run the prompt of several responses once.")] = True,
     shard_rows: Annotated[
@@ -76,6 +78,7 @@ def score(
     --answer-column), whatever the reasoning: the model writes its own. A problem is one row then, and what is written
     is a data set that `profile` and `compare` take.
     """
+    refuse_at_server(loading, stratified=stratified)
     if reasonings is not None:
         if per_token or stratified:
             raise typer.BadParameter("`--reasonings` scores answers: leave `--per-token` and `--stratified` out.")

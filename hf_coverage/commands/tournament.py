@@ -10,11 +10,18 @@ from hf_coverage.commands.checkpoint_scores import CheckpointScores
 from hf_coverage.commands.console import is_main_process, print_table, say
 from hf_coverage.commands.inputs import leave_job
 from hf_coverage.commands.on_policy import Generations, offset_arguments
-from hf_coverage.commands.options import BatchTokens, CorpusOptions, Revisions, output_folder, parse_n
+from hf_coverage.commands.options import (
+    BatchTokens,
+    CorpusOptions,
+    Revisions,
+    output_folder,
+    parse_n,
+    refuse_at_server,
+)
 from hf_coverage.commands.score_folder import on_same_rows, read_measured
 from hf_coverage.commands.suites import candidate_sources
 from hf_coverage.functional.checks import check_n, metric_key
-from hf_coverage.inference.loading import ModelOptions
+from hf_coverage.inference.loading import ServedOptions
 from hf_coverage.report.table import Cell, Column, Table
 
 if TYPE_CHECKING:
@@ -119,7 +126,7 @@ def tournament(
     ] = False,
     *,
     reading: CorpusOptions,
-    loading: ModelOptions,
+    loading: ServedOptions,
     batch_tokens: BatchTokens = 4096,
     shard_rows: Annotated[
         int, typer.Option(min=1, help="Rows per file of the scores: what an interruption costs.")
@@ -137,6 +144,7 @@ def tournament(
     """
     from hf_coverage.select.checkpoints import distinct_names
 
+    refuse_at_server(loading, stratified=stratified)
     if soft and (on_policy or race is not None):
         raise typer.BadParameter("`--soft` has neither an offset nor a race: leave `--on-policy` and `--race` out.")
     if on_policy and race is not None:

@@ -21,18 +21,21 @@ from hf_coverage.inference.fingerprint import digest
 from hf_coverage.inference.forward import unwrap
 from hf_coverage.inference.kept_samples import SAMPLE, Rows, damaged, kept_samples, sampling_facts, shard_sizes
 from hf_coverage.inference.processes import on_main_process, writing_to
-from hf_coverage.inference.sampler import Sampler, Sampling, end_token_ids
+from hf_coverage.inference.remote import require_its_tokenizer, sampler_of
+from hf_coverage.inference.sampler import Sampling, end_token_ids
 from hf_coverage.inference.shards import JsonShards, read_metadata
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from hf_coverage.inference.remote import RemoteModel
+
 __all__ = ["check_threshold", "evaluate_best_of_n", "judge_best_of_n"]
 
 
 def evaluate_best_of_n(
-    model: PreTrainedModel,
+    model: PreTrainedModel | RemoteModel,
     tokenizer: PreTrainedTokenizerBase | None,
     corpus: Dataset,
     verifier: Callable[..., Any] | None = None,
@@ -68,7 +71,7 @@ def evaluate_best_of_n(
     as unsolved, with a named count in `errors`; never the run.
 
     Args:
-        model: Any causal language model.
+        model: Any causal language model, or a `RemoteModel`.
         tokenizer: Its tokenizer; may be None where prompts are token ids.
         corpus: Dataset with `prompt` (text, chat messages or token ids) and the columns that the verifier reads. A
             column that differs between rows of one prompt is not given to the verifier.
@@ -120,12 +123,13 @@ def evaluate_best_of_n(
     if sampling not in ("independent", "stratified"):
         raise ValueError(f'`sampling` must be "independent" or "stratified", got {sampling!r}.')
     check_threshold(threshold)
+    require_its_tokenizer(model, tokenizer)
     table = PromptTable.from_corpus(corpus)
     judging = Judging.prepare(verifier, table, timeout, batch_size)
     law = Sampling(max_new_tokens, temperature, top_k, top_p, end_token_ids(eos_token_id, model, tokenizer))
-    sampler = Sampler(model, law, batch_size=batch_size, seed=seed, stratified=sampling == "stratified")
+    sampler = sampler_of(model, law, batch_size=batch_size, seed=seed, stratified=sampling == "stratified")
     prompts = table.encode(tokenizer)
-    facts = sampling_facts(sampler, prompts, tokenizer, k=k, shard_rows=shard_rows, stop=stop)
+    facts = sampling_facts(sampler, prompts, tokenizer, k=k, shard_rows=shard_rows, folder=output_dir, stop=stop)
     facts |= {"corpus": digest(table.codes.tolist())}
     facts |= {"about": {"model": name or _name(model)}}
     facts |= {"rounds": [k]} if sampler.stratified else {}
@@ -294,7 +298,7 @@ def _is_place(place: tuple[Any, Any], table: PromptTable, k: int) -> bool:
     return all(type(part) is int and 0 <= part < size for part, size in zip(place, (len(table), k)))
 
 
-def _name(model: PreTrainedModel) -> str:
+def _name(model: PreTrainedModel | RemoteModel) -> str:
     source = str(unwrap(model).config._name_or_path) or "model"
     return Path(source).name if Path(source).is_dir() else source
 

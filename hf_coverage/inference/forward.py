@@ -265,7 +265,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     DDP sends its buffers around in every forward pass, which needs the same number of passes on all processes; scoring
     does not have that.
     """
-    if isinstance(model, FullyShardedDataParallel):
+    if isinstance(model, FullyShardedDataParallel) or not isinstance(model, nn.Module):  # none: a server's model
         return model
     return extract_model_from_parallel(model, keep_torch_compile=False)
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import accumulate, pairwise
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from hf_coverage.functional.checks import check_count
-from hf_coverage.inference.fingerprint import config_fingerprint, digest, tokenizer_fingerprint, weight_fingerprint
+from hf_coverage.inference.fingerprint import digest, tokenizer_fingerprint
 from hf_coverage.inference.loading import loading_facts
 from hf_coverage.inference.processes import on_main_process
 from hf_coverage.inference.shards import JsonShards
@@ -18,6 +19,7 @@ from hf_coverage.inference.shards import JsonShards
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from hf_coverage.inference.remote import RemoteSampler
     from hf_coverage.inference.sampler import Sample, Sampler, Stop
 
 __all__ = ["SAMPLE", "Rows", "code_books", "damaged", "kept_samples", "sampling_facts", "shard_sizes"]
@@ -28,12 +30,13 @@ SAMPLE = ("prompt", "sample", "ids", "logprob", "finished")
 
 
 def sampling_facts(
-    sampler: Sampler,
+    sampler: Sampler | RemoteSampler,
     prompts: list[list[int]],
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     k: int,
     shard_rows: int,
+    folder: str | PathLike[str] | None = None,
     stop: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What decides k samples of each prompt, and how they are kept: the metadata of their shards.
@@ -44,6 +47,7 @@ def sampling_facts(
         tokenizer: Makes text of them; None for none.
         k: Samples of each prompt.
         shard_rows: Samples of a shard; made a number of whole batches.
+        folder: Where the shards are or will be.
         stop: Texts that end a sample.
 
     Raises:
@@ -51,6 +55,7 @@ def sampling_facts(
     """
     check_count(k, "k")
     check_count(shard_rows, "shard_rows")
+    model = sampler.model_facts(folder)
     facts = {
         "k": k,
         "batch_size": sampler.batch_size,
@@ -58,19 +63,17 @@ def sampling_facts(
         "sampling": asdict(sampler.sampling),
         "rows_per_shard": max(1, shard_rows // sampler.batch_size) * sampler.batch_size,
         "prompts": digest(prompts),
-        "weights": weight_fingerprint(sampler.model),
-        "config": config_fingerprint(sampler.model),
-        "dtype": str(sampler.model.dtype),
+        **model,
         "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
     }
-    loading = loading_facts(sampler.model)
+    loading = {} if "served" in model else loading_facts(sampler.model)
     facts |= {"loading": loading} if loading else {}
     facts |= {"stop": list(stop)} if stop else {}
     return facts | {"stratified": True} if sampler.stratified else facts
 
 
 def kept_samples(
-    sampler: Sampler,
+    sampler: Sampler | RemoteSampler,
     prompts: list[list[int]],
     tokenizer: PreTrainedTokenizerBase | None,
     shards: JsonShards | None,

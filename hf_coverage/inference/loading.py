@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hf_coverage.functional.checks import check_count
 from hf_coverage.inference.files import read_facts, reading
 
 if TYPE_CHECKING:
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ModelOptions",
+    "ServedOptions",
     "changed_settings",
     "commit_of",
     "hub_parts",
+    "is_served",
     "join_job",
     "load_model",
     "load_tokenizer",
@@ -41,6 +44,7 @@ __all__ = [
 
 _NUMBER = re.compile(r"\.\d+\.")  # of a layer, in the name of a weight
 _SUFFIXES = (".bin", ".csv", ".gguf", ".json", ".jsonl", ".parquet", ".pt", ".pth", ".safetensors", ".txt", ".yaml")
+_MOST_TOLERANCE = 10.0  # nats a response
 _SHOWN = 4  # weights that an error names
 _ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"  # of a repository on the Hub
 _SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
@@ -164,6 +168,73 @@ class ModelOptions:
         return replace(self, revision=None, gguf_file=None, adapter=None, subfolder=None)
 
 
+@dataclass(frozen=True)
+class ServedOptions(ModelOptions):
+    """How a model is loaded, or where it is served, for what only samples and scores; see `RemoteModel`.
+
+    Attributes:
+        base_url: Where the server is; the model's name is then the server's.
+        check_with: Folder or Hub id of the same model, loaded as the other options say, to compare the server with.
+        server_tolerance: Nats by which two readings of a response may differ.
+        concurrency: Requests at once.
+
+    Raises:
+        ValueError: If a number is out of its range, or there is a server and an option that loads a model.
+    """
+
+    base_url: str | None = _option(
+        None,
+        "Server that samples and scores, such as http://127.0.0.1:8000/v1; models' names are then the server's. Its "
+        "key is read from OPENAI_API_KEY.",
+    )
+    check_with: str | None = _option(
+        None, "Folder or Hub id of the server's model, loaded to compare the server with it first."
+    )
+    server_tolerance: float = _option(
+        1e-3, "Nats by which two readings of a response by a server may differ; some tenths for one in bfloat16."
+    )
+    concurrency: int = _option(64, "Requests to a server at once.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self.concurrency, "concurrency")
+        if not 0 < self.server_tolerance <= _MOST_TOLERANCE:
+            raise ValueError(
+                f"`server_tolerance` must be above 0, and at most {_MOST_TOLERANCE:g} nats, got "
+                f"{self.server_tolerance}."
+            )
+        if self.base_url is None and self.check_with is not None:
+            raise ValueError("`--check-with` is compared with a server: give its `--base-url`, or leave it out.")
+        if self.base_url is None:
+            return
+        if self.tokenizer is None and self.check_with is None:
+            raise ValueError("`--base-url` needs the `--tokenizer` of the server's model: it is sent token ids.")
+        changed = [one.name for one in fields(ModelOptions) if getattr(self, one.name) != one.default]
+        wrong = [name for name in changed if name not in ("tokenizer", "device", "trust_remote_code")]
+        if wrong and self.check_with is None:
+            raise ValueError(
+                f"`--{wrong[0].replace('_', '-')}` says how a model is loaded, which its server has done: leave it or "
+                "`--base-url` out, or give the copy that it is for with `--check-with`."
+            )
+
+    def key(self) -> dict[str, Any]:
+        """See `ModelOptions.key`; a server's model is known by what the server says, and not by where it is."""
+        return (self.local() if self.base_url is None else ModelOptions()).key()
+
+    def of(self, name: str) -> tuple[str, ModelOptions]:
+        """See `ModelOptions.of`; a server's names are its own."""
+        return super().of(name) if self.base_url is None else (name, self)
+
+    def local(self) -> ModelOptions:
+        """How a model of one's own is loaded."""
+        return ModelOptions(**{one.name: getattr(self, one.name) for one in fields(ModelOptions)})
+
+
+def is_served(options: ModelOptions) -> bool:
+    """Whether models are a server's."""
+    return isinstance(options, ServedOptions) and options.base_url is not None
+
+
 def changed_settings(options: Any, *always: str) -> dict[str, Any]:
     """Those fields of a dataclass that are named, and all others that differ from their default.
 
@@ -174,7 +245,7 @@ def changed_settings(options: Any, *always: str) -> dict[str, Any]:
 
 
 def load_model(name: str, options: ModelOptions) -> "PreTrainedModel":
-    """A causal language model, on its device and in evaluation mode.
+    """A causal language model, on its device and in evaluation mode; or a `RemoteModel`.
 
     Raises:
         ValueError: If the checkpoint is not whole, see `load_whole`.
@@ -185,6 +256,8 @@ def load_model(name: str, options: ModelOptions) -> "PreTrainedModel":
 
     name, options = options.of(name)
     state = join_job(options.device)
+    if isinstance(options, ServedOptions) and options.base_url is not None:
+        return _connect(name, options)
     if not state.is_main_process:
         logging.disable_progress_bar()
     device = options.device or state.device
@@ -205,6 +278,23 @@ def load_model(name: str, options: ModelOptions) -> "PreTrainedModel":
         model = model.to(device)
     mark_loading(model, name, options)
     return model.eval()
+
+
+def _connect(name: str, options: ServedOptions) -> Any:
+    """A server's model, after it has shown itself to be what it is taken for."""
+    from hf_coverage.inference.remote import RemoteModel
+
+    copy = None
+    if options.check_with is not None:
+        copy = load_model(options.check_with, options.local())
+    return RemoteModel(
+        str(options.base_url),
+        name,
+        tokenizer=load_tokenizer(name, options),
+        check_with=copy,
+        tolerance=options.server_tolerance,
+        concurrency=options.concurrency,
+    )
 
 
 def mark_loading(model: "nn.Module", name: str, options: ModelOptions) -> None:
@@ -283,6 +373,8 @@ def load_tokenizer(name: str, options: ModelOptions) -> "PreTrainedTokenizerBase
     """
     from transformers import AutoTokenizer
 
+    if isinstance(options, ServedOptions):
+        name, options = options.check_with or name, options.local()
     how: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     source, revision = split_revision(options.tokenizer or name)
     require_there(source)
@@ -328,6 +420,8 @@ def require_there(name: str) -> None:
 
 def model_name(name: str, options: ModelOptions) -> str:
     """What a model is called in tables: its Hub id, its folder's or its GGUF file's name."""
+    if is_served(options):
+        return name
     if options.gguf_file is not None:
         return Path(options.gguf_file).stem
     if not Path(name).exists():
@@ -381,6 +475,8 @@ def commit_of(name: str, options: ModelOptions) -> str | None:
 
 def resolve_base(name: str, options: ModelOptions) -> tuple[str, ModelOptions] | None:
     """The model that an adapter is for, and how it is loaded; None for what is no adapter."""
+    if is_served(options):
+        return None
     place, options = options.of(name)
     base = _base_of(place, options.revision, options.subfolder)
     if base is None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from numbers import Integral
+from os import PathLike
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +43,7 @@ from transformers import (
 from hf_coverage.functional.checks import check_count
 from hf_coverage.functional.logprobs import token_logprobs
 from hf_coverage.inference.code_choice import CodeChoice, code_device, placed_codes
+from hf_coverage.inference.fingerprint import config_fingerprint, weight_fingerprint
 from hf_coverage.inference.forward import (
     inference,
     input_device,
@@ -220,6 +222,14 @@ class Sampler:
         stateful = self.model._is_stateful and not self.sharded
         self._layout = _Layout(Reading.EQUAL if stateful else Reading.SHARED, True)
         self._tried: set[str] = set()
+
+    def model_facts(self, folder: str | PathLike[str] | None) -> dict[str, str]:
+        """What is known of the model, as it is kept with its samples; `folder`, where they are, says nothing of it."""
+        return {
+            "weights": weight_fingerprint(self.model),
+            "config": config_fingerprint(self.model),
+            "dtype": str(self.model.dtype),
+        }
 
     def draw(
         self,

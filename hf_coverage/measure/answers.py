@@ -11,7 +11,8 @@ from datasets import Dataset, concatenate_datasets
 
 from hf_coverage.functional.monte_carlo import log_mean_exp
 from hf_coverage.inference.encoded_rows import EncodedCorpus
-from hf_coverage.inference.sampler import Sampler, Sampling, end_token_ids, require_room
+from hf_coverage.inference.remote import require_its_tokenizer, sampler_of
+from hf_coverage.inference.sampler import Sampling, end_token_ids, require_room
 from hf_coverage.measure.corpus import encode_prompts
 from hf_coverage.measure.corpus_columns import (
     check_tokenizer,
@@ -29,11 +30,13 @@ from hf_coverage.measure.scoring import score_encoded
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from hf_coverage.inference.remote import RemoteModel
+
 __all__ = ["score_answers"]
 
 
 def score_answers(
-    model: PreTrainedModel,
+    model: PreTrainedModel | RemoteModel,
     tokenizer: PreTrainedTokenizerBase | None,
     corpus: Dataset,
     *,
@@ -60,7 +63,8 @@ def score_answers(
     that token holds, and only its rest is scored.
 
     Args:
-        model: Any causal language model; all processes of a job have to call, and each samples its part.
+        model: Any causal language model, or a `RemoteModel`, which writes each reasoning to its end or limit; all
+            processes of a job have to call, and each samples its part.
         tokenizer: Its tokenizer; may be None where prompts, answers and separator are token ids.
         corpus: Dataset with `prompt` (text, chat messages or token ids) and `answer` (text or token ids); optionally
             `reference_answer_logprob`, log D(ans|x) in nats; without it the answer is the single right one, log D = 0.
@@ -105,6 +109,7 @@ def score_answers(
         raise ValueError(f"`samples` must be at least 2, or there is no standard error, got {samples}.")
     if max_reasoning_tokens < 1:
         raise ValueError(f"`max_reasoning_tokens` must be at least 1, got {max_reasoning_tokens}.")
+    require_its_tokenizer(model, tokenizer)
     prompts, answers, reference = _read_answers(corpus, tokenizer)
     end = [eos_token_id(_require_tokenizer(tokenizer, "`append_eos=True`"))] if append_eos else []
     sampling = Sampling(max_reasoning_tokens, eos_token_ids=end_token_ids(None, model, tokenizer))
@@ -113,7 +118,7 @@ def score_answers(
     require_room(model, prompts, [max_reasoning_tokens + length for length in longest])
 
     rows = [row for row in range(len(answers)) for _ in range(samples)]
-    sampler = Sampler(model, sampling, batch_size=batch_size, seed=seed)
+    sampler = sampler_of(model, sampling, batch_size=batch_size, seed=seed)
     reasonings = sampler.draw([prompts[row] for row in rows], stop=separation.reached, progress=progress)
     overflows = [separation.overflow(reasoning.ids) for reasoning in reasonings]
     rests = [None if over is None else separation.rest(answers[row], over) for row, over in zip(rows, overflows)]
@@ -242,7 +247,7 @@ def _require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, purpose: str) 
 
 
 def _score_some(
-    model: PreTrainedModel,
+    model: PreTrainedModel | RemoteModel,
     contexts: list[list[int]],
     completions: list[list[int] | None],
     batch_tokens: int,

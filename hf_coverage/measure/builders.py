@@ -18,7 +18,8 @@ from hf_coverage.functional.checks import check_count
 from hf_coverage.inference.fingerprint import TOKENIZER_COLUMN, vocabulary_fingerprint
 from hf_coverage.inference.kept_samples import code_books, kept_samples, sampling_facts
 from hf_coverage.inference.processes import on_main_process, writing_to
-from hf_coverage.inference.sampler import Sample, Sampler, Sampling, end_token_ids
+from hf_coverage.inference.remote import require_its_tokenizer, sampler_of
+from hf_coverage.inference.sampler import Sample, Sampling, end_token_ids
 from hf_coverage.inference.shards import JsonShards
 from hf_coverage.measure.corpus import encode_prompts, validate_corpus
 from hf_coverage.measure.corpus_columns import read_pairs
@@ -27,6 +28,9 @@ from hf_coverage.measure.scoring import score_responses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hf_coverage.inference.remote import RemoteModel, RemoteSampler
+    from hf_coverage.inference.sampler import Sampler
 
 __all__ = ["sample_corpus", "single_answer_corpus", "teacher_scored_corpus", "windows_corpus"]
 
@@ -112,7 +116,7 @@ def windows_corpus(
 
 
 def sample_corpus(
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | RemoteModel,
     tokenizer: PreTrainedTokenizerBase | None,
     prompts: Sequence[Any],
     *,
@@ -146,7 +150,8 @@ def sample_corpus(
     are not independent given the prompt: take intervals over prompts, `groups=corpus["prompt"]`.
 
     Args:
-        teacher: Any causal language model; all processes of a job have to call, and each samples its part.
+        teacher: Any causal language model, or a `RemoteModel`; all processes of a job have to call, and each samples
+            its part.
         tokenizer: Its tokenizer; may be None if prompts are token ids.
         prompts: Text, lists of chat messages, or lists of token ids.
         chat_template_kwargs: For chat messages, what the chat template is given for each prompt.
@@ -192,9 +197,10 @@ def sample_corpus(
     """
     check_count(k, "k")
     check_count(shard_rows, "shard_rows")
+    require_its_tokenizer(teacher, tokenizer)
     ids = encode_prompts(prompts, tokenizer, chat_template_kwargs=chat_template_kwargs)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, end_token_ids(eos_token_id, teacher, tokenizer))
-    sampler = Sampler(teacher, sampling, batch_size=batch_size, seed=seed, stratified=stratified)
+    sampler = sampler_of(teacher, sampling, batch_size=batch_size, seed=seed, stratified=stratified)
     if output_dir is None:
         places = [(book, first + number) for book, first in code_books(ids, k) for number in range(k)]
         samples = sampler.draw([prompt for prompt in ids for _ in range(k)], places=places, progress=progress)
@@ -217,7 +223,7 @@ def sample_corpus(
 
 def teacher_scored_corpus(
     corpus: Dataset,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | RemoteModel,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     append_eos: bool = False,
@@ -234,7 +240,7 @@ def teacher_scored_corpus(
 
     Args:
         corpus: Reference corpus without `reference_logprob`.
-        teacher: Causal language model that stands for D.
+        teacher: Causal language model that stands for D, or a `RemoteModel`.
         tokenizer: Its tokenizer; may be None for token ids.
         append_eos: End every completion of text with the EOS token; models must be scored with the same value.
         batch_tokens: Token positions computed in one forward pass.
@@ -325,7 +331,7 @@ def single_answer_corpus(prompts: Sequence[Any], answers: Sequence[Any]) -> Data
 
 
 def _kept(
-    sampler: Sampler,
+    sampler: Sampler | RemoteSampler,
     prompts: list[list[int]],
     tokenizer: PreTrainedTokenizerBase | None,
     folder: str | PathLike[str],
@@ -335,7 +341,7 @@ def _kept(
     progress: bool,
 ) -> list[Sample]:
     """The samples of a folder, drawn where they are not there yet, in the order of the prompts."""
-    facts = sampling_facts(sampler, prompts, tokenizer, k=k, shard_rows=shard_rows)
+    facts = sampling_facts(sampler, prompts, tokenizer, k=k, shard_rows=shard_rows, folder=folder)
     size, books = facts["rows_per_shard"], code_books(prompts, k)
     hidden = not (progress and PartialState().is_main_process)
     found: dict[tuple[int, int], Sample] = {}

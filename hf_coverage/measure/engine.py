@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -28,12 +29,13 @@ from hf_coverage.inference.forward_batches import (
     tokens_read,
 )
 from hf_coverage.inference.output_head import OutputHead
-from hf_coverage.inference.processes import map_over_processes
+from hf_coverage.inference.processes import map_over_processes, split_over_processes
+from hf_coverage.inference.remote import RemoteModel
 from hf_coverage.inference.self_check import Reading
 from hf_coverage.measure.scores import Scores
 from hf_coverage.ttt.scoring import HeadReading, RowScorer, read_batch, require_adaptable, score_heads
 
-__all__ = ["ScoringEngine", "ScoringOptions", "refuse_nan", "score_plain"]
+__all__ = ["ScoringEngine", "ScoringOptions", "ServedEngine", "refuse_nan", "score_plain"]
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,63 @@ class ScoringEngine:
         ]
 
 
+class ServedEngine:
+    """A server's model ready to score: what `ScoringEngine` is for one in memory.
+
+    Args:
+        model: The server's model.
+        teacher: None; a server has no distributions to compare.
+        options: What to compute; how it is batched is the server's business.
+
+    Raises:
+        ValueError: If what is asked for needs the model itself.
+    """
+
+    def __init__(self, model: RemoteModel, teacher: nn.Module | None, options: ScoringOptions) -> None:
+        asked = {"ttt": options.ttt, "teacher": teacher, "head_statistics": options.head_statistics}
+        asked |= {"intervals": options.intervals, "batch_invariant": options.batch_invariant}
+        wanted = [name for name, value in asked.items() if value]
+        if wanted:
+            raise ValueError(
+                f"`{wanted[0]}` needs the model itself, and {model.name} is a server's, which gives log-probabilities "
+                "of tokens: leave it out, or load the model."
+            )
+        self.model = model
+        self.options = options
+
+    def score(self, corpus: EncodedCorpus, rows: Sequence[int], advance: Callable[[int], Any]) -> Scores:
+        """Score some rows, many at once; see `ScoringEngine.score`.
+
+        Raises:
+            ConnectionError: If the server does not answer.
+            ValueError: If a row does not fit, or the server's answer is not whole.
+        """
+        _check_length(corpus, rows, self.model)
+        size = PartialState().num_processes
+
+        def score(own: Sequence[int]) -> list[NDArray]:
+            if not own:
+                return []
+            prompts, completions = [corpus.prompts[row] for row in own], [corpus.completions[row] for row in own]
+            return self.model.token_logprobs(
+                prompts, completions, lambda place: advance(size * tokens_read(corpus, own[place]))
+            )
+
+        values = split_over_processes(score, rows)
+        lines = {"token_logprobs": np.concatenate(values)}
+        return _assemble([(tuple(rows), lines)], corpus, rows, self.options)
+
+    def score_rules(
+        self,
+        corpus: EncodedCorpus,
+        rows: Sequence[int],
+        rules: Sequence[TTTConfig | None],
+        advance: Callable[[int], Any],
+    ) -> list[Scores]:
+        """Score some rows under the model as it is, which is the one rule of a server's model."""
+        return [self.score(corpus, rows, advance) for _ in rules]
+
+
 def _assemble(
     parts: list[tuple[tuple[int, ...], dict[str, NDArray]]],
     corpus: EncodedCorpus,
@@ -274,6 +333,17 @@ def _check_rows(corpus: EncodedCorpus, rows: Sequence[int], forward: HeadForward
                 f"Row {row} has {len(prompt)} prompt and {len(completion)} response tokens, but the model takes "
                 f"{longest} (`max_position_embeddings`); shorten the row or leave it out. Nothing is truncated "
                 "here, because log p(y|x) of a cut prompt is another number."
+            )
+
+
+def _check_length(corpus: EncodedCorpus, rows: Sequence[int], model: RemoteModel) -> None:
+    longest = model.config.max_position_embeddings
+    for row in rows:
+        if longest is not None and tokens_read(corpus, row) + 2 > longest:
+            raise ValueError(
+                f"Row {row} has {len(corpus.prompts[row])} prompt and {len(corpus.completions[row])} response tokens, "
+                f"and the server's model takes {longest} (`max_model_len`), one of which it writes itself; shorten "
+                "the row, leave it out, or serve the model with a larger `--max-model-len`."
             )
 
 

@@ -33,8 +33,9 @@ from hf_coverage.inference.forward import inference, unwrap
 from hf_coverage.inference.forward_batches import tokens_read
 from hf_coverage.inference.loading import loaded_commit, loading_facts
 from hf_coverage.inference.processes import on_main_process, writing_to
+from hf_coverage.inference.remote import RemoteModel, require_its_tokenizer
 from hf_coverage.measure.corpus import encode_corpus
-from hf_coverage.measure.engine import ScoringEngine, ScoringOptions, refuse_nan
+from hf_coverage.measure.engine import ScoringEngine, ScoringOptions, ServedEngine, refuse_nan
 from hf_coverage.measure.score_table import ScoreTable
 from hf_coverage.measure.scores import Scores
 
@@ -45,7 +46,7 @@ PLAIN = "plain"
 
 
 def score_encoded(
-    model: nn.Module,
+    model: nn.Module | RemoteModel,
     encoded: EncodedCorpus,
     *,
     batch_tokens: int = ScoringOptions.batch_tokens,
@@ -100,7 +101,7 @@ def score_encoded(
 
 
 def score_responses(
-    model: nn.Module,
+    model: nn.Module | RemoteModel,
     tokenizer: PreTrainedTokenizerBase | None,
     corpus: Dataset,
     *,
@@ -132,7 +133,8 @@ def score_responses(
     to rounding). The model comes back as it was: its mode, configuration, gradients and the global random state.
 
     Args:
-        model: Any causal language model of transformers; may be wrapped by DDP or FSDP.
+        model: Any causal language model of transformers; may be wrapped by DDP or FSDP. Or a `RemoteModel`, which can
+            do `per_token` and `rows`, and for which batches are its server's business.
         tokenizer: Its tokenizer; may be None for a corpus of token ids.
         corpus: Dataset with `prompt` and `completion`: text, chat messages or token ids.
         append_eos: Whether the end-of-sequence token is part of every response; for text only.
@@ -193,6 +195,7 @@ def score_responses(
         batch_tokens, logits_memory, share_prefixes, per_token, head_statistics, config, batch_invariant, intervals
     )
     check_count(shard_rows, "shard_rows")
+    require_its_tokenizer(model, tokenizer)
     encoded = encode_corpus(corpus, tokenizer, append_eos=append_eos)
     asked = None if rows is None else _checked_rows(rows, len(encoded))
     taken = sorted(set(corpus.column_names) & {field.name for field in fields(Scores)})
@@ -207,7 +210,7 @@ def score_responses(
             scores = engine.score(encoded, range(len(encoded)) if asked is None else asked.tolist(), bar.update)
         else:
             settings = {"shard_rows": shard_rows, "options": _describe_options(options) | {"append_eos": append_eos}}
-            metadata = _describe_run(model, teacher, tokenizer, encoded, settings)
+            metadata = _describe_run(model, teacher, tokenizer, encoded, settings, output_dir)
             table = on_main_process(lambda: ScoreTable.begin(output_dir, metadata))
             if asked is None:
                 (scores,) = _score_into_tables(engine, encoded, [config], [table], bar, refused=[config])
@@ -322,13 +325,18 @@ def score_rules(
 
 
 @contextmanager
-def _engine(model: nn.Module, teacher: nn.Module | None, options: ScoringOptions) -> Iterator[ScoringEngine]:
+def _engine(
+    model: nn.Module | RemoteModel, teacher: nn.Module | None, options: ScoringOptions
+) -> Iterator[ScoringEngine | ServedEngine]:
+    if isinstance(model, RemoteModel):
+        yield ServedEngine(model, teacher, options)
+        return
     with inference(*(module for module in (model, teacher) if module is not None)):
         yield ScoringEngine(model, teacher, options)
 
 
 def _score_into_tables(
-    engine: ScoringEngine,
+    engine: ScoringEngine | ServedEngine,
     corpus: EncodedCorpus,
     rules: Sequence[TTTConfig | None],
     tables: Sequence[ScoreTable],
@@ -385,7 +393,11 @@ def _checked_rows(rows: Sequence[int], size: int) -> NDArray[np.int64]:
 
 
 def _score_rows_into_table(
-    engine: ScoringEngine, corpus: EncodedCorpus, rows: NDArray[np.int64], table: ScoreTable, bar: tqdm
+    engine: ScoringEngine | ServedEngine,
+    corpus: EncodedCorpus,
+    rows: NDArray[np.int64],
+    table: ScoreTable,
+    bar: tqdm,
 ) -> Scores:
     """Score those of some rows that are not in a table yet, a shard's number at a time."""
     for start in range(0, rows.size, table.metadata["shard_rows"]):
@@ -401,17 +413,18 @@ def _score_rows_into_table(
 
 
 def _describe_run(
-    model: nn.Module,
+    model: nn.Module | RemoteModel,
     teacher: nn.Module | None,
     tokenizer: PreTrainedTokenizerBase | None,
     corpus: EncodedCorpus,
     options: dict[str, Any],
+    folder: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """What decides the bytes of a score table, and where its model came from."""
     return {
         "rows": len(corpus),
         **options,
-        "model": _describe_model(model),
+        "model": _describe_model(model, folder),
         "teacher": None if teacher is None else _describe_model(teacher),
         "corpus": corpus.fingerprint,
         "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
@@ -438,7 +451,9 @@ def _describe_options(options: ScoringOptions) -> dict[str, Any]:
     return described
 
 
-def _describe_model(model: nn.Module) -> dict[str, Any]:
+def _describe_model(model: nn.Module | RemoteModel, folder: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    if isinstance(model, RemoteModel):  # whose weights nobody here sees
+        return {"name": model.name, "revision": None, "weights": None, "served": model.facts(folder)}
     model = unwrap(model)
     parameter = next(model.parameters())
     loading = loading_facts(model)
