@@ -51,7 +51,7 @@ def compare(
     sentences = summarize_profiles(profiles, levels, baseline=True)
     say(*sentences[: len(profiles)])
     path = write_results(output_dir, results | {"comparisons": comparisons(measured, levels)})
-    say(f"Plot in {plot(profiles, output_dir)}, numbers in {path}.")
+    say(f"Plot in {plot(profiles, output_dir, levels)}, numbers in {path}.")
 
 
 def comparisons(measured: list[Measured], n: tuple[float, ...]) -> dict[str, Any]:

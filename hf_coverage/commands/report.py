@@ -89,7 +89,7 @@ def _write_page(
         title=title or f"Coverage of {' and '.join(profile.name for profile in profiles)}",
         summary=summarize_profiles(profiles, n, regret=regret, baseline=paired),
         tables=tables,
-        figures=[Picture(figure, caption[0].upper() + caption[1:]) for figure in draw(profiles)],
+        figures=[Picture(figure, caption[0].upper() + caption[1:]) for figure in draw(profiles, n)],
         kinds=[profile.kind for profile in profiles],
         provenance=origin(measured),
     )
