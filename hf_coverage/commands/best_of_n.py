@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_coverage.commands.console import is_main_process, print_table, say
-from hf_coverage.commands.inputs import check_number_of_responses, leave_job, read_dataset
+from hf_coverage.commands.inputs import check_number_of_responses, leave_job, load_model, read_dataset
 from hf_coverage.commands.options import BatchSize, Seed, Split, TopK, TopP, output_folder, parse_n
 from hf_coverage.commands.score_folder import read_measured
 from hf_coverage.functional.checks import metric_key
-from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer, model_name
+from hf_coverage.inference.loading import ModelOptions, load_tokenizer, model_name
 from hf_coverage.report.provenance import running_command
 from hf_coverage.report.table import Cell, Column, Interval, Table
 
@@ -264,6 +264,7 @@ def _report(
     }
     path = write_results(folder, content)
     say(f"Plot in {folder / name}.png, all rewards in {folder / name}.json, metrics in {path}.")
+    say(f"Next: run the same for another model, into another `--output-dir`, and compare what {path.name} has.")
 
 
 def _require_judged(result: "BestOfNResult") -> None:

@@ -14,7 +14,7 @@ from hf_coverage.commands.follow import RunFolder, step_of
 from hf_coverage.commands.inputs import decided_by_main_process, leave_job
 from hf_coverage.commands.options import BatchTokens, CorpusOptions, Stratified, output_folder, parse_n
 from hf_coverage.commands.score_folder import Measured, on_same_rows, read_measured, require_intervals
-from hf_coverage.commands.tournament import checkpoint_of, write_winner
+from hf_coverage.commands.tournament import checkpoint_of, say_next_with_winner, write_winner
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.inference.loading import ModelOptions
 from hf_coverage.report.table import Cell, Column, Interval, Table
@@ -169,6 +169,7 @@ def choose(
     every = {name: checkpoint_of(folder, measured[name].facts) for name, folder in zip(names, folders)}
     places = {name: place for name, place in every.items() if place}
     _write(settings, choice, measured, places, tables)
+    say_next_with_winner(choice.ranking, places)
 
 
 class _Settings(NamedTuple):

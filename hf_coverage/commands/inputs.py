@@ -6,11 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from hf_coverage.commands.console import waiting
 from hf_coverage.commands.options import CorpusOptions
-from hf_coverage.inference.loading import join_job, require_there
+from hf_coverage.inference import loading as host
+from hf_coverage.inference.loading import ModelOptions, join_job, require_there
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel
 
 __all__ = [
     "ORIGIN",
@@ -18,6 +21,7 @@ __all__ = [
     "check_origin",
     "decided_by_main_process",
     "leave_job",
+    "load_model",
     "read_corpus",
     "read_dataset",
     "read_origin",
@@ -84,6 +88,12 @@ def read_dataset(
 def read_corpus(source: str, reading: CorpusOptions) -> "tuple[Dataset, dict[str, Any]]":
     """A reference corpus, and what `write_origin` left beside it; see `read_dataset` and `check_origin`."""
     return read_dataset(source, reading.split), check_origin(source, append_eos=reading.append_eos)
+
+
+def load_model(source: str, loading: ModelOptions) -> "PreTrainedModel":
+    """A model, see `hf_coverage.inference.loading.load_model`, with a word where it takes long."""
+    with waiting(f"Loading {source}"):
+        return host.load_model(source, loading)
 
 
 def read_origin(source: str) -> dict[str, Any]:

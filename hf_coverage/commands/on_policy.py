@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_coverage.commands.console import is_main_process, say
-from hf_coverage.commands.inputs import decided_by_main_process, read_dataset
+from hf_coverage.commands.inputs import decided_by_main_process, load_model, read_dataset
 from hf_coverage.commands.made_of import checkpoint_facts, folder_names, made_otherwise, write_made_of
 from hf_coverage.commands.options import CorpusOptions
 from hf_coverage.commands.score_folder import is_score_folder
-from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer
+from hf_coverage.inference.loading import ModelOptions, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_coverage.commands.console import is_main_process, print_table, say
+from hf_coverage.commands.console import is_main_process, print_table, say, say_next
 from hf_coverage.commands.inputs import leave_job
 from hf_coverage.commands.options import (
     CorpusName,
@@ -80,6 +80,7 @@ def profile(
     say(f"Plot in {plot(profiles, output_dir, levels)}, numbers in {path}.")
     if log_samples:
         say(*(f"Rows in {write_samples(path, one)}." for one in profiles))
+    say_next("hf-coverage", "report", *(one.facts["scores"] for one in measured))
 
 
 def collect(

@@ -70,6 +70,7 @@ def report(
     if card:
         metadata = {"license": license, "base_model": base_model}
         _write_cards(output_dir / "cards", measured, levels, regret, metadata)
+    say(f"Next: open {page} in a browser.")
 
 
 def _write_page(

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_coverage.commands.console import is_main_process, say
-from hf_coverage.commands.inputs import check_number_of_responses, read_dataset, write_origin
+from hf_coverage.commands.console import is_main_process, say, say_next
+from hf_coverage.commands.inputs import check_number_of_responses, load_model, read_dataset, write_origin
 from hf_coverage.commands.options import AppendEos, BatchSize, Seed, Split, TopK, TopP, output_folder
 from hf_coverage.inference.folder_lock import LOCK_FILES
-from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer
+from hf_coverage.inference.loading import ModelOptions, load_tokenizer
 from hf_coverage.report.provenance import running_command, versions
 
 if TYPE_CHECKING:
@@ -223,4 +223,4 @@ def _report(corpus: "Dataset", folder: Path) -> None:
         say(f"Mean log D(y|x): {sum(corpus['reference_logprob'][:]) / len(corpus):.4g} nats.")
     else:
         say("No log D(y|x) is known: models scored on it get an upper bound on Cov_N.")
-    say(f"Next: hf-coverage score MODEL {folder} --output-dir scores/MODEL")
+    say_next("hf-coverage", "score", "MODEL", folder, "--output-dir", "scores/MODEL")
