@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from hf_coverage.functional.checks import FloatArray
 from hf_coverage.functional.statistics import clustered_mean, mean_interval
 from hf_coverage.inference.files import write_atomically
-from hf_coverage.report.table import Interval, Table, rich_table
+from hf_coverage.report.table import Interval, Table, legend, rich_tables
 
 __all__ = ["interval_of", "show", "write_tables"]
 
@@ -38,6 +39,8 @@ def show(tables: Sequence[Table], lines: Sequence[str] = ()) -> None:
     if not console.is_terminal:
         console.width = WIDTH
     for table in tables:
-        console.print(rich_table(table))
+        for part in rich_tables(table, width=console.width):
+            console.print(part)
+        console.print(Text(" ".join(text for text in (table.caption, legend(table)) if text), style="italic"))
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -11,7 +11,7 @@ import typer
 
 from hf_coverage.commands.console import is_main_process, print_table, say
 from hf_coverage.commands.corpus_shapes import with_system_prompt
-from hf_coverage.commands.inputs import answer_column, check_number_of_responses, leave_job, read_responses
+from hf_coverage.commands.inputs import answer_column, check_number_of_responses, leave_job, load_model, read_responses
 from hf_coverage.commands.options import (
     BatchSize,
     RowOptions,
@@ -24,7 +24,7 @@ from hf_coverage.commands.options import (
 )
 from hf_coverage.commands.score_folder import read_measured
 from hf_coverage.functional.checks import metric_key
-from hf_coverage.inference.loading import ServedOptions, load_model, load_tokenizer, model_name
+from hf_coverage.inference.loading import ServedOptions, load_tokenizer, model_name
 from hf_coverage.report.provenance import running_command
 from hf_coverage.report.table import Cell, Column, Interval, Table
 
@@ -296,6 +296,7 @@ def _report(
         say(f"Samples in {write_success_samples(path, result, *logged)}.")
     say(f"Entries for a model card in {card}.")
     say(f"Plot in {folder / name}.png, all rewards in {folder / name}.json, metrics in {path}.")
+    say(f"Next: run the same for another model, into another `--output-dir`, and compare what {path.name} has.")
 
 
 def _responses(folder: Path) -> dict[tuple[int, int], str]:

@@ -27,7 +27,7 @@ from hf_coverage.commands.options import (
 )
 from hf_coverage.commands.score_folder import Measured, on_same_rows, read_measured, require_intervals
 from hf_coverage.commands.suites import candidate_sources
-from hf_coverage.commands.tournament import checkpoint_of, write_winner
+from hf_coverage.commands.tournament import checkpoint_of, say_next_with_winner, write_winner
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.inference.loading import ServedOptions
 from hf_coverage.report.provenance import provenance
@@ -258,6 +258,7 @@ def choose(
     every = {name: checkpoint_of(folder, measured[name].facts) for name, folder in zip(names, folders)}
     places = {name: place for name, place in every.items() if place}
     _write(settings, choice, places, tables, **_origin(measured))
+    say_next_with_winner(choice.ranking, places)
 
 
 class _Settings(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_coverage.commands.console import is_main_process, print_table, say
+from hf_coverage.commands.console import is_main_process, print_table, say, say_next
 from hf_coverage.commands.options import CorpusName, CorpusOptions, Levels, Sources, output_folder, parse_n
 from hf_coverage.commands.profile import collect, plot, result_config
 from hf_coverage.commands.score_folder import Measured, on_same_rows
@@ -51,7 +51,8 @@ def compare(
     sentences = summarize_profiles(profiles, levels, baseline=True)
     say(*sentences[: len(profiles)])
     path = write_results(output_dir, results | {"comparisons": comparisons(measured, levels)})
-    say(f"Plot in {plot(profiles, output_dir)}, numbers in {path}.")
+    say(f"Plot in {plot(profiles, output_dir, levels)}, numbers in {path}.")
+    say_next("hf-coverage", "report", *(one.facts["scores"] for one in measured))
 
 
 def comparisons(measured: list[Measured], n: tuple[float, ...]) -> dict[str, Any]:

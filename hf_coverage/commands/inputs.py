@@ -7,12 +7,14 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hf_coverage.commands.console import say
+from hf_coverage.commands.console import say, waiting
 from hf_coverage.commands.options import CorpusOptions, RowOptions
-from hf_coverage.inference.loading import join_job, require_there
+from hf_coverage.inference import loading as host
+from hf_coverage.inference.loading import ModelOptions, join_job, require_there
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel
 
 __all__ = [
     "ORIGIN",
@@ -21,6 +23,7 @@ __all__ = [
     "check_origin",
     "decided_by_main_process",
     "leave_job",
+    "load_model",
     "read_chosen",
     "read_corpus",
     "read_dataset",
@@ -134,6 +137,12 @@ def _announce(text: str) -> None:
 def read_corpus(source: str, reading: CorpusOptions) -> "tuple[Dataset, dict[str, Any]]":
     """A reference corpus, and what `write_origin` left beside it; see `read_responses` and `check_origin`."""
     return read_responses(source, reading), check_origin(source, append_eos=reading.append_eos)
+
+
+def load_model(source: str, loading: ModelOptions) -> "PreTrainedModel":
+    """A model, see `hf_coverage.inference.loading.load_model`, with a word where it takes long."""
+    with waiting(f"Loading {source}"):
+        return host.load_model(source, loading)
 
 
 def read_origin(source: str) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_coverage.commands.console import is_main_process, say
-from hf_coverage.commands.inputs import decided_by_main_process, read_responses
+from hf_coverage.commands.inputs import decided_by_main_process, load_model, read_responses
 from hf_coverage.commands.made_of import SINCE, checkpoint_facts, folder_names, made_otherwise, write_made_of
 from hf_coverage.commands.options import CorpusOptions
 from hf_coverage.commands.score_folder import is_score_folder
 from hf_coverage.inference.adapters import KeptBase
-from hf_coverage.inference.loading import ModelOptions, is_served, load_model, load_tokenizer
+from hf_coverage.inference.loading import ModelOptions, is_served, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 import yaml
 
+from hf_coverage.commands.console import printing
 from hf_coverage.functional.checks import check_n
 from hf_coverage.inference.folder_lock import folder_lock
 from hf_coverage.inference.loading import ModelOptions, ServedOptions, changed_settings, is_served, join_job
@@ -124,6 +125,10 @@ ConfigFile = Annotated[
         is_eager=True,
         help="YAML file with values for these options; what stands on the command line wins.",
     ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors and progress.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object, with the lines and the tables, instead of them.")
 ]
 Levels = Annotated[
     list[str] | None,
@@ -250,10 +255,10 @@ def command_line(
     parameters = inspect.signature(command, eval_str=True).parameters
     groups: dict[str, Any] = {name: p.annotation for name, p in parameters.items() if is_dataclass(p.annotation)}
 
-    def run(*, config: ConfigFile = None, **values: Any) -> None:
+    def run(*, config: ConfigFile = None, quiet: Quiet = False, json: AsJson = False, **values: Any) -> None:
         for one in flat:
             _check_number(one, values.get(one.name))
-        with _locked(folders(**values), values.get("device")):
+        with printing(quiet=quiet, as_json=json), _locked(folders(**values), values.get("device")):
             for name, group in groups.items():
                 values[name] = group(**{one.name: values.pop(one.name) for one in fields(group)})
             command(**values)
@@ -261,7 +266,8 @@ def command_line(
     flat: list[inspect.Parameter] = []
     for name, one in parameters.items():
         flat += _field_options(groups[name]) if name in groups else [one.replace(kind=one.KEYWORD_ONLY)]
-    flat.append(inspect.signature(run).parameters["config"])
+    own = inspect.signature(run).parameters
+    flat += [own[name] for name in ("config", "quiet", "json")]
     spread: Any = wraps(command)(run)
     spread.__signature__ = inspect.Signature(flat)
     return spread

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_coverage.commands.console import is_main_process, print_table, say
+from hf_coverage.commands.console import is_main_process, print_table, say, say_next
 from hf_coverage.commands.inputs import leave_job
 from hf_coverage.commands.options import (
     CorpusName,
@@ -78,9 +78,10 @@ def profile(
         print_table(passes)
     say(*summarize_profiles(profiles, levels, regret=regret))
     path = write_results(output_dir, results)
-    say(f"Plot in {plot(profiles, output_dir)}, numbers in {path}.")
+    say(f"Plot in {plot(profiles, output_dir, levels)}, numbers in {path}.")
     if log_samples:
         say(*(f"Rows in {write_samples(path, one)}." for one in profiles))
+    say_next("hf-coverage", "report", *(one.facts["scores"] for one in measured))
 
 
 def collect(
@@ -118,20 +119,23 @@ def collect(
     return measured
 
 
-def draw(profiles: "Sequence[CoverageProfile]") -> "list[Figure]":
-    """Draw profiles into as few pictures as their colours allow."""
+def draw(profiles: "Sequence[CoverageProfile]", n: Sequence[float] = ()) -> "list[Figure]":
+    """Draw profiles into as few pictures as can be read, the N that are reported marked: one for a run's steps."""
     from hf_coverage.plots import COLORS
+    from hf_coverage.plots.names import step_labels
 
-    parts = [profiles[start : start + len(COLORS)] for start in range(0, len(profiles), len(COLORS))]
-    return [part[0].plot(others=part[1:]) for part in parts]
+    names = [profile.name for profile in profiles]
+    size = len(profiles) if step_labels(names) else len(COLORS)
+    parts = [profiles[start : start + size] for start in range(0, len(profiles), size)]
+    return [part[0].plot(others=part[1:], marks=n, among=names) for part in parts]
 
 
-def plot(profiles: "Sequence[CoverageProfile]", output_dir: Path) -> str:
+def plot(profiles: "Sequence[CoverageProfile]", output_dir: Path, n: Sequence[float] = ()) -> str:
     """Draw profiles into `profile.png`, and `profile-2.png`, ..., where there are many; the files' names."""
     from hf_coverage.plots import save_figure
 
     paths = []
-    for number, figure in enumerate(draw(profiles), start=1):
+    for number, figure in enumerate(draw(profiles, n), start=1):
         paths.append(output_dir / (f"profile-{number}.png" if number > 1 else "profile.png"))
         save_figure(figure, paths[-1])
     return ", ".join(map(str, paths))

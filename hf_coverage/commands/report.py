@@ -70,6 +70,7 @@ def report(
     if card:
         metadata = {"license": license, "base_model": base_model}
         _write_cards(output_dir / "cards", measured, levels, regret, metadata)
+    say(f"Next: open {page} in a browser.")
 
 
 def _write_page(
@@ -89,7 +90,7 @@ def _write_page(
         title=title or f"Coverage of {' and '.join(profile.name for profile in profiles)}",
         summary=summarize_profiles(profiles, n, regret=regret, baseline=paired),
         tables=tables,
-        figures=[Picture(figure, caption[0].upper() + caption[1:]) for figure in draw(profiles)],
+        figures=[Picture(figure, caption[0].upper() + caption[1:]) for figure in draw(profiles, n)],
         kinds=[profile.kind for profile in profiles],
         provenance=origin(measured),
     )

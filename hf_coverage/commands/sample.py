@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_coverage.commands.console import is_main_process, say
-from hf_coverage.commands.inputs import check_number_of_responses, read_chosen, read_responses, write_origin
+from hf_coverage.commands.console import is_main_process, say, say_next
+from hf_coverage.commands.inputs import (
+    check_number_of_responses,
+    load_model,
+    read_chosen,
+    read_responses,
+    write_origin,
+)
 from hf_coverage.commands.lm_eval_tasks import TaskOptions, task_rows
 from hf_coverage.commands.options import (
     AppendEos,
@@ -21,7 +27,7 @@ from hf_coverage.commands.options import (
     refuse_at_server,
 )
 from hf_coverage.inference.folder_lock import LOCK_FILES
-from hf_coverage.inference.loading import ServedOptions, is_served, load_model, load_tokenizer
+from hf_coverage.inference.loading import ServedOptions, is_served, load_tokenizer
 from hf_coverage.report.provenance import running_command, versions
 
 if TYPE_CHECKING:
@@ -323,4 +329,4 @@ def _report(corpus: "Dataset", folder: Path) -> None:
         say(f"Mean log D(y|x): {sum(corpus['reference_logprob'][:]) / len(corpus):.4g} nats.")
     else:
         say("No log D(y|x) is known: models scored on it get an upper bound on Cov_N.")
-    say(f"Next: hf-coverage score MODEL {folder} --output-dir scores/MODEL")
+    say_next("hf-coverage", "score", "MODEL", folder, "--output-dir", "scores/MODEL")

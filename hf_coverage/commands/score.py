@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_coverage.commands.console import is_main_process, say
-from hf_coverage.commands.inputs import read_corpus
+from hf_coverage.commands.console import is_main_process, say, say_next
+from hf_coverage.commands.inputs import load_model, read_corpus
 from hf_coverage.commands.options import BatchTokens, CorpusOptions, Stratified, output_folder, refuse_at_server
 from hf_coverage.commands.score_folder import check_name
-from hf_coverage.inference.loading import ModelOptions, ServedOptions, load_model, load_tokenizer, model_name
+from hf_coverage.inference.loading import ModelOptions, ServedOptions, load_tokenizer, model_name
 from hf_coverage.report.provenance import running_command
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def score(
         per_token=per_token,
         intervals=stratified,
     )
-    say(f"Next: hf-coverage profile {output_dir}")
+    say_next("hf-coverage", "profile", output_dir)
 
 
 def _score_answers(

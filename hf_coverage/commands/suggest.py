@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_coverage.commands.console import is_main_process, print_table, say
-from hf_coverage.commands.inputs import leave_job, read_corpus
+from hf_coverage.commands.console import is_main_process, print_table, say, say_next
+from hf_coverage.commands.inputs import leave_job, load_model, read_corpus
 from hf_coverage.commands.options import BatchTokens, CorpusOptions, output_folder
 from hf_coverage.functional.step_sizes import TrainingPlan
-from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer
+from hf_coverage.inference.loading import ModelOptions, load_tokenizer
 from hf_coverage.report.provenance import provenance
 
 if TYPE_CHECKING:
@@ -98,6 +98,8 @@ def suggest(
     if is_main_process():
         show(suggestion)
         say(f"All numbers are in {_write(suggestion, output_dir, model=model, data=data, teacher=teacher)}.")
+        say("Train with these, and let each checkpoint be judged as it comes.")
+        say_next("hf-coverage", "choose", "RUN", "--follow", "--data", data)
 
 
 def measure(

@@ -1,13 +1,14 @@
 """`hf-coverage tournament`: which of several checkpoints covers best."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from hf_coverage.commands.checkpoint_scores import CheckpointScores
-from hf_coverage.commands.console import is_main_process, print_table, say
+from hf_coverage.commands.console import is_main_process, print_table, say, say_next
 from hf_coverage.commands.inputs import leave_job
 from hf_coverage.commands.on_policy import Generations, offset_arguments
 from hf_coverage.commands.options import (
@@ -176,7 +177,9 @@ def tournament(
     if result.sweep:
         print_table(_sweep_table(result))
     say(result.sentence, result.guarantee())
-    _write(output_dir, result, {name: one.checkpoint for name, one in measured.items() if one.checkpoint}, link)
+    places = {name: one.checkpoint for name, one in measured.items() if one.checkpoint}
+    _write(output_dir, result, places, link)
+    say_next_with_winner(result.ranking, places)
 
 
 def _read(folders: dict[str, Path], n: float) -> dict[str, _Contender]:
@@ -242,6 +245,13 @@ def _write(folder: Path, result: "TournamentResult", checkpoints: dict[str, str]
     result.plot(folder / "tournament.png")
     say(f"All numbers are in {folder / 'tournament.json'}, the heat map in {folder / 'tournament.png'}.")
     write_winner(folder, result, checkpoints, link)
+
+
+def say_next_with_winner(ranking: Sequence[str], checkpoints: dict[str, str]) -> None:
+    """Say how to see what the best candidate that has a checkpoint achieves."""
+    best = next((checkpoints[name] for name in ranking if name in checkpoints), None)
+    if best is not None:
+        say_next("hf-coverage", "best-of-n", best, "PROBLEMS", "--verifier", "VERIFIER")
 
 
 def write_winner(

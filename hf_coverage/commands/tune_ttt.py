@@ -11,9 +11,9 @@ import typer
 from numpy.typing import NDArray
 
 from hf_coverage.commands.console import is_main_process, print_table, say
-from hf_coverage.commands.inputs import leave_job, read_corpus
+from hf_coverage.commands.inputs import leave_job, load_model, read_corpus
 from hf_coverage.commands.options import BatchTokens, CorpusOptions, output_folder
-from hf_coverage.inference.loading import ModelOptions, load_model, load_tokenizer
+from hf_coverage.inference.loading import ModelOptions, load_tokenizer
 from hf_coverage.report.provenance import provenance, running_command
 from hf_coverage.report.table import Cell, Column, Table
 

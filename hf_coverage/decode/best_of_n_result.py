@@ -23,7 +23,7 @@ from hf_coverage.functional.group_rewards import equal_reward_probability
 from hf_coverage.functional.miss_profile import miss_upper_bound
 from hf_coverage.functional.statistics import MeanEstimate, bounded_mean_interval, clustered_mean, mean_interval
 from hf_coverage.inference.files import refuse_constant, write_atomically
-from hf_coverage.plots import BestOfNCurve, plot_best_of_n
+from hf_coverage.plots.over_n import BestOfNCurve, plot_best_of_n
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -296,12 +296,13 @@ class BestOfNResult:
         value, low, high = np.array(points).T
         curve = BestOfNCurve(f"{self.name}, sampled", np.array(n), value, low, high)
         lines: list[tuple[str, Any]] = []
+        bounds: list[tuple[str, Any]] = []
         if profile is not None:
             predicted = self.predict(profile, comparator_reward=comparator_reward)
-            lines = [("guaranteed by coverage, 95 %", predicted.guaranteed)]
-            lines += [] if predicted.exact is None else [("exact, from log-probabilities", predicted.exact)]
+            bounds = [("ruled out by coverage, 95 %", predicted.guaranteed)]
+            lines = [] if predicted.exact is None else [("exact, from log-probabilities", predicted.exact)]
         ylabel = "Pass@$N$ (higher is better)" if solved else "reward of Best-of-$N$ (higher is better)"
-        return plot_best_of_n([curve], path, lines=lines, ylabel=ylabel, title=title)
+        return plot_best_of_n([curve], path, lines=lines, bounds=bounds, ylabel=ylabel, title=title)
 
     def to_json(self, path: str | PathLike[str] | None = None) -> str:
         """The result as JSON text, every number exact; also written to `path` where given."""

@@ -34,7 +34,8 @@ from hf_coverage.functional.checks import FloatArray, IntArray, check_confidence
 from hf_coverage.functional.group_rewards import group_signal
 from hf_coverage.functional.statistics import bounded_mean_interval, group_codes
 from hf_coverage.inference.files import refuse_constant, write_atomically
-from hf_coverage.plots import BestOfNCurve, plot_success
+from hf_coverage.plots.names import plain_text
+from hf_coverage.plots.over_n import BestOfNCurve, plot_success
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -454,7 +455,7 @@ class SuccessProfile:
             n = np.unique(np.geomspace(first, last, 25).round().astype(int))
             points = np.array([self.predict(int(value)) for value in n])
             curves.append(BestOfNCurve("a Beta law, and what the counts allow", n, *points.T))
-        return plot_success(curves, path, title=self.name)
+        return plot_success(curves, path, title=plain_text(self.name))
 
     def to_json(self, path: str | PathLike[str] | None = None) -> str:
         """The profile as JSON text; also written to `path` where given."""

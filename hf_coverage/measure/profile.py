@@ -33,7 +33,7 @@ from hf_coverage.functional.statistics import (
     row_weights,
 )
 from hf_coverage.inference.files import read_json, write_atomically
-from hf_coverage.plots import ProfileCurve, plot_profiles
+from hf_coverage.plots.over_n import ProfileCurve, plot_profiles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -449,6 +449,8 @@ class CoverageProfile:
         *,
         others: Sequence[CoverageProfile] = (),
         n: Iterable[float] | None = None,
+        marks: Sequence[float] = (),
+        among: Sequence[str] = (),
         title: str | None = None,
     ) -> Figure:
         """Draw Cov_N and miss_N side by side on logarithmic N axes, with 95 % intervals, for several models at once.
@@ -457,6 +459,8 @@ class CoverageProfile:
             path: File to write, its format given by the suffix; None only returns the figure.
             others: Further profiles; each is labelled by its name.
             n: Grid of N; by default from 1 to where all profiles have ended, at most 1,000,000.
+            marks: The N that are reported, marked by dotted lines.
+            among: Names of all models that a report shows: each then looks the same in all of its figures.
             title: Title above the axes.
 
         Raises:
@@ -469,9 +473,12 @@ class CoverageProfile:
         grids = [_grid(profile.log_ratios) for profile in profiles]
         grid = max(grids, key=lambda values: values[-1]).tolist() if n is None else list(n)
         smooth = grid[::3] if n is None else grid  # a curve without steps needs fewer points
+        if n is None:  # what is read off where the marks are is what is reported
+            grid, smooth = (sorted({*points, *map(float, marks)}) for points in (grid, smooth))
         names = [f"{quantities[0].replace('Cov_N', symbol)} (lower is better)" for symbol in ("Cov$_N$", "miss$_N$")]
         curves = [[profile.curve(grid) for profile in profiles], [profile.miss_curve(smooth) for profile in profiles]]
-        return plot_profiles(dict(zip(names, curves)), path, title=title)
+        options: dict[str, Any] = {"bounds": self.is_upper_bound, "marks": marks, "among": among}
+        return plot_profiles(dict(zip(names, curves)), path, **options, title=title)
 
     def to_json(self, path: str | PathLike[str] | None = None) -> str:
         """The profile as JSON text, every number exact, infinities as text; also written to `path` where given."""

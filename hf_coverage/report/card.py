@@ -73,7 +73,7 @@ def write_model_card(
     target = Path(folder) / "README.md"
     _refuse_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    profile.plot(target.parent / _PICTURE, others=others)
+    profile.plot(target.parent / _PICTURE, others=others, marks=n)
     table = profile_table([profile, *others], n, regret=regret)
     size = f"{profile.num_rows:,} responses to {profile.num_groups:,} prompts"
     mark = f"; fingerprint of its token ids `{corpus_fingerprint}`" if corpus_fingerprint else ""

@@ -19,6 +19,9 @@ __all__ = [
 ]
 
 
+_LAST_COLUMNS = ("cross-entropy (nats)", "Best-of-N budget (samples)", "guaranteed budget (samples)")
+
+
 def profile_table(profiles: Sequence[CoverageProfile], n: Sequence[float], *, regret: float = 0.1) -> Table:
     """Cov_N, miss_N, KL, cross-entropy and Best-of-N budgets of models, one row each, with their intervals.
 
@@ -35,8 +38,8 @@ def profile_table(profiles: Sequence[CoverageProfile], n: Sequence[float], *, re
     columns += [Column(profiles[0].label(value), "lower") for value in n]
     columns += [Column(profiles[0].miss_label(value), "lower") for value in n]
     bound = profiles[0].is_upper_bound
-    columns += [] if bound else [Column("KL", "lower")]
-    columns += [Column(name, "lower") for name in ("cross-entropy", "Best-of-N budget", "guaranteed budget")]
+    columns += [] if bound else [Column("KL (nats)", "lower")]
+    columns += [Column(name, "lower") for name in _LAST_COLUMNS]
     rows: list[list[Cell]] = []
     for profile in profiles:
         cells: list[Cell] = [profile.name, profile.num_rows, profile.num_groups]

@@ -7,10 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from rich.cells import cell_len
 from rich.table import Table as RichTable
 from rich.text import Text
 
-__all__ = ["Cell", "Column", "Interval", "Table", "escape_markdown", "format_cell", "format_number", "rich_table"]
+from hf_coverage.plots.names import tell_apart
+
+__all__ = [
+    "Cell",
+    "Column",
+    "Interval",
+    "Table",
+    "escape_markdown",
+    "format_cell",
+    "format_number",
+    "legend",
+    "rich_tables",
+]
 
 # Brackets alone and underscores inside words are text, as they stand in intervals and in `Cov_16`.
 _MARKUP = re.compile(r"([\\`*~|]|(?<=\])[\[(]|(?<!\w)_|_(?!\w))")
@@ -157,45 +170,136 @@ def _number(cell: Cell) -> float:
     return math.nan if value is None or isinstance(value, str) else float(value)
 
 
-def rich_table(table: Table, *, transpose: bool = False) -> RichTable:
-    """A table for `rich`: numbers flush right, the best of a ranked column in bold green, the caption below.
+def rich_tables(table: Table, *, width: int | None = None, transpose: bool = False) -> list[RichTable]:
+    """A table for `rich`: numbers flush right, the best of a ranked column in bold green; in parts where it is wide.
+
+    No word and no number is broken. What is wider than `width` first has its intervals below their values and its long
+    names shortened in the middle, then its text on several lines; if that is not enough, its columns are shown some at
+    a time, each part with the first column again.
 
     Args:
-        table: What to show.
+        table: What to show, without its caption.
+        width: Characters in a line; None for as many as it takes.
         transpose: Show columns as rows, for few rows of many columns; the first column gives the titles.
 
     Example:
         >>> from rich.console import Console
         >>> table = Table(["model", "Cov_16"], [["a", 0.25], ["b", 0.5]])
-        >>> Console(width=30).print(rich_table(table, transpose=True))
+        >>> for part in rich_tables(table, transpose=True):
+        ...     Console(width=30).print(part)
         ┏━━━━━━━━┳━━━━━━━┳━━━━━━━┓
         ┃ model  ┃     a ┃     b ┃
         ┡━━━━━━━━╇━━━━━━━╇━━━━━━━┩
         │ Cov_16 │ 0.250 │ 0.500 │
         └────────┴───────┴───────┘
     """
-    stacked = transpose and len(table.rows) > 2  # an interval below its value makes room for more models
-    columns = [
-        [_styled(cells[column], row == table.best(column), stacked) for row, cells in enumerate(table.rows)]
-        for column in range(len(table.columns))
-    ]
-    titles = [Text(title(column)) for column in table.headers]
-    if transpose:
-        heads, flush = [titles[0], *columns[0]], ["left", *["right"] * len(table.rows)]
-        lines = [[head, *column] for head, column in zip(titles[1:], columns[1:])]
-    else:
-        heads, flush = titles, ["right" if table.is_numeric(index) else "left" for index in range(len(titles))]
-        lines = [list(line) for line in zip(*columns)]
-    shown = RichTable(caption=Text(table.caption) if table.caption else None, caption_justify="left")
-    for head, side in zip(heads, flush):
-        shown.add_column(head, justify=side, overflow="fold")  # type: ignore[arg-type]
-    for line in lines:
-        shown.add_row(*line)
-    return shown
+    grid = _Grid.of(table, transpose, stacked=transpose and len(table.rows) > 2)
+    limit = math.inf if width is None else width
+    if sum(grid.widest(column) + 3 for column in range(len(grid.heads))) + 1 <= limit:
+        return [grid.part(range(len(grid.heads)), limit)]
+    grid = _Grid.of(table, transpose, stacked=True).shortened(max(12, int(limit) // 4))
+    parts: list[list[int]] = [[0]]
+    for column in range(1, len(grid.heads)):
+        if len(parts[-1]) > 1 and grid.least([*parts[-1], column]) > limit:
+            parts.append([0])
+        parts[-1].append(column)
+    return [grid.part(part, limit) for part in parts]
 
 
-def _styled(cell: Cell, best: bool, stacked: bool) -> Text:
+def legend(table: Table) -> str:
+    """What the symbols that a table uses mean; empty where it uses none.
+
+    Example:
+        >>> legend(Table(["model", Column("Cov_16", "lower")], [["a", None]]))
+        '↓ lower is better; – not known.'
+    """
+    texts = [title(column) for column in table.headers] + [format_cell(cell) for row in table.rows for cell in row]
+    meanings = {"↓": "lower is better", "↑": "higher is better", "–": "not known", "∞": "no number is enough"}
+    used = [f"{sign} {meaning}" for sign, meaning in meanings.items() if any(sign in text.split() for text in texts)]
+    return f"{'; '.join(used)}." if used else ""
+
+
+class _Grid(NamedTuple):
+    """Heads and lines of cells as they are shown, and which columns are flush right."""
+
+    heads: list[str]
+    lines: list[list["_Shown"]]
+    flush_right: list[bool]
+
+    @classmethod
+    def of(cls, table: Table, transpose: bool, *, stacked: bool) -> "_Grid":
+        columns = [
+            [_styled(cells[column], row == table.best(column), stacked) for row, cells in enumerate(table.rows)]
+            for column in range(len(table.columns))
+        ]
+        titles = [title(column) for column in table.headers]
+        if transpose:
+            lines = [[_Shown(head), *column] for head, column in zip(titles[1:], columns[1:])]
+            heads = [titles[0], *(cell.text for cell in columns[0])]
+            return cls(heads, lines, [False, *(True for _ in table.rows)])
+        flush = [table.is_numeric(index) for index in range(len(titles))]
+        return cls(titles, [list(line) for line in zip(*columns)], flush)
+
+    def cells(self, column: int) -> list["_Shown"]:
+        return [_Shown(self.heads[column]), *(line[column] for line in self.lines)]
+
+    def widest(self, column: int) -> int:
+        return max(cell_len(line) for cell in self.cells(column) for line in cell.text.split("\n"))
+
+    def narrowest(self, column: int) -> int:
+        return max(cell_len(part) for cell in self.cells(column) for part in cell.parts)
+
+    def least(self, columns: Sequence[int]) -> int:
+        """The width of some columns with every word on a line of its own."""
+        return sum(self.narrowest(column) + 3 for column in columns) + 1
+
+    def shortened(self, most: int) -> "_Grid":
+        """The same with long words shortened in the middle, so that those of a column still differ."""
+        heads, columns = _shortened(self.heads, most), []
+        for column in range(len(heads)):
+            cells = [line[column] for line in self.lines]
+            texts = _shortened([cell.text for cell in cells], most)
+            columns.append([cell._replace(text=text) for cell, text in zip(cells, texts)])
+        return self._replace(heads=heads, lines=[list(line) for line in zip(*columns)])
+
+    def part(self, columns: Sequence[int], limit: float) -> RichTable:
+        """Some columns as a table, in widths that break no word."""
+        widths = {column: self.narrowest(column) for column in columns}
+        spare = limit - self.least(columns)
+        for column in sorted(columns, key=self.widest):
+            more = min(spare, self.widest(column) - widths[column])
+            if more > 0:
+                widths[column] += int(more)
+                spare -= more
+        shown = RichTable()
+        for column in columns:
+            shown.add_column(
+                Text(self.heads[column]), justify="right" if self.flush_right[column] else "left", width=widths[column]
+            )
+        for line in self.lines:
+            shown.add_row(*(Text(line[column].text, line[column].style) for column in columns))
+        return shown
+
+
+def _shortened(texts: Sequence[str], most: int) -> list[str]:
+    long = [text for text in texts if any(cell_len(word) > most for word in text.split())]
+    short = dict(zip(long, tell_apart(long, most)))
+    return [short.get(text, text) for text in texts]
+
+
+class _Shown(NamedTuple):
+    text: str
+    style: str = ""
+    is_interval: bool = False
+
+    @property
+    def parts(self) -> list[str]:
+        """What stays on one line: words, and an interval with both its ends."""
+        return self.text.split("\n") if self.is_interval else self.text.split() or [""]
+
+
+def _styled(cell: Cell, best: bool, stacked: bool) -> _Shown:
     text = format_cell(cell)
     if stacked and isinstance(cell, Interval):
         text = text.replace(" ", "\n", 1)
-    return Text(text, style="bold green" if best else "")
+    return _Shown(text, "bold green" if best else "", isinstance(cell, Interval))

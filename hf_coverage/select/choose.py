@@ -23,7 +23,7 @@ from hf_coverage.functional.paired import PairedDifference, paired_loss_differen
 from hf_coverage.functional.statistics import bounded_mean_interval, group_codes
 from hf_coverage.functional.tournament_soft import envelope_losses
 from hf_coverage.inference.files import strict_json
-from hf_coverage.plots import ProfileCurve, plot_choice
+from hf_coverage.plots.over_n import ProfileCurve, plot_choice
 from hf_coverage.select.tournament import Candidate, by_name, read_candidates
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from hf_coverage.functional.miss_profile import miss_values
 from hf_coverage.functional.predictiveness import RankCorrelations, rank_correlations
 from hf_coverage.inference.files import strict_json
 from hf_coverage.measure.profile import CoverageProfile
-from hf_coverage.plots import plot_predictiveness
+from hf_coverage.plots.checkpoints import plot_predictiveness
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,8 @@ from hf_coverage.functional.checks import FloatArray, metric_key
 from hf_coverage.functional.tournament_guarantee import offset_guarantee, simple_guarantee, soft_guarantee
 from hf_coverage.functional.tournament_standing import TieBreak
 from hf_coverage.inference.files import read_json, strict_json
-from hf_coverage.plots import plot_challenges
+from hf_coverage.plots.names import plain_text
+from hf_coverage.plots.tournament import plot_challenges
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -152,14 +153,15 @@ class TournamentResult:
         return simple_guarantee(self.n, *size, a=a, delta=delta)
 
     def plot(self, path: str | PathLike[str] | None = None, *, title: str | None = None) -> Figure:
-        """Draw the challenges as a heat map, the winner's column framed.
+        """Draw the challenges as a heat map, the winner's column and what decides each column framed.
 
         Args:
             path: File to write, its format given by the suffix; None only returns the figure.
             title: Title above the axes; by default N and the winner.
         """
-        heading = title or f"Tournament at N = {metric_key(self.n)}: {self.winner} wins"
-        return plot_challenges(self.names, self.matrix, path, winner=self.winner, title=heading)
+        heading = title or f"Tournament at N = {metric_key(self.n)}: {plain_text(self.winner)} wins"
+        decides = self.edge == "hard"
+        return plot_challenges(self.names, self.matrix, path, winner=self.winner, decides=decides, title=heading)
 
     def to_json(self, path: str | PathLike[str] | None = None) -> str:
         """Everything as strict JSON text, unknown and infinite numbers as null; also written to `path` where given."""

@@ -350,9 +350,13 @@ def test_numbers_have_the_names_that_people_know():
 def test_the_plot_shows_the_curve_and_the_prediction(one_answer, tmp_path):
     profile, result = one_answer
     ax = result.plot(tmp_path / "plot.png", profile=profile).axes[0]
-    assert [line.get_linestyle() for line in ax.lines] == ["-", "--", "--"]
+    assert [line.get_linestyle() for line in ax.lines] == ["-", "--"]
     np.testing.assert_allclose(ax.lines[0].get_ydata()[7], result.pass_at(8))
-    np.testing.assert_allclose(ax.lines[1].get_ydata(), result.predict(profile).guaranteed)
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), result.predict(profile).exact)
+    (region,) = [one for one in ax.collections if one.get_hatch()]  # no line that could pass for a prediction
+    ends = {float(x): float(y) for x, y in region.get_paths()[0].vertices if y > 0}
+    guaranteed = result.predict(profile).guaranteed
+    np.testing.assert_allclose([ends[n] for n in range(1, len(guaranteed) + 1)], guaranteed)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert result.plot().axes[0].get_ylabel() == "Pass@$N$ (higher is better)"
 

@@ -175,7 +175,7 @@ def test_several_models_are_drawn_in_one_picture(tmp_path):
     figure = first.plot(tmp_path / "profile.png", others=[second])
     assert (tmp_path / "profile.png").read_bytes()[:4] == b"\x89PNG"
     ax, of_miss = figure.axes
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["model 1", "model 2"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["model 1", "model 2", "one-sided interval"]
     for line, profile in zip(ax.lines, (first, second)):
         n, values = line.get_data()
         assert values.tolist() == profile.cov(n).tolist()

@@ -32,7 +32,7 @@ BAD = profile("bad", np.where(np.arange(200) % 7 == 0, 4.0, 0.0))
 
 def test_the_table_holds_the_profile_s_own_numbers():
     table = profile_table([GOOD, BAD], [2, 5.7], regret=0.3)
-    assert [column.title for column in table.headers][3:8] == ["Cov_2", "Cov_5.7", "miss_2", "miss_5.7", "KL"]
+    assert [column.title for column in table.headers][3:8] == ["Cov_2", "Cov_5.7", "miss_2", "miss_5.7", "KL (nats)"]
     row = table.rows[1]
     assert row[:3] == ["bad", 200, 50]
     assert row[4] == Interval(BAD.cov(5.7), *BAD.interval(5.7))

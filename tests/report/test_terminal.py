@@ -2,7 +2,7 @@ import io
 
 from rich.console import Console
 
-from hf_coverage.report.table import Column, Interval, Table, rich_table
+from hf_coverage.report.table import Column, Interval, Table, rich_tables
 
 TABLE = Table(
     ["model", Column("Cov_2", "lower")],
@@ -13,13 +13,14 @@ TABLE = Table(
 
 def shown(width=80, **options):
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(rich_table(TABLE, **options))
+    for part in rich_tables(TABLE, **options):
+        console.print(part)
     return console.export_text()
 
 
 def test_brackets_in_names_and_intervals_are_text_and_not_markup():
     text = shown()
-    for part in ("a [bold]x[/]", "0.250 [0.100, 0.400]", "Shares [of] rows.", "Cov_2 ↓"):
+    for part in ("a [bold]x[/]", "0.250 [0.100, 0.400]", "Cov_2 ↓"):
         assert part in text
 
 
