@@ -362,18 +362,19 @@ def _write(
     *remarks: str,
 ) -> None:
     from hf_coverage.commands.report import origin
-    from hf_coverage.report.html import Picture, write_html_report
+    from hf_coverage.report.html import write_html_report
 
     folder = settings.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     choice.to_json(folder / "choice.json")
-    figure = choice.plot(folder / "choice.png")
+    choice.plot(folder / "choice.png")
     page = write_html_report(
         folder / "report.html",
         title=f"Which of {len(choice.names)} checkpoints for {metric_key(choice.samples)} samples",
         summary=[choice.sentence, *remarks],
         tables=tables,
-        figures=[Picture(figure, "Losses over the number of samples, the picks marked. Lower is better.")],
+        profiles=[one.profile for one in measured.values()],
+        choice=choice,
         kinds=list(dict.fromkeys(one.profile.kind for one in measured.values())),
         provenance=origin(list(measured.values())),
     )
