@@ -3,8 +3,8 @@
 The charts are Bokeh's. Its JavaScript is 1.3 MB and is all that a page carries; Plotly's is 4.8 MB, and the part of it
 that draws lines is not in its package. Neither lets a keyboard into a chart, so whatever a chart shows is in the table
 as well, and slider, table and boxes are the browser's own. Bokeh needs `style-src 'unsafe-inline'` for the styles that
-it makes as it draws. Callbacks written in Python as text would need `'unsafe-eval'`: `report.js` takes their place, and
-a page allows the scripts with its hashes alone.
+it makes as it draws. Callbacks written in Python as text would need `'unsafe-eval'`: `report.js` takes their place,
+and a page allows the scripts with its hashes alone.
 """
 
 import base64

@@ -101,16 +101,28 @@ class Opened:
     def slide_to(self, place):
         self.page.locator("#n").evaluate(f"(slider) => {{ slider.value = {place}; slider.oninput(); }}")
 
-    def in_chart(self, chart, column_x, column_y):
-        """Where on the page a chart shows a point."""
-        return self.page.evaluate(
+    def hover(self, chart, x, y):
+        """What is said at a point of a chart."""
+        self.page.mouse.move(1, 1)
+        self.page.wait_for_selector(".bk-Tooltip", state="hidden")
+        self.page.locator(f"#chart-{chart}").scroll_into_view_if_needed()
+        at = self.page.evaluate(
             """([place, x, y]) => {
                 const view = Bokeh.index.find_one_by_id(Bokeh.documents[place].roots()[0].id);
                 const box = view.canvas_view.el.getBoundingClientRect();
                 const {x_scale, y_scale} = view.frame ?? view.frame_view;
                 return [box.left + x_scale.compute(x), box.top + y_scale.compute(y)];
             }""",
-            [chart, column_x, column_y],
+            [chart, x, y],
+        )
+        self.page.mouse.move(*at)
+        self.page.locator(".bk-Tooltip:visible").first.wait_for(timeout=5000)
+        return self.page.evaluate(
+            """() => {
+                const text = (node) => node.nodeType === Node.TEXT_NODE ? node.data : node.nodeName === "STYLE" ? "" :
+                    Array.from((node.shadowRoot ?? node).childNodes, text).join(" ");
+                return Array.from(document.querySelectorAll(".bk-Tooltip"), text).join(" ");
+            }"""
         )
 
 
@@ -187,24 +199,16 @@ def test_other_tables_sort_by_their_numbers_and_leave_the_unknown_last(opened):
 
 def test_a_point_says_model_value_interval_and_rows(opened):
     one, (first, *_) = opened("run"), PROFILES
-    for chart, (value, interval) in enumerate(
-        ((first.miss(1), first.miss_interval(1)), (first.cov(1), first.interval(1)))
-    ):
-        one.page.locator(f"#chart-{chart}").scroll_into_view_if_needed()
-        one.page.mouse.move(*one.in_chart(chart, 1, value))
-        tooltip = one.page.locator(f"#chart-{chart} .bk-Tooltip:visible, .bk-Tooltip:visible").first
-        tooltip.wait_for(timeout=5000)
+    found = ((first.miss(1), first.miss_interval(1)), (first.cov(1), first.interval(1)))
+    for chart, (value, interval) in enumerate(found):
+        said = one.hover(chart, 1, value)
         for text in (first.name, format_cell(Interval(value, *interval)), "60"):
-            assert text in tooltip.inner_text()
-        one.page.mouse.move(1, 1)
+            assert text in said
 
 
 def test_what_is_chosen_is_marked_in_the_chart(opened):
     one, choice = opened("choice"), choice_of(PROFILES)
-    one.page.locator("#chart-0").scroll_into_view_if_needed()
-    one.page.mouse.move(*one.in_chart(0, 16, choice.pick.loss))
-    one.page.locator(".bk-Tooltip:visible").first.wait_for(timeout=5000)
-    said = " ".join(one.page.locator(".bk-Tooltip:visible").all_inner_texts())
+    said = one.hover(0, 16, choice.pick.loss)
     assert choice.winner in said
     assert f"{format_cell(choice.within)} of the best" in said
 
@@ -254,11 +258,7 @@ def test_names_stay_text(opened):
     assert one.page.locator("h1").inner_text() == EVIL
     assert one.page.locator("img[src=x]").count() == 0
     assert sorted(one.rows()) == [EVIL, f"{EVIL}2"]
-    one.page.locator("#chart-0").scroll_into_view_if_needed()
-    one.page.mouse.move(*one.in_chart(0, 1, profiles_of([EVIL])[0].miss(1)))
-    tooltip = one.page.locator(".bk-Tooltip:visible").first
-    tooltip.wait_for(timeout=5000)
-    assert EVIL in tooltip.inner_text()
+    assert EVIL in one.hover(0, 1, profiles_of([EVIL])[0].miss(1))
     assert json.loads(saved(one, "#json"))[0]["model"].startswith(EVIL)
 
 
