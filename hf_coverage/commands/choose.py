@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from hf_coverage.decode.best_of_n_result import BestOfNResult
     from hf_coverage.functional.checks import ReferenceKind
+    from hf_coverage.measure.profile import CoverageProfile
     from hf_coverage.select.choose import Choice
 
 __all__ = ["EXAMPLES", "choose"]
@@ -68,6 +69,7 @@ torchrun --nproc_per_node 2 -m hf_coverage choose RUN/checkpoint-* --data corpus
 
 _FOLLOW = "Following a run"
 _OF_GROUPS = "8"
+_CAPTION = "Losses over the number of samples, the picks marked. Lower is better."
 
 
 class Purpose(str, Enum):
@@ -562,6 +564,7 @@ def _write(
     checkpoints: dict[str, str],
     tables: list[Table],
     *remarks: str,
+    profiles: "Sequence[CoverageProfile]" = (),
     kinds: "Sequence[ReferenceKind]" = (),
     provenance: Mapping[str, object],
     facts: Mapping[str, object] | None = None,
@@ -578,7 +581,9 @@ def _write(
         title=_title(choice),
         summary=[choice.sentence, *remarks],
         tables=tables,
-        figures=[Picture(figure, "Losses over the number of samples, the picks marked. Lower is better.")],
+        figures=[] if profiles else [Picture(figure, _CAPTION)],
+        profiles=profiles,
+        choice=choice if profiles else None,
         kinds=kinds,
         budget=False,
         provenance=provenance,
@@ -595,8 +600,10 @@ def _title(choice: "Choice") -> str:
 
 
 def _origin(measured: dict[str, Measured]) -> dict[str, Any]:
-    """Of what kind the corpus is, and where the scores came from."""
+    """What the page says of scores: the profiles, of what kind the corpus is, and where they came from."""
     from hf_coverage.commands.report import origin
 
     ones = list(measured.values())
-    return {"kinds": list(dict.fromkeys(one.profile.kind for one in ones)), "provenance": origin(ones)}
+    profiles = [one.profile for one in ones]
+    kinds = list(dict.fromkeys(profile.kind for profile in profiles))
+    return {"profiles": profiles, "kinds": kinds, "provenance": origin(ones)}

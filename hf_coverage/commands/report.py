@@ -18,7 +18,7 @@ from hf_coverage.commands.options import (
     output_folder,
     parse_n,
 )
-from hf_coverage.commands.profile import collect, draw, result_config
+from hf_coverage.commands.profile import collect, result_config
 from hf_coverage.commands.score_folder import Measured
 from hf_coverage.functional.checks import check_regret
 from hf_coverage.inference.loading import ModelOptions
@@ -32,6 +32,9 @@ hf-coverage report scores/base scores/tuned --title "Base and tuned" --output-di
 
 hf-coverage report scores/tuned --card --license apache-2.0 --base-model org/base --output-dir report
 """
+
+
+_FEW = 3  # models that are named one by one, in the title and in sentences
 
 
 def report(
@@ -76,24 +79,42 @@ def report(
 def _write_page(
     path: Path, measured: Sequence[Measured], n: Sequence[float], regret: float, title: str | None
 ) -> Path:
-    from hf_coverage.report.html import Picture, write_html_report
-    from hf_coverage.report.summary import comparison_table, pass_table, profile_table, summarize_profiles
+    from hf_coverage.report.html import write_html_report
+    from hf_coverage.report.summary import (
+        comparison_table,
+        pass_table,
+        profile_table,
+        summarize_many,
+        summarize_profiles,
+    )
 
     profiles = [one.profile for one in measured]
     paired = _same_rows(measured)
     passes = pass_table(profiles, n)
     tables = [profile_table(profiles, n, regret=regret), *([] if passes is None else [passes])]
-    tables += [comparison_table(profiles[0], profiles[1:], n)] if paired else []
-    caption = f"{profiles[0].quantity} over N, lower is better, with 95 % confidence bands."
+    comparison = comparison_table(profiles[0], profiles[1:], n, corrected=True) if paired else None
+    tables += [] if comparison is None else [comparison]
+    if len(profiles) <= _FEW:
+        summary = summarize_profiles(profiles, n, regret=regret, baseline=paired)
+    else:
+        summary = summarize_many(profiles, max(n), regret=regret, comparison=comparison)
     return write_html_report(
         path,
-        title=title or f"Coverage of {' and '.join(profile.name for profile in profiles)}",
-        summary=summarize_profiles(profiles, n, regret=regret, baseline=paired),
+        title=title or _title([profile.name for profile in profiles]),
+        summary=summary,
         tables=tables,
-        figures=[Picture(figure, caption[0].upper() + caption[1:]) for figure in draw(profiles, n)],
+        profiles=profiles,
+        n=max(n),
         kinds=[profile.kind for profile in profiles],
         provenance=origin(measured),
     )
+
+
+def _title(names: Sequence[str]) -> str:
+    from hf_coverage.report.explorer import short_names
+
+    shown = short_names(names)
+    return f"Coverage of {' and '.join(shown) if len(names) <= _FEW else f'{len(names)} models'}"
 
 
 def _write_cards(

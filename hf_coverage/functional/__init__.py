@@ -240,6 +240,7 @@ _HOMES = {
         "bounded_mean_upper_bound",
         "clustered_mean",
         "group_codes",
+        "holm_p_values",
         "mean_interval",
         "proportion_interval",
         "row_weights",

@@ -27,6 +27,7 @@ __all__ = [
     "bounded_mean_upper_bound",
     "clustered_mean",
     "group_codes",
+    "holm_p_values",
     "mean_interval",
     "proportion_interval",
     "row_weights",
@@ -297,6 +298,37 @@ def bounded_mean_upper_bound(
     if least >= most or excess(most) <= 0:
         return 1.0
     return float(optimize.brentq(excess, max(least, 1e-12), most, xtol=1e-12, rtol=1e-9))
+
+
+def holm_p_values(p_values: ArrayLike) -> FloatArray:
+    """P-values corrected for there being several: Holm's, by which the chance of any false finding is at most alpha.
+
+        p~_(k) = max_{j <= k} min(1, (m - j + 1) p_(j)),      p_(1) <= ... <= p_(m)
+
+    Args:
+        p_values: `(M,)` in [0, 1]; NaN, of what cannot be tested, stays NaN and is not counted.
+
+    Returns:
+        `(M,)`, none below what it was; what is below alpha is found at that level, however the tests depend.
+
+    Raises:
+        ValueError: If one lies outside [0, 1].
+
+    Example:
+        >>> holm_p_values([0.01, 0.04, 0.03]).tolist()
+        [0.03, 0.06, 0.06]
+
+    References:
+        Holm (1979), "A simple sequentially rejective multiple test procedure".
+    """
+    values = np.asarray(p_values, dtype=np.float64)
+    if np.any((values < 0) | (values > 1)):
+        raise ValueError(f"`p_values` must lie in [0, 1], but are {values.min()} to {values.max()}.")
+    order = np.argsort(values)[: np.count_nonzero(~np.isnan(values))]  # NaN comes last
+    corrected = np.full(values.shape, np.nan)
+    factors = np.arange(order.size, 0, -1)
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(factors * values[order]))
+    return corrected
 
 
 def proportion_interval(

@@ -1,11 +1,12 @@
 """One HTML file that holds a whole result: the sentence, the numbers, the pictures, and where they came from.
 
-The file needs nothing from anywhere: pictures are embedded, there is no script, and a content security policy in the
-page keeps it so.
+The file needs nothing from anywhere: pictures and scripts are embedded, and a content security policy in the page lets
+it load nothing and run no script but these. Without profiles there is no script at all.
 """
 
 import base64
 import io
+import json
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,9 +22,12 @@ from markupsafe import Markup, escape
 
 from hf_coverage import __version__
 from hf_coverage.functional.checks import ReferenceKind
-from hf_coverage.inference.files import write_atomically
+from hf_coverage.inference.files import strict_json, write_atomically
+from hf_coverage.measure.profile import CoverageProfile
+from hf_coverage.report.explorer import explore, scripts
 from hf_coverage.report.table import Interval, Table, format_cell, format_number
 from hf_coverage.report.wording import how_to_read, what_is_known
+from hf_coverage.select.choose import Choice
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
@@ -88,6 +92,9 @@ def write_html_report(
     summary: Sequence[str],
     tables: Sequence[Table],
     figures: Sequence[Picture] = (),
+    profiles: Sequence[CoverageProfile] = (),
+    n: float = 16,
+    choice: Choice | None = None,
     kinds: Iterable[ReferenceKind] = ("density",),
     budget: bool = True,
     provenance: Mapping[str, object] | None = None,
@@ -97,9 +104,13 @@ def write_html_report(
     Args:
         path: The file; its folder is made where it does not exist.
         title: What was measured.
-        summary: What the numbers say, in plain sentences; the first one is set large.
+        summary: What the numbers say, in plain sentences; the first one is set large, those after the third folded.
         tables: In the order of the page; numbers, intervals and the best value of each ranked column are set apart.
         figures: Pictures, embedded.
+        profiles: Models that readers look into at every N: a slider that orders them, charts with what stands at a
+            point and lines to hide, a table to take along. None leaves that, and all scripts, out.
+        n: The N that the slider begins at.
+        choice: What was chosen among the profiles, one a candidate and in their order.
         kinds: What is known of the references, for the explanations of what is an estimate and what only a bound;
             empty where a verifier's verdicts are all that is known.
         budget: Whether the page speaks of Best-of-N budgets, which are then explained.
@@ -125,11 +136,15 @@ def write_html_report(
     if isinstance(summary, str) or not summary:
         raise ValueError("`summary` must be a list of at least one sentence that says what the numbers mean.")
     kinds = tuple(dict.fromkeys(kinds))
+    explorer = explore(profiles, n=n, choice=choice) if profiles else None
+    code = [] if explorer is None else scripts()
     page = _template().render(
         title=title,
         summary=summary,
-        tables=tables,
+        tables=[*tables, *([explorer.table()] if explorer is not None and len(profiles) > 1 else [])],
         figures=figures,
+        explorer=explorer,
+        scripts=code,
         reading=how_to_read(kinds),
         known=what_is_known(kinds, budget=budget),
         provenance=provenance or {},
@@ -143,14 +158,30 @@ def write_html_report(
 
 def _template():  # type: ignore[no-untyped-def]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"subscript": _subscript, "cell": _cell}
+    environment.filters |= {"subscript": _subscript, "cell": _cell, "level": _level, "value": _value, "json": _json}
+    environment.globals["picture"] = Picture
     text = resources.files(__package__).joinpath("templates/report.html.j2").read_text(encoding="utf-8")
     return environment.from_string(text)
 
 
 def _subscript(text: object) -> Markup:
-    """Escaped text with the N of `Cov_16` and `Cov_N` set as a subscript."""
-    return Markup(re.sub(r"\b(Cov)_(N|[0-9]+(?:\.[0-9]+)?)", r"\1<sub>\2</sub>", str(escape(text))))
+    """Escaped text with the N of `Cov_16`, `miss_N` and the like set as a subscript."""
+    return Markup(re.sub(r"\b(Cov|miss|score)_(N|[0-9]+(?:\.[0-9]+)?)", r"\1<sub>\2</sub>", str(escape(text))))
+
+
+def _level(label: str, n: str) -> Markup:
+    """A label with the N that the slider stands at in the place of the letter."""
+    return Markup(re.sub(r"(_|@)N\b", rf'\1<span class="level">{n}</span>', str(escape(label))))
+
+
+def _value(cell: object) -> object:
+    """What a cell is sorted by; text is None."""
+    return cell.value if isinstance(cell, Interval) else cell if isinstance(cell, (int, float)) else None
+
+
+def _json(facts: Mapping[str, object]) -> Markup:
+    """JSON as it may stand in a page: nothing in it ends the element that it is in."""
+    return Markup(json.dumps(json.loads(strict_json(facts)), separators=(",", ":")).replace("<", "\\u003c"))
 
 
 def _cell(cell: object) -> Markup:

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 
 from hf_coverage.functional.checks import metric_key
 from hf_coverage.functional.paired import PairedDifference, paired_coverage_difference, paired_miss_difference
-from hf_coverage.functional.statistics import MeanEstimate, mean_interval
+from hf_coverage.functional.statistics import MeanEstimate, holm_p_values, mean_interval
 from hf_coverage.measure.profile import CoverageProfile
-from hf_coverage.report.table import Cell, Column, Interval, Table, format_number
+from hf_coverage.report.table import Cell, Column, Interval, Table, format_cell, format_number
 
 __all__ = [
     "comparison_table",
@@ -15,11 +15,13 @@ __all__ = [
     "paired_miss_differences",
     "pass_table",
     "profile_table",
+    "summarize_many",
     "summarize_profiles",
 ]
 
 
 _LAST_COLUMNS = ("cross-entropy (nats)", "Best-of-N budget (samples)", "guaranteed budget (samples)")
+_UNCLEAR = "no clear difference"
 
 
 def profile_table(profiles: Sequence[CoverageProfile], n: Sequence[float], *, regret: float = 0.1) -> Table:
@@ -45,7 +47,7 @@ def profile_table(profiles: Sequence[CoverageProfile], n: Sequence[float], *, re
         cells: list[Cell] = [profile.name, profile.num_rows, profile.num_groups]
         cells += [coverage_cell(profile, value) for value in n]
         cells += [miss_cell(profile, value) for value in n]
-        cells += [] if bound else [_mean_cell(profile.kl, profile.kl_standard_error, profile.num_groups)]
+        cells += [] if bound else [mean_cell(profile.kl, profile.kl_standard_error, profile.num_groups)]
         cells.append(_cross_entropy_cell(profile))
         budget = profile.best_of_n_budget(regret)
         rows.append([*cells, _whole(budget.n), _whole(budget.guaranteed_n)])
@@ -110,31 +112,42 @@ def paired_miss_differences(
     return _differences(paired_miss_difference, baseline, other, n, confidence)
 
 
-def comparison_table(baseline: CoverageProfile, others: Sequence[CoverageProfile], n: Sequence[float]) -> Table:
+def comparison_table(
+    baseline: CoverageProfile, others: Sequence[CoverageProfile], n: Sequence[float], *, corrected: bool = False
+) -> Table:
     """Paired differences of models to a baseline on the same rows, two rows for each model and N: Cov_N and miss_N.
 
     Args:
         baseline: What the others are compared with.
         others: Profiles of the same rows, in the same order.
         n: The N to show.
+        corrected: Whether p-values are also corrected for how many there are, and verdicts are by these.
     """
     shared_quantity([baseline, *others])
     rows: list[list[Cell]] = []
+    found: list[PairedDifference] = []
     for other in others:
-        for value, by_cov, by_miss in zip(
+        for value, *differences in zip(
             n, paired_differences(baseline, other, n), paired_miss_differences(baseline, other, n)
         ):
-            values = other.level(value), baseline.level(value)
-            rows.append([other.name, baseline.label(value), *values, *_difference_cells(by_cov)])
-            values = other.miss_level(value), baseline.miss_level(value)
-            rows.append([other.name, baseline.miss_label(value), *values, *_difference_cells(by_miss)])
-    columns: list[Column | str] = ["model", "quantity", "value", baseline.name, "difference", "p-value", "verdict"]
-    tests = f"p-values are of single comparisons, not corrected for there being {len(rows)}"
+            found += differences
+            rows.append([other.name, baseline.label(value), other.level(value), baseline.level(value)])
+            rows.append([other.name, baseline.miss_label(value), other.miss_level(value), baseline.miss_level(value)])
+    columns: list[Column | str] = ["model", "quantity", "value", baseline.name, "difference", "p-value"]
+    if corrected:
+        tests = f"p-values are two-sided; the corrected ones are Holm's, for the {len(rows)} in this table"
+        every = holm_p_values([difference.p_value for difference in found]).tolist()
+        ends: list[list[Cell]] = [[p, verdict(one) if p < 0.05 else _UNCLEAR] for one, p in zip(found, every)]
+        columns.append("corrected")
+    else:
+        tests = f"p-values are of single comparisons, not corrected for there being {len(rows)}" if rows[1:] else ""
+        ends = [[verdict(difference)] for difference in found]
     caption = (
         f"Paired differences to {baseline.name} on the same rows, with 95 % confidence intervals: "
-        f"below zero the model covers more than the baseline{'; ' + tests if len(rows) > 1 else ''}."
+        f"below zero the model covers more than the baseline{'; ' + tests if tests else ''}."
     )
-    return Table(columns, rows, caption)
+    cells = [[*row, *_difference_cells(difference), *end] for row, difference, end in zip(rows, found, ends)]
+    return Table([*columns, "verdict"], cells, caption)
 
 
 def summarize_profiles(
@@ -165,6 +178,39 @@ def summarize_profiles(
     return sentences + [_budget_sentence(profile, regret) for profile in profiles]
 
 
+def summarize_many(
+    profiles: Sequence[CoverageProfile], n: float, *, regret: float = 0.1, comparison: Table | None = None
+) -> list[str]:
+    """What many profiles say, in three sentences at most: the first and the last, how many differ, samples needed.
+
+    Args:
+        profiles: More than one.
+        n: The N that the sentences speak of.
+        regret: The loss of expected reward, in (0, 1), that the Best-of-N budget allows.
+        comparison: What `comparison_table` gave of them.
+
+    Example:
+        >>> profiles = [CoverageProfile.from_logprobs([-p], [-1.0], name=f"m{p}") for p in (1, 2, 9)]
+        >>> print(summarize_many(profiles, 4)[0])
+        Of 3 models m1 has the least miss_4, 0.105 [0, 1], and m9 the most, 0.996 [0, 1]. Lower is better.
+    """
+    shared_quantity(profiles)
+    ordered = sorted(profiles, key=lambda profile: profile.miss_level(n))
+    ends = [f"{format_cell(miss_cell(profile, n))}" for profile in (ordered[0], ordered[-1])]
+    sentences = [
+        f"Of {len(profiles)} models {ordered[0].name} has the least {ordered[0].miss_label(n)}, {ends[0]}, and "
+        f"{ordered[-1].name} the most, {ends[1]}. Lower is better."
+    ]
+    if comparison is not None:
+        found = [cells[-1] for cells in comparison.rows if cells[1] == profiles[0].miss_label(n)]
+        sentences.append(
+            f"On the same rows {found.count('better')} of {len(found)} have a lower {profiles[0].miss_label(n)} than "
+            f"{profiles[0].name} and {found.count('worse')} a higher one, by p-values that are corrected for their "
+            f"number; of {found.count(_UNCLEAR)} chance explains the difference."
+        )
+    return [*sentences, _budget_sentence(ordered[0], regret)]
+
+
 def shared_quantity(profiles: Sequence[CoverageProfile]) -> str:
     """What all the profiles show, in words; ValueError where they do not show the same."""
     if not profiles:
@@ -185,11 +231,16 @@ def miss_cell(profile: CoverageProfile, n: float) -> Interval:
     return Interval(profile.miss_level(n), *profile.miss_interval(n))
 
 
+def mean_cell(mean: float, standard_error: float, num_groups: int) -> Interval:
+    """A mean with Student's 95 % interval."""
+    return Interval(mean, *mean_interval(MeanEstimate(mean, standard_error, num_groups)))
+
+
 def verdict(difference: PairedDifference) -> str:
     """A paired difference in one word or two."""
     if difference.low > 0:
         return "worse"
-    return "better" if difference.high < 0 else "no clear difference"
+    return "better" if difference.high < 0 else _UNCLEAR
 
 
 def _differences(
@@ -205,17 +256,13 @@ def _differences(
 
 
 def _difference_cells(difference: PairedDifference) -> list[Cell]:
-    return [Interval(difference.difference, difference.low, difference.high), difference.p_value, verdict(difference)]
-
-
-def _mean_cell(mean: float, standard_error: float, num_groups: int) -> Interval:
-    return Interval(mean, *mean_interval(MeanEstimate(mean, standard_error, num_groups)))
+    return [Interval(difference.difference, difference.low, difference.high), difference.p_value]
 
 
 def _cross_entropy_cell(profile: CoverageProfile) -> Interval | None:
     if profile.logprobs is None:
         return None
-    return _mean_cell(profile.cross_entropy, profile.cross_entropy_standard_error, profile.num_groups)
+    return mean_cell(profile.cross_entropy, profile.cross_entropy_standard_error, profile.num_groups)
 
 
 def _coverage_sentence(profile: CoverageProfile, n: float) -> str:

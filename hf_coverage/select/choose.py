@@ -225,6 +225,11 @@ class Choice:
         return _LOSS[self.rule].format(metric_key(self.samples))
 
     @property
+    def curves(self) -> tuple[ProfileCurve, ...]:
+        """The candidates' losses over the number of samples; an interval has a curve that is picked, no other."""
+        return self._curves
+
+    @property
     def sentence(self) -> str:
         """What was decided, how sure it is, and what cross-entropy would take, in plain words."""
         return " ".join([self._decision(), *self._certainty(), *self._against_cross_entropy(), *self._cost()])

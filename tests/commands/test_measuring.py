@@ -46,7 +46,7 @@ def test_many_models_get_several_pictures(work, undrawn):
     invoke(f"profile {sources} --n 2 --output-dir out")
     assert sorted(path.name for path in Path("out").glob("*.png")) == ["profile-2.png", "profile.png"]
     invoke(f"report {sources} --n 2 --output-dir out")
-    assert Path("out/report.html").read_text(encoding="utf-8").count("<img") == 2
+    assert "Coverage of 9 models" in Path("out/report.html").read_text(encoding="utf-8")
 
 
 def test_compare_prints_and_writes_paired_differences(work):

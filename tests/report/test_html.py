@@ -100,7 +100,7 @@ def test_side_by_side_plots_get_the_width_of_the_page(write):
 
 
 def test_the_best_of_a_ranked_column_is_marked(write):
-    cells = re.findall(r'<td class="([^"]*)">([^<]*)', write())
+    cells = re.findall(r'<td class="([^"]*)"[^>]*>([^<]*)', write())
     assert [(kind.strip(), text.strip()) for kind, text in cells] == [
         ("", "a"),
         ("number best", "0.200"),
