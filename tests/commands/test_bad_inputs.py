@@ -146,7 +146,10 @@ def test_corpus_folders_with_one_damaged_file(work, monkeypatch):
         ("score student corpus -o new --device cuda:99", "`device` 'cuda:99' cannot be used"),
         ("score student corpus -o new --device meta", "`device` must hold numbers"),
         ("score ./missing corpus -o new", "there is no file or folder ./missing"),
-        ("best-of-n student prompts.jsonl -o new --k 1000000000", "are up to 1,280,000,000,000 tokens"),
+        (
+            "best-of-n student prompts.jsonl -o new --answer-column prompt --k 1000000000",
+            "are up to 1,280,000,000,000 tokens",
+        ),
         ("sample prompts.jsonl --teacher teacher -o new --k 1000000000", "are up to 320,000,000,000 tokens"),
     ],
 )
