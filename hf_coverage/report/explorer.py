@@ -22,6 +22,7 @@ import numpy as np
 from hf_coverage.functional.checks import FloatArray, metric_key
 from hf_coverage.measure.profile import CoverageProfile
 from hf_coverage.plots import COLORS, ProfileCurve, new_axes, plot_profiles
+from hf_coverage.plots.figure import model_styles
 from hf_coverage.report.summary import mean_cell, shared_quantity
 from hf_coverage.report.table import Cell, Interval, Table, format_cell
 from hf_coverage.select.choose import Choice
@@ -36,17 +37,11 @@ _STEP = re.compile(r"(?:checkpoint|step)[-_ ]?(\d+)$")
 _GREY = "#7a828a"  # seen on light and on dark pages
 
 
-class Style(NamedTuple):
+class Line(NamedTuple):
+    """How a model is drawn on a page: a colour, and the lengths of dashes and gaps; none of a line without."""
+
     color: str
-    dash: str
     dashes: str
-
-
-def model_styles(names: Sequence[str]) -> list[Style]:
-    return [
-        Style(COLORS[i % 7], ("solid", "dashed", "dotdash", "dotted")[i % 4], ("", "6", "2 4 6 4", "2 4")[i % 4])
-        for i in range(len(names))
-    ]
 
 
 class Script(NamedTuple):
@@ -122,9 +117,17 @@ class Explorer:
         return short_names(self.names)
 
     @property
-    def styles(self) -> list[Style]:
-        """How each model is drawn."""
-        return model_styles(self.names)
+    def styles(self) -> list[Line]:
+        """How each model is drawn, as it is in pictures."""
+        from matplotlib.colors import to_hex
+
+        return [
+            Line(
+                to_hex(style.color),
+                "" if style.line == "-" else " ".join(str(round(3 * part)) for part in style.line[1]),
+            )
+            for style in model_styles(self.names)
+        ]
 
     @property
     def n_text(self) -> list[str]:
@@ -177,7 +180,7 @@ class Explorer:
             "names": self.names,
             "labels": self.labels,
             "colors": [style.color for style in styles],
-            "dashes": [style.dash for style in styles],
+            "dashes": [style.dashes or "solid" for style in styles],
             "steps": self.steps,
             "n": self.n,
             "n_text": self.n_text,
@@ -200,17 +203,8 @@ class Explorer:
 
     def pictures(self) -> "list[tuple[Figure, str]]":
         """Drawings of the same, with their captions."""
-        best = sorted(self.order(self.start)[: len(COLORS)])
-        of = (
-            ""
-            if len(best) == len(self.names)
-            else f" of the {len(best)} that are best at N = {self.n_text[self.start]}"
-        )
-        panels = {
-            f"{_mathematical(one.label)} (lower is better)": [one.curves[model] for model in best]
-            for one in self.quantities
-        }
-        found = [(plot_profiles(panels), f"Profiles{of} over N, lower is better, with 95 % intervals.")]
+        panels = {f"{_mathematical(one.label)} (lower is better)": one.curves for one in self.quantities}
+        found = [(plot_profiles(panels), "Profiles over N, lower is better, with 95 % intervals.")]
         if self.steps is not None:
             found.append((self._draw_run(self.steps), "Checkpoints over the steps of training, with 95 % intervals."))
         if self.choice is not None:
