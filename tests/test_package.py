@@ -218,7 +218,7 @@ ROOMS = [*(name for name in FLOORS if not name.startswith("_")), "cli"]
 
 
 def files():
-    return [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".j2")]
+    return [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".j2", ".js")]
 
 
 def relative(path):

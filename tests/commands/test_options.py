@@ -40,7 +40,8 @@ def test_what_several_commands_share_has_the_same_help():
             if option.name in {"split", "append_eos", "group_by", "batch_tokens", "top_k", "top_p", "config"}:
                 texts.setdefault(option.name, set()).add(option.help)
     assert {name for name, found in texts.items() if len(found) > 1} == {"top_k"}  # of `tune-ttt` another idea
-    assert all("--config" in option.opts for name in COMMANDS for option in COMMANDS[name].params[-1:])
+    for flag in ("--config", "--quiet", "--json"):
+        assert all(any(flag in option.opts for option in command.params) for command in COMMANDS.values()), flag
 
 
 @dataclass(frozen=True)
