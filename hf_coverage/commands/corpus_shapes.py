@@ -124,6 +124,11 @@ def with_system_prompt(rows: Dataset, text: str) -> Dataset:
 
 def _require_pairs(rows: Dataset) -> None:
     missing = [name for name in ("prompt", "completion") if name not in rows.column_names]
+    if missing and "reference_answer_logprob" in rows.column_names:
+        raise ValueError(
+            "the corpus has scored answers, whose reasoning is not there: give the prompts and whole responses that they "
+            "are of."
+        )
     if missing:
         raise ValueError(
             f"the data have no column `{missing[0]}` among {rows.column_names}: name the columns of prompts and "
