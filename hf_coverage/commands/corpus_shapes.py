@@ -126,8 +126,8 @@ def _require_pairs(rows: Dataset) -> None:
     missing = [name for name in ("prompt", "completion") if name not in rows.column_names]
     if missing and "reference_answer_logprob" in rows.column_names:
         raise ValueError(
-            "the corpus has scored answers, whose reasoning is not there: give the prompts and whole responses that they "
-            "are of."
+            "the corpus has scored answers, whose reasoning is not there: give the prompts and whole responses that "
+            "they are of."
         )
     if missing:
         raise ValueError(
