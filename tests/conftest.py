@@ -12,10 +12,15 @@ import gc
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from recipes.smollm2 import load_model, load_tokenizer, reading_once
+
+# A first example may import half of scipy, on a machine that does other things too: time is no property of the code.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -289,7 +289,7 @@ def explore(profiles: Sequence[CoverageProfile], *, n: float = 16, choice: Choic
     Example:
         >>> found = explore([CoverageProfile.from_logprobs([-1.0, -9.0], [-1.0, -1.0], name="tiny")])
         >>> found.n.tolist()[found.start], found.sentence
-        (16.0, 'tiny has the least miss_16: 0.498 [0.013, 0.987].')
+        (16.0, 'tiny has the least miss_16: 0.497 [0.013, 0.985].')
     """
     shared_quantity(profiles)
     levels = [n] if choice is None else [choice.samples, *(pick.samples for pick in choice.others)]

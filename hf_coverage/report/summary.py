@@ -192,7 +192,7 @@ def summarize_many(
     Example:
         >>> profiles = [CoverageProfile.from_logprobs([-p], [-1.0], name=f"m{p}") for p in (1, 2, 9)]
         >>> print(summarize_many(profiles, 4)[0])
-        Of 3 models m1 has the least miss_4, 0.105 [0, 1], and m9 the most, 0.996 [0, 1]. Lower is better.
+        Of 3 models m1 has the least miss_4, 0 [0, 1], and m9 the most, 0.999 [0, 1]. Lower is better.
     """
     shared_quantity(profiles)
     ordered = sorted(profiles, key=lambda profile: profile.miss_level(n))
