@@ -162,7 +162,8 @@ def test_several_numbers_of_samples_may_have_several_picks():
     choice = choose(TABLE, (1, 64), reference_logprobs=REFERENCE)
     assert (choice.pick.winner, choice.others[0].winner) == ("mean", "wide")
     figure = choice.plot()
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["mean", "wide"]
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["mean", "wide", "one-sided interval"]
 
 
 def test_no_winner_where_chance_explains_it():
