@@ -363,7 +363,10 @@ def test_another_model_at_the_same_address_is_refused(server, url, remote, tmp_p
     settings = {"k": 2, "max_new_tokens": 3, **QUIET}
     score_responses(remote, TOKENIZER, corpus(), output_dir=tmp_path / "scores", **QUIET)
     samples = sample_corpus(remote, TOKENIZER, PROMPTS, output_dir=tmp_path / "samples", **settings)
-    verifier = lambda prompts, completions, **columns: [0.0] * len(completions)  # noqa: E731
+
+    def verifier(prompts, completions, **columns):
+        return [0.0] * len(completions)
+
     table = ScoreTable.open(tmp_path / "scores")
     assert table.metadata["model"]["served"] == remote.facts()
     assert {"id": "tiny", "root": "a/tiny", "max_model_len": 128}.items() < remote.facts().items()
